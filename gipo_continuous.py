@@ -386,6 +386,15 @@ class Agent(nn.Module):
 
 
 # -------------------- Advantages and objective --------------------
+def discounted_sum(deltas, decays):
+    """x[t] = deltas[t] + decays[t] * x[t + 1], backwards from zero; time first."""
+    sums, last = [], torch.zeros_like(deltas[0])
+    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind()), strict=True):
+        last = torch.addcmul(delta, decay, last)
+        sums.append(last)
+    return torch.stack(sums[::-1])
+
+
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Generalised advantage estimation (arXiv 1506.02438); every argument and the result (T, ...), time first.
 
@@ -393,11 +402,7 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     V of the real next observation: the episode's own last one where it is done, never the next episode's first.
     """
     deltas = rewards + gamma * (1.0 - terminations) * next_values - values
-    decay = gamma * gae_lambda * (1.0 - dones)
-    advantages, lastgaelam = torch.empty_like(deltas), torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        lastgaelam = advantages[t] = deltas[t] + decay[t] * lastgaelam
-    return advantages
+    return discounted_sum(deltas, gamma * gae_lambda * (1.0 - dones))
 
 
 def compute_vtrace(rewards, values, next_values, terminations, dones, logratio, gamma, gae_lambda):
@@ -407,11 +412,7 @@ def compute_vtrace(rewards, values, next_values, terminations, dones, logratio, 
     """
     rho = torch.exp(logratio.clamp(max=0.0))
     deltas = rho * (rewards + gamma * (1.0 - terminations) * next_values - values)
-    decay = gamma * gae_lambda * (1.0 - dones) * rho
-    corrections, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        last = corrections[t] = deltas[t] + decay[t] * last
-    targets = values + corrections
+    targets = values + discounted_sum(deltas, gamma * gae_lambda * (1.0 - dones) * rho)
     next_targets = next_values.clone()  # V itself where the trace ends: at done rows and after the last row
     next_targets[:-1] = torch.where(dones[:-1] > 0, next_values[:-1], targets[1:])
     return rewards + gamma * (1.0 - terminations) * next_targets - values, targets
@@ -696,6 +697,8 @@ def main(args: Args) -> dict:
         "returns": torch.zeros(shape, device=device),
     }
 
+    used = [key for key in rb if not (args.recompute_advantages and key in ("advantages", "returns"))]
+
     num_iterations, iteration = math.ceil(args.total_timesteps / rollout_size), 0
     seconds = {"env": 0.0, "policy": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
     recent_returns, recent_successes = collections.deque(maxlen=100), collections.deque(maxlen=100)
@@ -768,34 +771,37 @@ def main(args: Args) -> dict:
         # N environments, T steps, into the oldest N segments of the ring.
         slot = (iteration - 1) * args.num_envs % num_segments
         new = slice(slot, slot + args.num_envs)
-        for step in range(args.num_steps):
+        rollout = collections.defaultdict(list)
+        for _ in range(args.num_steps):
             t0 = time.perf_counter()
             with torch.no_grad():
                 action, logprob, _ = agent.get_action_and_logprob(next_obs)
             t1 = time.perf_counter()
             obs_np, rewards, terminations, truncations, infos = envs.step(to_env_action(action.cpu().numpy(), action_space))
             t2 = time.perf_counter()
+            seconds["policy"] += t1 - t0
+            seconds["env"] += t2 - t1
             dones = terminations | truncations
-            rb["obs"][step, new], rb["actions"][step, new], rb["logprobs"][step, new] = next_obs, action, logprob
-            next_obs = torch.as_tensor(obs_np, dtype=torch.float32, device=device)
-            rb["next_obs"][step, new] = next_obs
-            rb["rewards"][step, new] = torch.as_tensor(rewards, dtype=torch.float32)
-            rb["terminations"][step, new] = torch.as_tensor(terminations, dtype=torch.float32)
-            rb["dones"][step, new] = torch.as_tensor(dones, dtype=torch.float32)
+            obs, next_obs = next_obs, torch.as_tensor(obs_np, dtype=torch.float32, device=device)
+            real_next_obs = next_obs
             global_step += args.num_envs
             if dones.any():  # SAME_STEP autoreset: `obs_np` is the next episode's first, the last one is in final_obs
-                done_idx = np.flatnonzero(dones)
-                final_obs = np.stack(infos["final_obs"][done_idx]).astype(np.float32)
-                rb["next_obs"][step, slot + done_idx] = torch.as_tensor(final_obs, device=device)
-                final_info = infos["final_info"]
+                done_idx, final_info = np.flatnonzero(dones), infos["final_info"]
+                real_next_obs = next_obs.clone()
+                real_next_obs[done_idx] = torch.as_tensor(np.stack(infos["final_obs"][done_idx]), device=device).float()
                 recent_returns.extend(final_info["episode"]["r"][done_idx].tolist())
                 writer.add_scalar("charts/episodic_return", final_info["episode"]["r"][done_idx].mean(), global_step)
                 writer.add_scalar("charts/episodic_length", final_info["episode"]["l"][done_idx].mean(), global_step)
                 if "success" in final_info:
                     recent_successes.extend(final_info["success"][done_idx].tolist())
                     writer.add_scalar("charts/episodic_success", final_info["success"][done_idx].mean(), global_step)
-            seconds["policy"] += t1 - t0
-            seconds["env"] += t2 - t1
+            transition = {"obs": obs, "next_obs": real_next_obs, "actions": action, "logprobs": logprob}
+            transition |= {"rewards": rewards, "terminations": terminations, "dones": dones}
+            for key, value in transition.items():
+                rollout[key].append(value)
+        for key, value in rollout.items():
+            stacked = torch.stack(value) if torch.is_tensor(value[0]) else torch.as_tensor(np.stack(value), device=device)
+            rb[key][:, new] = stacked.float()
         rb["versions"][:, new] = iteration
 
         # ==================== ADVANTAGES ====================
@@ -816,7 +822,7 @@ def main(args: Args) -> dict:
         t0 = time.perf_counter()
         num_filled, stats = min(iteration * args.num_envs, num_segments), collections.defaultdict(list)
         for mb_inds in sample_segments(num_filled, args):  # GIPO: segments of the whole buffer
-            mb = {key: value[:, mb_inds] for key, value in rb.items()}  # (T, S, ...)
+            mb = {key: rb[key][:, mb_inds] for key in used}  # (T, S, ...)
             _, newlogprob, entropy = agent.get_action_and_logprob(mb["obs"], mb["actions"])
             newvalue = agent.get_value(mb["obs"])
             logratio = newlogprob - mb["logprobs"]  # (T, S, action_dim)
