@@ -6,7 +6,7 @@
     python gipo_continuous.py --env-id reach-v3          # any Meta-World task, MT10, or a Gymnasium id with a Box action space
     -> success rate 1.0 on the 50 training goals after 300,000 steps, about 3 minutes on 2 CPU cores
 
-What differs from PPO (`diff ppo_baseline.py gipo_continuous.py`):
+What differs from PPO (`diff ppo_baseline.py gipo_continuous.py`; every hunk is marked by a `# GIPO:` comment):
 1. A smooth trust weight replaces the hard clip: every sample keeps a gradient, which fades with |log ratio| and is bounded:
    omega * rho <= exp(sigma^2 / 2).
 2. So data is not thrown away after one rollout: a replay buffer keeps the segments of many past rollouts.
@@ -101,10 +101,10 @@ class Args:
     """T: steps per environment and rollout; also the length of a replayed segment (16-250)"""
     buffer_size: int = 20_000  # GIPO: replay
     """replay buffer in environment steps, rounded down to whole rollouts; 0: one rollout, near on-policy (0 to 500,000)"""
-    minibatch_size: int = 512  # GIPO: whole segments
-    """environment steps per update, a multiple of num_steps: whole segments are sampled"""  # GIPO: whole segments
+    minibatch_size: int = 512  # GIPO: large, since segments are correlated
+    """environment steps per update; where segments are replayed, a multiple of num_steps"""
     updates_per_iteration: int = 10
-    """updates after each rollout; minibatch_size * this / (num_envs * num_steps) is the replay ratio"""
+    """updates after each rollout from replayed segments; times minibatch_size / (num_envs * num_steps): the replay ratio"""
     learning_rate: float = 3e-4
     """Adam step size of the actor (1e-4 to 1e-3)"""
     critic_learning_rate: float = 1e-3
@@ -143,7 +143,7 @@ class Args:
     """advantages are divided by their standard deviation, but by no less than this share of its largest value so far"""
 
     # ---- GIPO
-    sigma: float = 1.0
+    sigma: float = 1.0  # GIPO: the trust weight
     """sigma: width of the trust weight in units of the log ratio (0.2 to 2; per-dim ratios want smaller)"""
     sigma_neg_ratio: float = 1.0
     """sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
@@ -435,7 +435,7 @@ def sample_segments(num_filled: int, args) -> torch.Tensor:
     return torch.cat(passes)[:draws].view(-1, segments)
 
 
-def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):  # GIPO: the trust weight and its objective
+def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):  # GIPO: the trust weight
     """log omega: the kernel's closed form, in log space so that no product of a huge ratio and a tiny weight is formed."""
     x = logratio.detach() / torch.where(advantages > 0, sigma_pos, sigma_neg)
     if kernel == "gaussian":
@@ -456,7 +456,7 @@ def gipo_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
 def policy_objective(logratio, advantages, args):
     """Per-sample surrogate to maximise, and its detached trust: d surrogate / d logratio = trust * ratio * advantage."""
     if args.trust_weight == "sapo":
-        tau = torch.where(advantages > 0, args.sapo_tau_pos, args.sapo_tau_neg)
+        tau = torch.where(advantages > 0, args.sapo_tau_pos, args.sapo_tau_neg)  # GIPO: its published baselines, by flag
         gate = torch.sigmoid(tau * (torch.exp(logratio.clamp(max=MAX_LOG_COEF)) - 1.0))
         return 4.0 / tau * gate * advantages, (4.0 * gate * (1.0 - gate)).detach()
     log_trust = torch.zeros_like(logratio)
@@ -541,10 +541,10 @@ def git_commit() -> str | None:
         return None
 
 
-def save_models(run_folder: Path, agent, args, evaluation: dict, global_step: int) -> None:
+def save_models(run_folder: Path, agent, config: dict, evaluation: dict, global_step: int) -> None:
     """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
     score = [-1.0 if evaluation["success_rate"] is None else evaluation["success_rate"], evaluation["return_mean"]]
-    model = {"model": agent.state_dict(), "args": vars(args), "global_step": global_step, "score": score}
+    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": score}
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
     if not best.exists() or score > load_checkpoint(best)["score"]:
@@ -578,7 +578,7 @@ def check_args(args) -> None:
         raise ValueError(f"--minibatch-size {args.minibatch_size} must not exceed the buffer of {buffer} steps")
     if args.minibatch_size % args.num_steps:  # GIPO: whole segments
         raise ValueError(f"--minibatch-size {args.minibatch_size} must be a multiple of --num-steps {args.num_steps}")
-    if args.vtrace and not args.recompute_advantages:
+    if args.vtrace and not args.recompute_advantages:  # GIPO: always replays segments
         raise ValueError("--vtrace needs the current ratios: drop --no-recompute-advantages")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
@@ -598,32 +598,19 @@ def check_args(args) -> None:
             ) from error
 
 
-def open_run(args) -> tuple:
-    """Make or reopen the run folder: -> its path, the arguments to use, the checkpoint to continue from or None."""
-    folder = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
-    if not args.resume:
-        if folder.exists() and not args.overwrite:
-            raise ValueError(f"{folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(folder / "args.json", dataclasses.asdict(args))
-        return folder, args, None
-    if not folder.exists():
-        raise ValueError(f"--resume: there is no {folder}; check --env-id, --exp-name, --seed and --run-dir, or drop --resume")
-    if (folder / "args.json").exists():
-        saved = json.loads((folder / "args.json").read_text())
-        for field in dataclasses.fields(args):
-            given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
-            if field.name not in own and given != field.default and given != saved[field.name]:
-                raise ValueError(
-                    f"--{field.name.replace('_', '-')} {given} contradicts the run to resume, which has {saved[field.name]}: "
-                    "drop the flag, or start a new run with another --exp-name"
-                )
-        args = dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
-    else:
-        write_json(folder / "args.json", dataclasses.asdict(args))
-    checkpoint = folder / "checkpoint.pt"
-    return folder, args, load_checkpoint(checkpoint) if checkpoint.exists() else None
+def saved_args(args, run_folder: Path):
+    """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
+    if not run_folder.exists():
+        raise ValueError(f"--resume: there is no {run_folder}; check the flags that name it, or drop --resume")
+    if not (run_folder / "args.json").exists():
+        return args
+    saved = json.loads((run_folder / "args.json").read_text())
+    for field in dataclasses.fields(args):
+        given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
+        if field.name not in own and given != field.default and given != saved[field.name]:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[field.name]}: drop the flag")
+    return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
 
 
 def evaluate_saved_model(args) -> dict:
@@ -657,6 +644,11 @@ def main(args: Args) -> dict:
         return evaluate_saved_model(args)
 
     # ==================== SETUP ====================
+    run_folder = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    if args.resume:
+        args = saved_args(args, run_folder)
+    elif run_folder.exists() and not args.overwrite:
+        raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
     check_args(args)
     probe_env = make_env(args, 0)()
     obs_space, action_space = probe_env.observation_space, probe_env.action_space
@@ -665,10 +657,16 @@ def main(args: Args) -> dict:
     if not np.isfinite([action_space.low, action_space.high]).all():
         raise ValueError(f"--env-id {args.env_id} has the action space {action_space}: choose one with a finite Box")
     probe_env.close()
-    run_folder, args, checkpoint = open_run(args)
-    if (run_folder / "result.json").exists():
+    if args.resume and (run_folder / "result.json").exists():
         print(f"{run_folder} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
+    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
+    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
+    if not args.resume:
+        shutil.rmtree(run_folder, ignore_errors=True)
+        run_folder.mkdir(parents=True)
+    config = vars(args) | {"resume": False, "overwrite": False}
+    write_json(run_folder / "args.json", config)
 
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
@@ -725,10 +723,10 @@ def main(args: Args) -> dict:
         import wandb
 
         name = run_folder.name  # also the id, so that a resumed run continues its own curves
-        wandb.init(project=args.wandb_project, name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True)
+        wandb.init(project=args.wandb_project, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
     global_step = iteration * rollout_size
     writer = SummaryWriter(str(run_folder), purge_step=global_step + 1 if args.resume else None)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
 
     stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -749,7 +747,7 @@ def main(args: Args) -> dict:
             video_dir = run_folder / "videos" / str(global_step) if args.capture_video else None
             evaluation = evaluate(agent, args, episodes, video_dir, stop_signals)
         if evaluation and not stop_signals:
-            save_models(run_folder, agent, args, evaluation, global_step)
+            save_models(run_folder, agent, config, evaluation, global_step)
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             line = f"eval at {global_step:,}: return {evaluation['return_mean']:.1f}"
             if evaluation["success_rate"] is not None:
@@ -948,7 +946,7 @@ def main(args: Args) -> dict:
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gymnasium", "metaworld", "mujoco")},
-        "args": vars(args),
+        "args": config,
     }
     if "success_by_task" in evaluation:
         result["eval_success_by_task"] = evaluation["success_by_task"]
