@@ -441,21 +441,26 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
     returns, successes, has_goals = [], [], args.env_id in [*META_WORLD, "MT10"]
     for task_idx in range(len(MT10) if args.env_id == "MT10" else 1):
         env = make_env(args, task_idx, render_mode="rgb_array" if video_dir else None)()
-        if video_dir:
-            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, name_prefix=f"task{task_idx}", fps=80)
         if has_goals:
             env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
         for episode in range(num_episodes):
             if has_goals:
                 env.unwrapped.set_task(env.get_wrapper_attr("tasks")[episode])
-            obs, done = env.reset(seed=10_000 + episode)[0], False
+            obs, done, frames = env.reset(seed=10_000 + episode)[0], False, []
             while not done and not stop_signals:
+                if video_dir and episode == 0 and len(env.get_wrapper_attr("actions")) % 4 == 0:
+                    frames.append(env.render())
                 obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.obs_mean.device)
                 action, *_ = agent.get_action_and_logprob(obs.unsqueeze(0), deterministic=True)
                 obs, _, terminated, truncated, info = env.step(to_env_action(action[0].cpu().numpy(), env.action_space))
                 done = terminated or truncated
             if stop_signals:
                 break
+            if frames:
+                from moviepy import ImageSequenceClip
+
+                video_dir.mkdir(parents=True, exist_ok=True)
+                ImageSequenceClip(frames, fps=20).write_videofile(str(video_dir / f"task{task_idx}.mp4"), logger=None)
             returns.append(float(info["episode"]["r"]))
             successes.append(info.get("success"))
         env.close()
@@ -542,25 +547,23 @@ def check_args(args) -> None:
     if buffer >= 2 * rollout and args.minibatch_size % args.num_steps:
         raise ValueError(f"--minibatch-size {args.minibatch_size} must be a multiple of --num-steps {args.num_steps}")
     if args.vtrace and (buffer < 2 * rollout or not args.recompute_advantages):
-        raise ValueError(
-            "--vtrace needs replayed segments and current ratios: raise --buffer-size, keep recomputed advantages"
-        )
+        raise ValueError("--vtrace needs replayed segments with recomputed advantages: raise --buffer-size")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise ValueError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
     if args.capture_video:
+        how = "without a display, set MUJOCO_GL=egl (Debian packages libegl1 libgl1) or MUJOCO_GL=osmesa (libosmesa6)"
+        if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ):
+            raise ValueError(f"--capture-video finds no display: {how}")
         try:
             env = make_env(args, 0, render_mode="rgb_array")()
             env.reset()
             env.render()
             env.close()
         except Exception as error:
-            raise ValueError(
-                f"--capture-video cannot render ({error}): on a machine without a display, `apt-get install libegl1 libgl1` "
-                "and set MUJOCO_GL=egl, or `apt-get install libosmesa6` and set MUJOCO_GL=osmesa"
-            ) from error
+            raise ValueError(f"--capture-video cannot render ({type(error).__name__}): {how}") from error
 
 
 def saved_args(args, run_folder: Path):
