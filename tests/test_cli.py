@@ -1,0 +1,440 @@
+"""Both scripts end to end, through the command line: every flag in a short run, what a run leaves, and every bad input."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import runpy
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, TINY, differences, read_json, read_pt, read_scalars, run_script
+
+SMALL = "--num-envs 2 --num-steps 32 --minibatch-size 64 --hidden-size 32 --eval-episodes 2"
+SHORT = f"{SMALL} --total-timesteps 700"  # rounded up to 704; Pendulum's episodes have 200 steps, Reacher's 50
+REACH = f"--env-id reach-v3 {SMALL} --total-timesteps 2000 --eval-every 1000 --checkpoint-every 500"
+RATES = "--learning-rate 1e-4 --critic-learning-rate 5e-4 --lr-schedule cosine --critic-lr-schedule constant --lr-warmup 0.1"
+HORIZON = "--gamma 0.95 --gae-lambda 0.9 --reward-scale 0.02 --seed 3"
+LOSS = "--kl-coef 0.1 --ent-coef 0.01 --vf-coef 1 --max-grad-norm 1 --adv-std-floor 0 --init-log-std -1"
+HEAD = "--policy-head categorical --ratio per-dim"
+
+RUNS = {  # name -> script, flags; each runs once, and every field of Args appears here or in SPECIAL
+    "gipo-reach": ("gipo_continuous", f"{REACH} {RATES} {HORIZON} --buffer-size 512 --exp-name a --updates-per-iteration 2"),
+    "gipo-stock": ("gipo_continuous", f"{REACH} --no-fast-env --sigma 0.5 --sigma-neg-ratio 0.5 --trust-side outward"),
+    "gipo-mt10": (
+        "gipo_continuous",
+        "--env-id MT10 --num-envs 10 --num-steps 64 --total-timesteps 5120 --minibatch-size 64 --eval-episodes 1",
+    ),
+    "gipo-bins": ("gipo_continuous", f"--env-id Reacher-v5 {SHORT} {HEAD} {LOSS} --kernel laplacian --async-envs"),
+    "gipo-per-dim": ("gipo_continuous", f"--env-id Reacher-v5 {SHORT} --ratio per-dim --kernel gaussian --trust-weight gipo"),
+    "gipo-vtrace": ("gipo_continuous", f"--env-id Reacher-v5 {SHORT} {LOSS} --vtrace --kernel cauchy --buffer-size 128"),
+    "gipo-sapo": (
+        "gipo_continuous",
+        f"--env-id Reacher-v5 {SHORT} --trust-weight sapo --sapo-tau-pos 2 --sapo-tau-neg 2 --no-recompute-advantages"
+        " --lr-schedule constant --critic-lr-schedule linear --torch-threads 2",
+    ),
+    "gipo-compiled": ("gipo_continuous", f"--env-id Pendulum-v1 {SHORT} --torch-compile --trust-weight none --buffer-size 0"),
+    "ppo-reach": ("ppo_baseline", f"{REACH} {RATES} {HORIZON} --exp-name a --update-epochs 2 --clip-coef 0.1"),
+    "ppo-bins": ("ppo_baseline", f"--env-id Reacher-v5 {SHORT} {HEAD} {LOSS} --torch-threads 2 --async-envs"),
+    "ppo-replay": (
+        "ppo_baseline",
+        f"--env-id Reacher-v5 {SHORT} --buffer-size 256 --updates-per-iteration 3 --vtrace --no-fast-env",
+    ),
+    "ppo-stored": (
+        "ppo_baseline",
+        f"--env-id Reacher-v5 {SHORT} --buffer-size 128 --no-recompute-advantages --ratio per-dim --torch-compile",
+    ),
+}
+SPECIAL = {  # what the tests further down do with either script
+    "no evaluation": f"--env-id Pendulum-v1 {SHORT} --eval-episodes 0",
+    "evaluate": "--evaluate",
+    "overwrite": "--overwrite",
+    "resume": "--resume",
+    "track": f"--env-id Pendulum-v1 {SHORT} --track --wandb-project paper",
+    "video": f"--env-id InvertedPendulum-v5 {SHORT} --capture-video --total-timesteps 64",
+    "cuda": f"--env-id Pendulum-v1 {SHORT} --cuda",
+}
+
+RESULT_KEYS = (
+    "env_id exp_name seed total_timesteps eval_success_rate eval_return_mean eval_episodes train_return_mean "
+    "train_success_rate sps wall_seconds peak_memory_mb git_commit versions args"
+).split()
+PER_ITERATION = {
+    *(f"charts/{name}" for name in ("SPS", "learning_rate")),
+    *(f"losses/{name}" for name in "policy_loss value_loss entropy approx_kl clipfrac explained_variance grad_norm".split()),
+    *(f"gipo/{name}" for name in "trust_mean trust_min effective_sample_size utilization logratio_std".split()),
+    *("gipo/policy_lag", "gipo/log_ratio_max"),
+    *(f"time/{part}" for part in ("env", "policy", "update")),
+}
+ALL_SCRIPTS = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """finished(name) -> the process and the folder of one of RUNS, which runs at the first call."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            script, flags = RUNS[name]
+            done[name] = run_script(script, tmp_path_factory.mktemp(name), *flags.split())
+        return done[name]
+
+    return run
+
+
+@pytest.fixture
+def inline(monkeypatch, capsys):
+    """inline(script, flags) -> exit code, stdout, stderr of the file run as __main__, in this process to save the imports."""
+
+    def run(script, flags):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def arguments(script, **values):
+    """Args of a script by field name, tiny by default."""
+    module = importlib.import_module(script)
+    tiny = {
+        "num_envs": 2,
+        "num_steps": 32,
+        "minibatch_size": 64,
+        "hidden_size": 32,
+        "total_timesteps": 200,
+        "eval_episodes": 0,
+    }
+    return module.main, module.Args(**{"env_id": "Pendulum-v1", **tiny, **values})
+
+
+# -------------------- Good runs --------------------
+@ALL_SCRIPTS
+def test_every_flag_is_exercised(script):
+    words = {word for name, flags in RUNS.values() if name == script for word in flags.split()}
+    words |= {word for flags in SPECIAL.values() for word in flags.split()} | {"--run-dir"}
+    flags = [field.name.replace("_", "-") for field in dataclasses.fields(importlib.import_module(script).Args)]
+    assert [flag for flag in flags if not {f"--{flag}", f"--no-{flag}"} & words] == []
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_leaves_what_the_design_says(finished, name):
+    process, folder = finished(name)
+    assert process.returncode == 0, process.stderr
+    args, result = read_json(folder / "args.json"), read_json(folder / "result.json")
+    success, multi_task = args["env_id"] in ("reach-v3", "MT10"), args["env_id"] == "MT10"
+    assert folder.name == f"{args['env_id']}__{args['exp_name']}__{args['seed']}"
+    files = {path.name for path in folder.iterdir()}
+    events = {file for file in files if file.startswith("events.out.tfevents.")}
+    assert len(events) == 1
+    assert files - events == {"args.json", "checkpoint.pt", "model.pt", "best_model.pt", "result.json"}
+
+    rollout = args["num_envs"] * args["num_steps"]
+    total = -(-args["total_timesteps"] // rollout) * rollout
+    assert list(result) == RESULT_KEYS + ["eval_success_by_task"] * multi_task
+    assert [result[key] for key in ("env_id", "exp_name", "seed")] == [args[key] for key in ("env_id", "exp_name", "seed")]
+    assert result["total_timesteps"] == total
+    assert result["eval_episodes"] == args["eval_episodes"] * (10 if multi_task else 1)
+    for kind in ("eval", "train"):
+        assert np.isfinite(result[f"{kind}_return_mean"])
+        rate = result[f"{kind}_success_rate"]
+        assert (0.0 <= rate <= 1.0) if success else (rate is None)
+    assert result["sps"] > 0 and result["wall_seconds"] > 0 and result["peak_memory_mb"] < 2000
+    assert result["args"].keys() == args.keys()
+
+    scalars = read_scalars(folder)
+    per_episode = {"charts/episodic_return", "charts/episodic_length"} | ({"charts/episodic_success"} if success else set())
+    evaluation = {"eval/return_mean"} | ({"eval/success_rate"} if success else set())
+    by_task = {tag for tag in scalars if tag.startswith("eval/success_rate/")}
+    assert len(by_task) == (10 if multi_task else 0)
+    assert scalars.keys() == PER_ITERATION | per_episode | evaluation | by_task
+    for tag, points in scalars.items():
+        assert np.isfinite([value for _, value in points]).all(), tag
+        steps = [step for step, _ in points]
+        if tag in PER_ITERATION:
+            assert steps == list(range(rollout, total + 1, rollout)), tag
+        elif tag in per_episode:  # all environments run in step and truncate at the same time
+            horizon = {"Pendulum-v1": 200, "Reacher-v5": 50}.get(args["env_id"], 500)
+            assert steps == list(range(horizon * args["num_envs"], total + 1, horizon * args["num_envs"])), tag
+        else:
+            assert steps == ([1024, 2048] if args["env_id"] == "reach-v3" else [total]), tag
+    assert max(value for _, value in scalars["gipo/log_ratio_max"]) < 1e-4
+    for tag in ("losses/clipfrac", "gipo/trust_mean", "gipo/trust_min", "gipo/effective_sample_size", "gipo/utilization"):
+        assert all(-1e-6 <= value <= 1.0 + 1e-6 for _, value in scalars[tag]), tag
+    assert 0.0 < sum(scalars[f"time/{part}"][-1][1] for part in ("env", "policy", "update")) <= 1.0
+
+    lines = process.stdout.splitlines()
+    assert "\r" not in process.stdout
+    assert any(line.startswith("step ") and "steps/s" in line and "left" in line for line in lines)
+    assert lines[-1].startswith(f"files: {folder}") and "tensorboard --logdir" in lines[-1]
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("name", ["gipo-reach", "ppo-reach"])
+def test_model_files(finished, name):
+    _, folder = finished(name)
+    last, best, checkpoint = (read_pt(folder / f"{file}.pt") for file in ("model", "best_model", "checkpoint"))
+    assert last["global_step"] == 2048 and best["score"] >= last["score"]
+    assert differences(last["model"], checkpoint["model"]) == []
+    result = read_json(folder / "result.json")
+    assert last["score"] == [result["eval_success_rate"], result["eval_return_mean"]]
+    replay = checkpoint["replay"]
+    segments = 16 if name == "gipo-reach" else 2  # a buffer of 512 steps, or one rollout of 64, in segments of 32
+    assert {value.shape[:2] for value in replay.values()} == {(32, segments)}
+    assert replay["versions"].unique().tolist() == list(range(33 - segments // 2, 33))
+    assert replay["obs"].shape[2:] == (39,) and replay["actions"].shape[2:] == (4,)
+
+
+def test_schedules_move_the_learning_rate(finished):
+    rates = {
+        name: read_scalars(finished(name)[1])["charts/learning_rate"] for name in ("gipo-reach", "gipo-sapo", "ppo-replay")
+    }
+    progress = np.arange(32) / 32
+    expected = np.where(progress < 0.1, progress / 0.1, 0.5 + 0.5 * np.cos(np.pi * progress)) * 1e-4
+    np.testing.assert_allclose([value for _, value in rates["gipo-reach"]], expected, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose([value for _, value in rates["gipo-sapo"]], 3e-4, rtol=1e-5)
+    np.testing.assert_allclose([value for _, value in rates["ppo-replay"]], 3e-4 * (1 - np.arange(11) / 11), rtol=1e-5)
+    groups = read_pt(finished("gipo-reach")[1] / "checkpoint.pt")["optimizer"]["param_groups"]
+    assert groups[1]["lr"] == 5e-4  # the critic's, constant
+
+
+def test_replay_ages_and_a_single_rollout_does_not(finished):
+    lag = {name: [v for _, v in read_scalars(finished(name)[1])["gipo/policy_lag"]] for name in RUNS if "reach" in name}
+    assert lag["ppo-reach"] == [0.0] * 32
+    assert lag["gipo-reach"][0] == 0.0 and 2.0 < np.mean(lag["gipo-reach"][8:]) < 5.0  # ages 0 to 7
+
+
+@pytest.mark.parametrize("name", ["gipo-reach", "gipo-bins", "ppo-reach", "gipo-mt10"])
+def test_saved_model_evaluates_to_the_runs_own_result(finished, inline, name):
+    _, folder = finished(name)
+    before, result = sorted(folder.iterdir()), read_json(folder / "result.json")
+    episodes = read_json(folder / "args.json")["eval_episodes"]
+    flags = f"{SPECIAL['evaluate']} {folder / 'model.pt'} --eval-episodes {episodes}"
+    code, output, _ = inline(RUNS[name][0], flags.split())
+    evaluation = json.loads(output[output.index("{") :])
+    assert code == 0 and sorted(folder.iterdir()) == before
+    assert evaluation["success_rate"] == result["eval_success_rate"]
+    assert evaluation["return_mean"] == result["eval_return_mean"]
+    assert evaluation["episodes"] == result["eval_episodes"]
+    assert evaluation.get("success_by_task") == result.get("eval_success_by_task")
+
+
+@ALL_SCRIPTS
+def test_without_evaluation_and_overwrite(script, tmp_path, inline):
+    flags = [*SPECIAL["no evaluation"].split(), "--run-dir", str(tmp_path)]
+    code, _, _ = inline(script, flags)
+    (folder,) = tmp_path.iterdir()
+    result, model = read_json(folder / "result.json"), read_pt(folder / "checkpoint.pt")["model"]
+    assert code == 0 and (result["eval_return_mean"], result["eval_success_rate"], result["eval_episodes"]) == (None, None, 0)
+    assert not [tag for tag in read_scalars(folder) if tag.startswith("eval/")]
+    (folder / "left-over").touch()
+    code, _, _ = inline(script, [*flags, SPECIAL["overwrite"]])
+    assert code == 0 and not (folder / "left-over").exists()
+    assert differences(read_pt(folder / "checkpoint.pt")["model"], model) == []  # the same seed, so the same model
+
+
+@ALL_SCRIPTS
+def test_track(script, tmp_path, inline, monkeypatch):
+    if importlib.util.find_spec("wandb") is None:
+        code, _, error = inline(script, [*SPECIAL["track"].split(), "--run-dir", str(tmp_path / "runs")])
+        assert code == 2 and error.startswith("error: --track needs the package wandb: pip install wandb\n")
+        assert not (tmp_path / "runs").exists()
+    stub = "import json\ndef init(**kwargs): print('wandb', json.dumps(kwargs))\n"
+    (tmp_path / "wandb.py").write_text(stub)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, output, _ = inline(script, [*SPECIAL["track"].split(), "--run-dir", str(tmp_path / "runs")])
+    sys.modules.pop("wandb", None)
+    (line,) = (line for line in output.splitlines() if line.startswith("wandb "))
+    settings = json.loads(line.removeprefix("wandb "))
+    assert code == 0 and settings["project"] == "paper" and settings["sync_tensorboard"] is True
+    assert settings["name"] == f"Pendulum-v1__{settings['config']['exp_name']}__1"
+
+
+@ALL_SCRIPTS
+def test_capture_video(script, tmp_path):
+    for backend in [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]:
+        process, folder = run_script(script, tmp_path, *SPECIAL["video"].split(), MUJOCO_GL=backend)
+        if process.returncode == 0:
+            break
+        # No OpenGL library: the error tells what to install, and nothing is written.
+        assert process.returncode == 2 and folder is None
+        assert "error: --capture-video cannot render" in process.stderr and "apt-get install" in process.stderr
+    else:
+        assert os.environ.get("GIPO_REQUIRE_ALL") != "1", process.stderr
+        pytest.skip("no OpenGL library here: apt-get install libegl1 libgl1")
+    (video,) = (folder / "videos").rglob("*.mp4")
+    assert video.parent.name == "64" and video.stat().st_size > 1000
+
+
+@ALL_SCRIPTS
+def test_cuda(script, tmp_path, inline):
+    code, _, error = inline(script, [*SPECIAL["cuda"].split(), "--run-dir", str(tmp_path)])
+    if torch.cuda.is_available():
+        assert code == 0 and len([*tmp_path.glob("*/result.json")]) == 1
+    else:
+        assert code == 2 and error.startswith("error: --cuda") and error.count("\n") == 1 and not any(tmp_path.iterdir())
+
+
+@ALL_SCRIPTS
+def test_progress_updates_in_place_on_a_terminal(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main, args = arguments(script, run_dir=str(tmp_path))
+    main(args)
+    assert capsys.readouterr().out.count("\rstep ") == 4
+
+
+# -------------------- Bad input --------------------
+class OddBox(gym.Env):
+    """An environment whose action space or rewards no run can use."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (3,))
+
+    def __init__(self, low=-1.0, high=1.0, shape=(1,), nan_at=None, render_mode=None):
+        self.action_space, self.nan_at = gym.spaces.Box(low, high, shape), nan_at
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(3, np.float32), float("nan") if self.steps == self.nan_at else 1.0, False, False, {}
+
+
+for name, kwargs in {"Infinite": {"high": np.inf}, "Matrix": {"shape": (2, 2)}, "NaN": {"nan_at": 50}}.items():
+    gym.register(f"{name}-v0", entry_point=OddBox, kwargs=kwargs, disable_env_checker=True)
+
+NEGATIVE = (
+    "seed total_timesteps num_envs num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate "
+    "reward_scale max_grad_norm hidden_size checkpoint_every torch_threads buffer_size eval_every eval_episodes gamma "
+    "gae_lambda lr_warmup kl_coef ent_coef vf_coef adv_std_floor"
+).split()
+ZERO = "total_timesteps num_envs num_steps minibatch_size hidden_size learning_rate checkpoint_every torch_threads".split()
+OWN = {
+    "gipo_continuous": dict.fromkeys(("sigma", "sigma_neg_ratio", "sapo_tau_pos", "sapo_tau_neg"), -1.0),
+    "ppo_baseline": {"clip_coef": -0.1, "update_epochs": 0},
+}
+BAD = [  # fields, and what the sentence must name
+    *[({name: -1}, f"--{name.replace('_', '-')}") for name in NEGATIVE],
+    *[({name: 0}, f"--{name.replace('_', '-')}") for name in ZERO],
+    ({"gamma": 1.5}, "--gamma"),
+    ({"gae_lambda": float("nan")}, "--gae-lambda"),
+    ({"env_id": "reech-v3"}, "--env-id reech-v3 is unknown; try reach-v3"),
+    ({"env_id": "zzz"}, "--env-id"),
+    ({"env_id": "CartPole-v1"}, "--env-id CartPole-v1"),
+    ({"env_id": "Infinite-v0"}, "--env-id Infinite-v0"),
+    ({"env_id": "Matrix-v0"}, "--env-id Matrix-v0"),
+    ({"env_id": "MT10", "num_envs": 8}, "--num-envs 8"),
+    ({"env_id": "reach-v3", "eval_episodes": 51}, "--eval-episodes 51"),
+    ({"buffer_size": 63}, "--buffer-size 63"),
+    ({"buffer_size": 128, "minibatch_size": 160}, "--minibatch-size 160"),
+    ({"buffer_size": 128, "minibatch_size": 48}, "--minibatch-size 48"),
+    ({"vtrace": True, "recompute_advantages": False}, "--vtrace"),
+    ({"resume": True}, "--resume"),
+]
+
+
+@ALL_SCRIPTS
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=[f"{message}-{i}" for i, (_, message) in enumerate(BAD)])
+def test_bad_arguments(script, fields, message, tmp_path):
+    main, args = arguments(script, run_dir=str(tmp_path / "runs"), **fields)
+    with pytest.raises(ValueError) as error:
+        main(args)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("script", "name"), [(script, name) for script, names in OWN.items() for name in names])
+def test_bad_arguments_of_one_script(script, name, tmp_path):
+    main, args = arguments(script, run_dir=str(tmp_path), **{name: OWN[script][name]})
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
+        main(args)
+    assert not any(tmp_path.iterdir())
+
+
+@ALL_SCRIPTS
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--env-id reech-v3", "--env-id"),
+        ("--env-id CartPole-v1", "--env-id"),
+        ("--env-id MT10 --num-envs 8 --num-steps 64", "--num-envs"),
+        ("--num-envs -1", "--num-envs"),
+        ("--eval-episodes 51", "--eval-episodes"),
+        ("--buffer-size 10", "--buffer-size"),
+        ("--minibatch-size 1000000", "--minibatch-size"),
+        ("--resume", "--resume"),
+        ("--evaluate no-such-file.pt", "no-such-file.pt"),
+    ],
+)
+def test_bad_command_line(script, flags, named, tmp_path, inline):
+    code, output, error = inline(script, [*flags.split(), "--run-dir", str(tmp_path / "runs")])
+    assert code == 2 and output == "" and not any(tmp_path.iterdir())
+    assert error.startswith("error: ") and error.count("\n") == 1 and named in error
+
+
+@ALL_SCRIPTS
+def test_bad_command_line_in_a_process_of_its_own(script, tmp_path):
+    process, folder = run_script(script, tmp_path / "runs", "--env-id", "reech-v3")
+    assert process.returncode == 2 and folder is None and process.stdout == ""
+    assert process.stderr.startswith("error: --env-id reech-v3 is unknown; try reach-v3") and process.stderr.count("\n") == 1
+
+
+@ALL_SCRIPTS
+def test_environment_that_cannot_be_built(script, tmp_path, inline):
+    """Registered in Gymnasium, but moved away or in need of another package: still one sentence."""
+    code, _, error = inline(script, ["--env-id", "HalfCheetah-v3", "--run-dir", str(tmp_path / "runs")])
+    assert code == 2 and error.startswith("error: --env-id HalfCheetah-v3") and not any(tmp_path.iterdir())
+
+
+@ALL_SCRIPTS
+def test_existing_folder(script, tmp_path, inline):
+    """Neither mixed, nor resumed with other flags, nor resumed from a broken file."""
+    flags = ["--env-id", "Pendulum-v1", *TINY, "--total-timesteps", "128", "--eval-episodes", "0", "--run-dir", str(tmp_path)]
+    assert inline(script, flags)[0] == 0
+    (folder,) = tmp_path.iterdir()
+    (folder / "result.json").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for more, names in {
+        (): ["--resume", "--overwrite", folder.name],
+        ("--resume", "--gamma", "0.5"): ["--gamma 0.5"],
+        ("--resume", "--num-steps", "16", "--minibatch-size", "16"): ["--num-steps 16"],
+    }.items():
+        code, _, error = inline(script, [*flags, *more])
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        assert all(name in error for name in names)
+    (folder / "checkpoint.pt").write_bytes(b"half a file")
+    before["checkpoint.pt"] = (folder / "checkpoint.pt").stat().st_mtime_ns
+    code, _, error = inline(script, [*flags, "--resume"])
+    assert code == 2 and error.startswith("error: cannot read") and "checkpoint.pt" in error and error.count("\n") == 1
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@ALL_SCRIPTS
+def test_evaluate_refuses_other_files(script, finished, tmp_path, inline):
+    """A checkpoint, a model of the other script, any other .pt file: one sentence."""
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    _, own = finished("gipo-bins" if script == "gipo_continuous" else "ppo-bins")
+    _, other = finished("ppo-bins" if script == "gipo_continuous" else "gipo-bins")
+    for path in (own / "checkpoint.pt", tmp_path / "tensor.pt", other / "model.pt"):
+        code, _, error = inline(script, ["--evaluate", str(path)])
+        assert code == 2 and error.startswith("error: ") and path.name in error and error.count("\n") == 1, path
+
+
+@ALL_SCRIPTS
+def test_nan_stops_with_the_scalar_and_the_step(script, tmp_path):
+    main, args = arguments(script, env_id="NaN-v0", run_dir=str(tmp_path), checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match=r"losses/\w+ is nan at step 128.*checkpoint\.pt"):
+        main(args)
+    checkpoint = read_pt(next(tmp_path.glob("*/checkpoint.pt")))
+    assert checkpoint["iteration"] == 1 and all(value.isfinite().all() for value in checkpoint["model"].values())

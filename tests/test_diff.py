@@ -1,0 +1,125 @@
+"""`diff ppo_baseline.py gipo_continuous.py` is a feature: small, tagged, and nothing else differs. Importing does nothing."""
+
+import ast
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PPO, GIPO = ROOT / "ppo_baseline.py", ROOT / "gipo_continuous.py"
+SCRIPTS = pytest.mark.parametrize("path", [PPO, GIPO], ids=["ppo", "gipo"])
+MOST_CHANGED_LINES = 150
+SPECIFIC = {"Args", "policy_objective", "check_args", "main"}  # in both, different where the algorithms are
+GIPO_ONLY = {"gipo_log_weight", "gipo_weight"}
+SHARED = """
+make_env EpisodeRecorder PlainRotation fast_meta_world meta_world_goals to_env_action layer_init mlp Agent compute_gae
+compute_vtrace get_next_values sample_segments lr_share evaluate save_checkpoint load_checkpoint
+"""
+
+
+@functools.cache
+def top_level(path):
+    """Source of every top-level statement, comments inside included: functions and classes by name, the rest in order."""
+    source = path.read_text()
+    definitions, rest = {}, []
+    for node in ast.parse(source).body[1:]:  # less the docstring
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            definitions[node.name] = "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+        else:
+            rest.append(ast.get_source_segment(source, node))
+    return definitions, rest
+
+
+def hunks():
+    """The hunks of `diff`, each as its list of lines."""
+    process = subprocess.run(["diff", str(PPO), str(GIPO)], capture_output=True, text=True)
+    assert process.returncode == 1, process.stderr  # 1: they differ
+    return [hunk.splitlines() for hunk in re.split(r"^(?=\d)", process.stdout, flags=re.MULTILINE) if hunk]
+
+
+@pytest.mark.parametrize("name", SHARED.split())
+def test_shared_definition_is_identical(name):
+    ppo, gipo = top_level(PPO)[0], top_level(GIPO)[0]
+    assert ppo[name] == gipo[name]
+
+
+def test_only_the_algorithms_differ():
+    """So everything else of one file is in the other too, in the same order, imports and constants included."""
+    (ppo, ppo_rest), (gipo, gipo_rest) = top_level(PPO), top_level(GIPO)
+    assert {name for name in ppo.keys() & gipo.keys() if ppo[name] != gipo[name]} == SPECIFIC
+    assert gipo.keys() - ppo.keys() == GIPO_ONLY
+    assert list(ppo) == [name for name in gipo if name not in GIPO_ONLY]
+    assert ppo_rest == gipo_rest
+
+
+def test_every_hunk_is_tagged():
+    untagged = [hunk for hunk in hunks() if not any("# GIPO:" in line for line in hunk)]
+    assert not untagged, f"{len(untagged)} hunks without a `# GIPO:` line:\n\n" + "\n\n".join("\n".join(h) for h in untagged)
+
+
+def test_the_diff_is_small():
+    changed = sum(line[0] in "<>" for hunk in hunks() for line in hunk)
+    assert 0 < changed <= MOST_CHANGED_LINES
+
+
+def test_tags_stand_at_differences_only():
+    """A tag that both files share, or PPO's file alone has, points at nothing."""
+    tagged = [line for line in GIPO.read_text().splitlines() if "# GIPO:" in line]
+    assert tagged and not set(tagged) & set(PPO.read_text().splitlines())
+
+
+@SCRIPTS
+def test_no_project_module_is_imported(path):
+    """Every script stands alone: it runs when it is the only file copied."""
+    project = {file.stem for file in ROOT.glob("*.py")} | {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    assert "torch" in imported
+    assert not imported & project
+
+
+IMPORT = """
+import json, os, random, signal, sys, threading
+import numpy, torch
+def state():
+    return {
+        "environment": dict(os.environ),
+        "threads": threading.active_count(),
+        "torch_threads": torch.get_num_threads(),
+        "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
+        "random": [hash(random.getstate()), str(numpy.random.get_state()), torch.initial_seed()],
+        "folder": os.getcwd(),
+        "files": sorted(os.listdir()) + sorted(os.listdir(sys.argv[1])),
+        "dtype": str(torch.get_default_dtype()),
+        "path": sys.path[1:],
+    }
+sys.path.insert(0, sys.argv[1])
+before = state()
+__import__(sys.argv[2])
+print(json.dumps([before, state()]))
+"""
+
+
+@SCRIPTS
+def test_importing_has_no_side_effects(path, tmp_path):
+    """No environment variable, thread, file, signal handler, seed or torch setting changes."""
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-c", IMPORT, str(ROOT), path.stem]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    before, after = json.loads(process.stdout.splitlines()[-1])
+    assert after == before
+    assert after["threads"] == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,550 @@
+"""What the scripts rely on in Gymnasium, Meta-World, tyro and torch, and the environment code built on it."""
+
+import dataclasses
+import io
+import pickle
+import signal
+from types import SimpleNamespace
+
+import gymnasium as gym
+import metaworld
+import numpy as np
+import pytest
+import torch
+import tyro
+from metaworld.policies import ENV_POLICY_MAP
+from scipy.spatial.transform import Rotation
+
+import gipo_continuous as gipo
+import ppo_baseline as ppo
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Constant"),  # the experts ask for more than the action box allows
+    pytest.mark.filterwarnings("ignore:.*precision lowered"),  # the bounds of MT10's observations, which nobody uses
+]
+SCRIPTS = pytest.mark.parametrize("script", [gipo, ppo], ids=["gipo", "ppo"])
+SYNC_AND_ASYNC = [gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv]
+VECTOR_ENVS = pytest.mark.parametrize("vector_env", SYNC_AND_ASYNC, ids=["sync", "async"])
+SAME_STEP = gym.vector.AutoresetMode.SAME_STEP
+
+
+class Counting(gym.Env):
+    """Observation (episode, step), reward = action; even episodes terminate and odd ones are truncated after `length` steps.
+
+    `successes` is what info["success"] says at each step, None leaves it out. A reset seed makes the episodes longer.
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
+
+    def __init__(self, length=3, successes=None, render_mode=None):
+        self.length, self.successes, self.episode = length, successes, -1
+
+    def observe(self):
+        return np.array([self.episode, self.steps], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.length += seed % 1000
+            self.episode = -1
+        self.episode, self.steps = self.episode + 1, 0
+        return self.observe(), {"of": "reset"}
+
+    def step(self, action):
+        self.steps += 1
+        done, terminates = self.steps == self.length, self.episode % 2 == 0
+        info = {} if self.successes is None else {"success": self.successes[self.steps - 1]}
+        return self.observe(), float(action[0]), done and terminates, done and not terminates, info
+
+
+def recorded(env):
+    return gipo.EpisodeRecorder(gym.wrappers.RecordEpisodeStatistics(env))
+
+
+def expert_action(task, policy, obs, rng, noise=0.2):
+    """The scripted expert with noise, so that things are touched; uniform actions where there is no expert."""
+    if task not in ENV_POLICY_MAP:
+        return rng.uniform(-1, 1, 6 if task == "HalfCheetah-v5" else 1).astype(np.float32)
+    return np.clip(policy.get_action(np.asarray(obs, np.float64)) + noise * rng.normal(size=4), -1, 1).astype(np.float32)
+
+
+def goal_of(task):
+    return tuple(pickle.loads(task.data)["rand_vec"])
+
+
+# -------------------- Gymnasium's vector environments --------------------
+@VECTOR_ENVS
+def test_same_step_autoreset(vector_env):
+    """step() returns the next episode's first observation; the last one and its info are in final_obs and final_info."""
+    lengths, successes = (2, 4, 2), ([0.0, 1.0], [0.0] * 4, [0.0, 0.0])
+    thunks = [
+        lambda n=n, s=s: gym.wrappers.RecordEpisodeStatistics(Counting(n, s)) for n, s in zip(lengths, successes, strict=True)
+    ]
+    envs = vector_env(thunks, autoreset_mode=SAME_STEP)
+    envs.reset()
+    actions = np.ones((3, 1), np.float32)
+    first_obs, *_, infos = envs.step(actions)
+    assert "final_obs" not in infos and "final_info" not in infos
+    obs, rewards, terminations, truncations, infos = envs.step(actions)
+    np.testing.assert_array_equal(terminations | truncations, [True, False, True])
+    np.testing.assert_array_equal(obs, [[1, 0], [0, 2], [1, 0]])
+    np.testing.assert_array_equal(rewards, 1.0)
+    assert infos["final_obs"].dtype == object and infos["final_obs"][1] is None
+    np.testing.assert_array_equal(np.stack(infos["final_obs"][[0, 2]]), [[0, 2], [0, 2]])
+    np.testing.assert_array_equal(infos["_final_obs"], [True, False, True])
+    final_info = infos["final_info"]
+    np.testing.assert_array_equal(final_info["success"], [1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(final_info["_success"], [True, False, True])
+    np.testing.assert_array_equal(final_info["episode"]["r"], [2.0, 0.0, 2.0])
+    np.testing.assert_array_equal(final_info["episode"]["l"], [2, 0, 2])
+    np.testing.assert_array_equal(infos["_success"], [False, True, False])  # where done, info is that of the reset
+    np.testing.assert_array_equal(first_obs, [[0, 1]] * 3)  # still: what step() returns are copies
+    envs.close()
+
+
+@VECTOR_ENVS
+def test_same_step_autoreset_with_all_environments_done_at_once(vector_env):
+    """Then the step's own info is gone and `success` is in final_info alone."""
+    envs = vector_env([lambda: Counting(2, [0.0, 1.0])] * 2, autoreset_mode=SAME_STEP)
+    envs.reset()
+    *_, infos = envs.step(np.ones((2, 1), np.float32))
+    assert "success" in infos
+    *_, infos = envs.step(np.ones((2, 1), np.float32))
+    assert "success" not in infos
+    np.testing.assert_array_equal(infos["final_info"]["success"], [1.0, 1.0])
+    envs.close()
+
+
+@VECTOR_ENVS
+def test_what_a_vector_environment_returns_is_not_overwritten_by_its_next_step(vector_env):
+    """The rollout keeps the arrays of many steps (as_tensor shares memory) before it copies them into the buffer."""
+    envs = vector_env([Counting] * 2, autoreset_mode=SAME_STEP)
+    envs.reset()
+    kept = [envs.step(np.full((2, 1), step, np.float32))[:4] for step in range(3)]
+    np.testing.assert_array_equal([rewards[0] for _, rewards, _, _ in kept], [0, 1, 2])
+    np.testing.assert_array_equal([obs[0, 1] for obs, *_ in kept], [1, 2, 0])
+    np.testing.assert_array_equal([terminations[0] for _, _, terminations, _ in kept], [False, False, True])
+    envs.close()
+
+
+def test_autoreset_default_is_not_same_step():
+    """The reason for naming the mode: by default the step after a done is a row of garbage."""
+    envs = gym.vector.SyncVectorEnv([Counting])
+    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
+
+
+# -------------------- Meta-World --------------------
+@pytest.fixture(scope="module")
+def stock_reach():
+    """The stock package's reach-v3, 50 goals of seed 1."""
+    env = gym.make("Meta-World/MT1", env_name="reach-v3", seed=1, disable_env_checker=True)
+    yield env
+    env.close()
+
+
+def test_stock_episode(stock_reach):
+    """Success comes and goes, `terminated` stays False, truncation is at 500, and one step more is an error."""
+    rng, policy = np.random.default_rng(0), ENV_POLICY_MAP["reach-v3"]()
+    obs, _ = stock_reach.reset()
+    successes, truncations = [], []
+    for step in range(500):
+        action = expert_action("reach-v3", policy, obs, rng) if step < 250 else -np.ones(4, np.float32)
+        obs, reward, terminated, truncated, info = stock_reach.step(action)
+        assert not terminated and 0.0 <= reward <= 10.0
+        successes.append(info["success"])
+        truncations.append(truncated)
+    assert max(successes) == 1.0 and successes[-1] == 0.0
+    assert truncations == [False] * 499 + [True]
+    assert obs.shape == (39,) and info["episode"]["l"] == 500
+    with pytest.raises(ValueError, match="truncate"):
+        stock_reach.unwrapped.step(np.zeros(4, np.float32))
+
+
+def test_reset_seed_is_ignored(stock_reach):
+    goals = {tuple(stock_reach.reset(seed=5)[0][-3:]) for _ in range(3)}
+    assert len(goals) > 1
+
+
+def test_goals_are_fixed_by_the_constructor_seed():
+    """50 different ones, the same ones in every environment of a run, none shared by two seeds, no trace in np.random."""
+    state = np.random.get_state()
+    again = metaworld.MT1("reach-v3", seed=1).train_tasks
+    assert all(np.array_equal(a, b) for a, b in zip(state, np.random.get_state(), strict=True))
+    goals = [goal_of(task) for task in gipo.meta_world_goals("reach-v3", 1)]
+    assert goals == [goal_of(task) for task in again]
+    assert len(set(goals)) == 50
+    assert not set(goals) & {goal_of(task) for task in gipo.meta_world_goals("reach-v3", 2)}
+
+
+def test_mt10_is_ten_tasks_in_a_fixed_order():
+    assert gipo.MT10 == [
+        *("reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3"),
+        *("drawer-close-v3", "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "window-close-v3"),
+    ]
+    assert len(gipo.META_WORLD) == 50 and set(gipo.MT10) <= set(gipo.META_WORLD)
+
+
+# -------------------- tyro and torch --------------------
+@SCRIPTS
+def test_boolean_flags(script):
+    """Every boolean of Args is switched by --flag and --no-flag, with dashes or underscores; `--cuda False` is an error."""
+    booleans = [field.name for field in dataclasses.fields(script.Args) if isinstance(field.default, bool)]
+    assert {"fast_env", "recompute_advantages", "cuda", "resume"} <= set(booleans)
+    for name in booleans:
+        assert getattr(tyro.cli(script.Args, args=[f"--no-{name.replace('_', '-')}"]), name) is False
+        assert getattr(tyro.cli(script.Args, args=[f"--{name}"]), name) is True
+    with pytest.raises(SystemExit):
+        tyro.cli(script.Args, args=["--cuda", "False"])
+
+
+def test_generator_state_survives_a_file_with_weights_only(tmp_path):
+    """The state is plain types with ints of 128 bits, which torch.load accepts under its default weights_only=True."""
+    generator = np.random.default_rng(7)
+    gipo.save_checkpoint(tmp_path / "state.pt", {"generator": generator.bit_generator.state})
+    expected = generator.random(5)
+    generator.bit_generator.state = torch.load(tmp_path / "state.pt", weights_only=True)["generator"]
+    np.testing.assert_array_equal(generator.random(5), expected)
+    pickled = io.BytesIO()
+    torch.save(generator, pickled)  # whereas the generator itself is refused
+    pickled.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(pickled)
+
+
+# -------------------- EpisodeRecorder --------------------
+@pytest.mark.parametrize(
+    ("successes", "latched"),
+    [([0, 0, 0], 0.0), ([1, 0, 0], 1.0), ([0, 1, 0], 1.0), ([0, 0, 1], 1.0), ([True, True, True], 1.0), (None, None)],
+)
+def test_success_is_latched_and_info_is_empty_before_the_end(successes, latched):
+    env = recorded(Counting(3, successes))
+    assert env.reset()[1] == {}
+    action = np.ones(1, np.float32)
+    for _ in range(2):
+        *_, info = env.step(action)
+        assert info == {}
+    *_, info = env.step(action)
+    assert info.keys() == ({"episode"} if successes is None else {"episode", "success"})
+    assert (info["episode"]["r"], info["episode"]["l"]) == (3.0, 3)
+    assert info.get("success") == latched
+
+
+def test_success_does_not_carry_over_to_the_next_episode():
+    env = recorded(Counting(2, [1, 0]))
+    env.reset()
+    for latched in (1.0, 0.0):
+        env.step(np.ones(1, np.float32))
+        assert env.step(np.ones(1, np.float32))[-1]["success"] == latched
+        env.unwrapped.successes = [0, 0]
+        env.reset()
+
+
+def test_success_only_at_the_last_step_reaches_the_training_loop():
+    """In both episode ends, with all environments done at once and with some of them."""
+    for lengths in ((2, 2), (2, 4)):
+        thunks = [lambda n=n: recorded(Counting(n, [0] * (n - 1) + [1])) for n in lengths]
+        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=SAME_STEP)
+        envs.reset()
+        for step in range(1, 9):
+            *_, terminations, truncations, infos = envs.step(np.ones((2, 1), np.float32))
+            dones = terminations | truncations
+            np.testing.assert_array_equal(dones, [step % n == 0 for n in lengths])
+            if dones.any():
+                np.testing.assert_array_equal(infos["final_info"]["success"][dones], 1.0)
+                np.testing.assert_array_equal(infos["final_info"]["episode"]["l"][dones], np.array(lengths)[dones])
+            else:
+                assert infos == {}
+
+
+@pytest.mark.parametrize("env_id", ["reach-v3", "pick-place-v3", "Pendulum-v1", "HalfCheetah-v5"])
+def test_an_episode_is_rebuilt_bit_for_bit(env_id):
+    """snapshot -> file -> resume_from in fresh environments: the same observations, now and for two more episodes."""
+    args, rng, policy = gipo.Args(env_id=env_id), np.random.default_rng(3), ENV_POLICY_MAP.get(env_id, lambda: None)()
+    length = {"Pendulum-v1": 200, "HalfCheetah-v5": 1000}.get(env_id, 500)
+
+    def build():
+        return gym.vector.SyncVectorEnv([gipo.make_env(args, i) for i in range(2)], autoreset_mode=SAME_STEP)
+
+    def act(obs):
+        return np.stack([expert_action(env_id, policy, one, rng) for one in obs])
+
+    envs, resumed = build(), build()
+    obs, _ = envs.reset()
+    for _ in range(length + 57):  # into the second episode: its goal or start is not the first of the generator
+        obs, *_ = envs.step(act(obs))
+    file = io.BytesIO()
+    states = [{**e, "actions": torch.tensor(np.array(e["actions"]))} for e in envs.call("snapshot")]
+    assert [len(state["actions"]) for state in states] == [57, 57]
+    torch.save(states, file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    resumed.set_attr("resume_from", [{**e, "actions": list(e["actions"].numpy())} for e in states])
+    np.testing.assert_array_equal(resumed.reset()[0], obs)
+    for _ in range(length):
+        actions = act(obs)
+        (obs, rewards, _, truncations, infos), repeated = envs.step(actions), resumed.step(actions)
+        np.testing.assert_array_equal(repeated[0], obs)
+        np.testing.assert_array_equal(repeated[1], rewards)
+        np.testing.assert_array_equal(repeated[3], truncations)
+        if truncations.any():
+            for key in ("r", "l"):
+                np.testing.assert_array_equal(repeated[4]["final_info"]["episode"][key], infos["final_info"]["episode"][key])
+    assert [e["generator"] for e in resumed.call("snapshot")] == [e["generator"] for e in envs.call("snapshot")]
+    envs.close()
+    resumed.close()
+
+
+def test_a_rebuilt_episode_keeps_its_latched_success():
+    env = recorded(Counting(4, [0, 1, 0, 0]))
+    env.reset()
+    for _ in range(3):
+        env.step(np.ones(1, np.float32))
+    resumed = recorded(Counting(4, [0, 1, 0, 0]))
+    resumed.resume_from = env.snapshot()
+    resumed.reset()
+    assert resumed.step(np.ones(1, np.float32))[-1]["success"] == 1.0
+    assert resumed.resume_from is None  # so that the next reset is a new episode
+    np.testing.assert_array_equal(resumed.reset()[0], [1, 0])
+
+
+# -------------------- make_env --------------------
+def visited_goals(args, idx, resets=12):
+    env = gipo.make_env(args, idx)()
+    goals = []
+    for _ in range(resets):
+        env.reset()
+        goals.append(tuple(env.unwrapped._last_rand_vec))
+    env.close()
+    return goals
+
+
+def test_environments_of_a_run_share_the_goals_but_not_their_order():
+    args = gipo.Args(env_id="reach-v3", seed=1)
+    visits = [visited_goals(args, idx) for idx in (0, 1)]
+    assert visits[0] != visits[1]
+    assert visits[0] == visited_goals(args, 0)
+    training_goals = {goal_of(task) for task in gipo.meta_world_goals("reach-v3", 1)}
+    assert set(visits[0]) <= training_goals and set(visits[1]) <= training_goals
+    assert len(set(visits[0])) > 5
+    assert not set(visited_goals(gipo.Args(env_id="reach-v3", seed=2), 0, 3)) & training_goals
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "HalfCheetah-v5"])
+def test_gymnasium_environments_start_differently_by_index_and_equally_by_seed(env_id):
+    runs = [(1, 0), (1, 0), (1, 1), (2, 0)]
+    starts = [gipo.make_env(gipo.Args(env_id=env_id, seed=seed), idx)().reset()[0] for seed, idx in runs]
+    np.testing.assert_array_equal(starts[0], starts[1])
+    assert (starts[0] != starts[2]).any() and (starts[0] != starts[3]).any()
+
+
+@pytest.mark.parametrize("task", ["reach-v3", "pick-place-v3"])
+def test_make_env_equals_the_stock_stack(task):
+    """Observations, rewards, truncation and episode statistics for the same goal and actions; success apart, it latches."""
+    stock = gym.make("Meta-World/MT1", env_name=task, seed=1, disable_env_checker=True)
+    plain = gipo.make_env(gipo.Args(env_id=task, seed=1, fast_env=False), 0)()
+    fast = gipo.make_env(gipo.Args(env_id=task, seed=1), 0)()
+    envs, rng, policy = (stock, plain, fast), np.random.default_rng(1), ENV_POLICY_MAP[task]()
+    goals = [goal_of(goal) for goal in stock.get_wrapper_attr("tasks")]
+    assert goals == [goal_of(goal) for goal in plain.get_wrapper_attr("tasks")]
+    for env in envs:
+        env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
+        env.unwrapped.set_task(stock.get_wrapper_attr("tasks")[7])
+    observations, success = [env.reset()[0] for env in envs], 0.0
+    for _ in range(500):
+        action = expert_action(task, policy, observations[0], rng)
+        steps = [env.step(action) for env in envs]
+        observations, rewards, terminations, truncations, infos = zip(*steps, strict=True)
+        np.testing.assert_array_equal(observations[1], observations[0])
+        np.testing.assert_allclose(observations[2], observations[0], rtol=0, atol=1e-14)
+        assert rewards[1] == rewards[0] and rewards[2] == pytest.approx(rewards[0], rel=0, abs=1e-12)
+        assert not any(terminations) and len(set(truncations)) == 1
+        success = max(success, infos[0]["success"])
+    assert truncations[0]
+    assert infos[1]["success"] == infos[2]["success"] == success == 1.0
+    for key in ("r", "l"):
+        assert infos[1]["episode"][key] == infos[0]["episode"][key]
+    for env in envs:
+        env.close()
+
+
+def test_mt10_environments_know_their_task():
+    """Environment i runs task i % 10 and says so in ten one-hot entries after the 39 of Meta-World."""
+    args = gipo.Args(env_id="MT10", num_envs=20)
+    for idx in (*range(10), 13):
+        env = gipo.make_env(args, idx)()
+        assert isinstance(env.unwrapped, gipo.META_WORLD[gipo.MT10[idx % 10]])
+        obs, _ = env.reset()
+        assert env.observation_space.shape == obs.shape == (49,)
+        np.testing.assert_array_equal(obs[39:], np.eye(10)[idx % 10])
+        env.close()
+
+
+def test_action_map_is_affine_and_clipped():
+    space = gym.spaces.Box(np.array([-1.0, -2.0, 0.0], np.float32), np.array([1.0, 6.0, 0.5], np.float32))
+    policy_actions = np.array([[-1, -1, -1], [0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [-7, 9, 1.0001]], np.float32)
+    mapped = gipo.to_env_action(policy_actions, space)
+    expected = [[-1, -2, 0], [0, 2, 0.25], [1, 6, 0.5], [0.5, 4, 0.375], [-1, 6, 0.5]]
+    np.testing.assert_allclose(mapped, expected, atol=1e-6)
+    assert mapped.dtype == space.dtype and all(space.contains(action) for action in mapped)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plain_rotation_is_scipys(seed):
+    """Every branch (largest of x, y, z, trace), half turns and the identity, the sign of the quaternion included."""
+    axes = np.random.default_rng(seed).normal(size=(200, 3))
+    vectors = [*axes, *np.pi * np.eye(3), *-np.pi * np.eye(3), *0.5 * np.pi * np.eye(3), np.zeros(3), *1e-9 * np.eye(3)]
+    vectors += [*(np.pi - 1e-6) * axes[:50] / np.linalg.norm(axes[:50], axis=1, keepdims=True)]
+    for vector in vectors:
+        matrix = Rotation.from_rotvec(vector).as_matrix()
+        ours, theirs = gipo.PlainRotation.from_matrix(matrix).as_quat(), Rotation.from_matrix(matrix).as_quat()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-14)
+
+
+GRASPS = ("pick-place-v3", "push-v3", "hand-insert-v3", "shelf-place-v3", "stick-push-v3", "sweep-v3")
+
+
+@pytest.mark.parametrize("task", list(metaworld.ALL_V3_ENVIRONMENTS))
+def test_fast_environment_equals_the_stock_package(task):
+    """One noisy expert episode's first 130 steps in both: observation, reward and every entry of info."""
+    stock, fast = gipo.META_WORLD[task](), gipo.fast_meta_world(task)()
+    stock.seeded_rand_vec, stock._freeze_rand_vec, stock._set_task_called = True, False, True
+    stock.seed(3)
+    stock.reset()  # draws a goal: cheaper than the 50 of MT1
+    data = {"rand_vec": stock._last_rand_vec, "env_cls": type(stock), "partially_observable": False}
+    touches, touching = [], fast.touching_object
+    fast.touching_object = lambda geom_id: touches.append(touching(geom_id)) or touches[-1]
+    for env in (stock, fast):
+        env.set_task(metaworld.Task(env_name=task, data=pickle.dumps(data)))
+    (obs, _), (fast_obs, _) = stock.reset(), fast.reset()
+    np.testing.assert_allclose(fast_obs, obs, rtol=0, atol=1e-14)
+    rng, policy = np.random.default_rng(0), ENV_POLICY_MAP[task]()
+    for _ in range(130):
+        action = expert_action(task, policy, obs, rng)
+        obs, reward, *ends, info = stock.step(action)
+        fast_obs, fast_reward, *fast_ends, fast_info = fast.step(action)
+        np.testing.assert_allclose(fast_obs, obs, rtol=0, atol=1e-14)
+        assert fast_reward == pytest.approx(reward, rel=0, abs=1e-14)
+        assert fast_ends == ends and fast_info["success"] == info["success"]
+        assert {k: float(v) for k, v in fast_info.items()} == pytest.approx({k: float(v) for k, v in info.items()}, abs=1e-13)
+    if task in GRASPS:  # else the comparison of contacts says nothing
+        assert True in touches and False in touches
+    stock.close()
+    fast.close()
+
+
+def test_fast_environment_leaves_the_package_alone():
+    stock = gipo.META_WORLD["pick-place-v3"]
+    fast = gipo.fast_meta_world("pick-place-v3")
+    assert issubclass(fast, stock) and fast is gipo.fast_meta_world("pick-place-v3")
+    assert fast._get_quat_objects is not stock._get_quat_objects
+    assert stock._get_quat_objects.__globals__["Rotation"] is Rotation
+
+
+# -------------------- evaluate --------------------
+class Expert:
+    """An agent for evaluate(): the scripted expert of the task that the one-hot names, remembering what it saw."""
+
+    obs_mean = torch.zeros(1)
+
+    def __init__(self, task):
+        self.task, self.seen = task, []
+
+    def get_action_and_logprob(self, obs, action=None, deterministic=False):
+        assert deterministic and obs.shape[0] == 1 and obs.dtype == torch.float32
+        self.seen.append(obs[0].numpy().copy())
+        task = gipo.MT10[int(obs[0, 39:].argmax())] if self.task == "MT10" else self.task
+        action = ENV_POLICY_MAP[task]().get_action(self.seen[-1][:39].astype(np.float64))
+        return torch.tensor(action, dtype=torch.float32).unsqueeze(0), None, None
+
+
+def test_evaluation_visits_the_first_goals_in_order_and_is_reproducible():
+    """The expert succeeds on every one of them; a longer evaluation starts with the same episodes."""
+    args = gipo.Args(env_id="reach-v3", seed=1)
+    expert, again = Expert("reach-v3"), Expert("reach-v3")
+    result, longer = gipo.evaluate(expert, args, 3), gipo.evaluate(again, args, 4)
+    assert result["episodes"] == 3 and len(expert.seen) == 1500
+    goals = [goal_of(task)[3:] for task in gipo.meta_world_goals("reach-v3", 1)]
+    np.testing.assert_allclose([obs[36:39] for obs in again.seen[::500]], goals[:4], atol=1e-6)
+    assert result["success_rate"] == longer["success_rate"] == 1.0
+    assert result["returns"] == longer["returns"][:3]
+    assert result["return_mean"] == pytest.approx(np.mean(result["returns"])) and result["return_mean"] > 3000
+    assert len(set(result["returns"])) == 3
+
+
+def test_evaluation_of_all_goals_visits_each_once(monkeypatch):
+    """All 50 goals, with the episodes cut short."""
+    original = gym.wrappers.TimeLimit
+    monkeypatch.setattr(gym.wrappers, "TimeLimit", lambda env, steps: original(env, 2))
+    expert = Expert("reach-v3")
+    assert gipo.evaluate(expert, gipo.Args(env_id="reach-v3", seed=1), 50)["episodes"] == 50
+    goals = [goal_of(task)[3:] for task in gipo.meta_world_goals("reach-v3", 1)]
+    np.testing.assert_allclose([obs[36:39] for obs in expert.seen[::2]], goals, atol=1e-6)
+
+
+def test_evaluation_without_skill_has_no_success():
+    idle = SimpleNamespace(obs_mean=torch.zeros(1), get_action_and_logprob=lambda obs, deterministic: (torch.zeros(1, 4),))
+    result = gipo.evaluate(idle, gipo.Args(env_id="button-press-topdown-v3"), 1)
+    assert result["success_rate"] == 0.0
+
+
+def test_evaluation_of_mt10_reports_every_task():
+    result = gipo.evaluate(Expert("MT10"), gipo.Args(env_id="MT10", num_envs=10, seed=1), 1)
+    assert result["episodes"] == 10
+    assert result["success_by_task"] == dict.fromkeys(gipo.MT10, 1.0)
+    assert result["success_rate"] == 1.0
+
+
+def test_evaluation_where_no_success_is_reported():
+    """Fixed reset seeds instead of goals: different starts, the same ones every time."""
+    seen = []
+
+    def get_action_and_logprob(obs, deterministic):
+        seen.append(tuple(obs[0].tolist()))
+        return torch.full((1, 1), 0.3), None, None
+
+    agent = SimpleNamespace(obs_mean=torch.zeros(1), get_action_and_logprob=get_action_and_logprob)
+    args = gipo.Args(env_id="Pendulum-v1")
+    results = [gipo.evaluate(agent, args, 2) for _ in range(2)]
+    assert results[0] == results[1] and results[0]["success_rate"] is None
+    assert len(seen) == 800 and seen[0] != seen[200] and seen[:400] == seen[400:]
+    stopped = gipo.evaluate(agent, args, 2, stop_signals=[signal.SIGTERM])
+    assert stopped["episodes"] == 0 and stopped["return_mean"] is None
+
+
+# -------------------- The rollout of main() --------------------
+@pytest.fixture
+def counting_env_id():
+    """Counting as a Gymnasium id, for as long as the test takes."""
+    gym.register("Counting-v0", entry_point=Counting, disable_env_checker=True)
+    yield "Counting-v0"
+    del gym.registry["Counting-v0"]
+
+
+@SCRIPTS
+def test_what_the_rollout_stores(script, counting_env_id, tmp_path):
+    """Three rollouts into a buffer of two, read back from the checkpoint: environment 1's episodes are one step longer.
+
+    next_obs is the episode's own last observation at a done row and the next row's observation elsewhere; a termination is
+    told from a truncation; actions are unclipped samples, rewards raw; the oldest segments are overwritten.
+    """
+    sizes = {"num_envs": 2, "num_steps": 16, "total_timesteps": 96, "buffer_size": 64, "minibatch_size": 32, "hidden_size": 16}
+    args = script.Args(env_id=counting_env_id, run_dir=str(tmp_path), updates_per_iteration=1, eval_episodes=0, **sizes)
+    script.main(dataclasses.replace(args, init_log_std=0.5))
+    (checkpoint,) = tmp_path.glob("*/checkpoint.pt")
+    replay = script.load_checkpoint(checkpoint)["replay"]
+    assert replay["dones"].shape == (16, 4)
+    np.testing.assert_array_equal(replay["versions"], np.broadcast_to([3.0, 3.0, 2.0, 2.0], (16, 4)))
+    for idx, length in ((0, 3), (1, 4)):
+        rows = {key: np.concatenate([value[:, 2 + idx].numpy(), value[:, idx].numpy()]) for key, value in replay.items()}
+        episode, step = rows["obs"].T
+        np.testing.assert_array_equal(16 + np.arange(32), (episode - 1) * length + step)  # no row is missing or doubled
+        np.testing.assert_array_equal(rows["next_obs"], np.stack([episode, step + 1], 1))
+        dones = step == length - 1
+        np.testing.assert_array_equal(rows["dones"], dones)
+        np.testing.assert_array_equal(rows["terminations"], dones & (episode % 2 == 0))
+        np.testing.assert_array_equal(rows["next_obs"][:-1][~dones[:-1]], rows["obs"][1:][~dones[:-1]])
+        actions = rows["actions"][:, 0]
+        assert np.abs(actions).max() > 1.0
+        np.testing.assert_allclose(rows["rewards"], 2.0 * np.clip(actions, -1, 1), rtol=1e-6)
+        assert np.isfinite(rows["logprobs"]).all()
