@@ -60,7 +60,11 @@ def test_only_the_algorithms_differ():
 
 
 def test_every_hunk_is_tagged():
-    untagged = [hunk for hunk in hunks() if not any("# GIPO:" in line for line in hunk)]
+    """The module docstrings say different things throughout, so they carry one tag together."""
+    docstring = ast.parse(PPO.read_text()).body[0]
+    assert "# GIPO:" in ast.get_docstring(ast.parse(GIPO.read_text()))
+    code_hunks = [hunk for hunk in hunks() if int(re.match(r"\d+", hunk[0])[0]) > docstring.end_lineno]
+    untagged = [hunk for hunk in code_hunks if not any("# GIPO:" in line for line in hunk)]
     assert not untagged, f"{len(untagged)} hunks without a `# GIPO:` line:\n\n" + "\n\n".join("\n".join(h) for h in untagged)
 
 
@@ -92,7 +96,7 @@ def test_no_project_module_is_imported(path):
 
 IMPORT = """
 import json, os, random, signal, sys, threading
-import numpy, torch
+import gymnasium, metaworld, numpy, torch, tyro  # what they do is theirs (gymnasium hides a pygame banner)
 def state():
     return {
         "environment": dict(os.environ),
