@@ -610,6 +610,8 @@ def saved_args(args, run_folder: Path):
     if not (run_folder / "args.json").exists():
         return args
     saved = json.loads((run_folder / "args.json").read_text())
+    if set(saved) != set(vars(args)):
+        raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
     for field in dataclasses.fields(args):
         given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
         if field.name not in own and given != field.default and given != saved[field.name]:
@@ -621,8 +623,10 @@ def saved_args(args, run_folder: Path):
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
     saved = load_checkpoint(Path(args.evaluate))
-    own = {name: getattr(args, name) for name in ("evaluate", "eval_episodes", "capture_video", "torch_threads")}
-    args = dataclasses.replace(type(args)(**saved["args"]), **own)
+    if not isinstance(saved, dict) or set(saved.get("args", ())) != set(vars(args)):
+        raise ValueError(f"--evaluate {args.evaluate} is no model of this script: give the model.pt or best_model.pt of a run")
+    own = {name: getattr(args, name) for name in ("eval_episodes", "capture_video", "torch_threads", "fast_env")}
+    args = dataclasses.replace(type(args)(**saved["args"]), **own, cuda=False, track=False)
     check_args(args)
     torch.set_num_threads(args.torch_threads)
     env = make_env(args, 0)()
@@ -971,3 +975,6 @@ if __name__ == "__main__":
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
