@@ -622,7 +622,10 @@ def main(args: Args) -> dict:
     elif run_folder.exists() and not args.overwrite:
         raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
     check_args(args)
-    probe_env = make_env(args, 0)()
+    try:
+        probe_env = make_env(args, 0)()
+    except Exception as error:  # another package is missing, a retired version, ...
+        raise ValueError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
     obs_space, action_space = probe_env.observation_space, probe_env.action_space
     if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
         raise ValueError(f"--env-id {args.env_id} has the action space {action_space}: choose one with a Box of shape (d,)")
