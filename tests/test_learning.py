@@ -6,13 +6,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import read_pt
+from conftest import read_pt, read_scalars
 
 REPLAY = {"num_steps": 16, "buffer_size": 2048, "minibatch_size": 128, "updates_per_iteration": 4}
 ON_POLICY = {"num_steps": 32, "buffer_size": 0, "minibatch_size": 64, "update_epochs": 4}
 METHODS = {  # name -> script, fields
     "gipo": ("gipo_continuous", REPLAY),
-    "gipo-bins-per-dim": ("gipo_continuous", {**REPLAY, "policy_head": "categorical", "ratio": "per-dim"}),
+    "gipo-bins-per-dim": (
+        "gipo_continuous",
+        {**REPLAY, "policy_head": "categorical", "ratio": "per-dim", "updates_per_iteration": 8},
+    ),
     "gipo-vtrace": ("gipo_continuous", {**REPLAY, "vtrace": True}),
     "gipo-stored": ("gipo_continuous", {**REPLAY, "buffer_size": 512, "recompute_advantages": False}),
     "gipo-sapo": ("gipo_continuous", {**REPLAY, "trust_weight": "sapo"}),
@@ -109,7 +112,6 @@ def train(method, run_dir, env_id, **fields):
 @ALL_METHODS
 def test_point_reaches_its_target(method, tmp_path):
     result, _ = train(method, tmp_path, "Point-v0", total_timesteps=20_000, gamma=0.9)
-    print("POINT", method, result["eval_return_mean"], result["eval_success_rate"])
     assert result["eval_return_mean"] > -6.0
     assert result["eval_success_rate"] > 0.8
 
@@ -117,24 +119,32 @@ def test_point_reaches_its_target(method, tmp_path):
 @ALL_METHODS
 def test_staying_beats_leaving_only_with_correct_masks(method, tmp_path):
     result, agent = train(method, tmp_path, "Exit-v0", total_timesteps=12_000, gamma=0.9, gae_lambda=0.9)
-    print("EXIT", method, result["eval_return_mean"], result["train_return_mean"], agent.get_value(torch.zeros(2)).item())
     assert result["eval_return_mean"] == 4.0
 
 
 @ALL_METHODS
-@pytest.mark.parametrize("env_id", ["Terminates-v0", "Truncates-v0"])
-def test_critic_tells_truncation_from_termination(method, env_id, tmp_path):
-    _, agent = train(method, tmp_path, env_id, total_timesteps=12_000, gamma=0.9, gae_lambda=0.9)
+def test_critic_knows_a_termination(method, tmp_path):
+    """No future value beyond it: the exact values of a reward of 1 for the steps that are left."""
+    _, agent = train(method, tmp_path, "Terminates-v0", total_timesteps=12_000, gamma=0.9, gae_lambda=0.9)
     times = torch.arange(10)
     values = agent.get_value((times / 5 - 1.0).unsqueeze(-1)).detach()
-    expected = (1 - 0.9 ** (10 - times)) / (1 - 0.9) if env_id == "Terminates-v0" else torch.full((10,), 10.0)
-    print("VALUE", method, env_id, (values - expected).abs().max().item(), values.tolist())
-    assert (values - expected).abs().max() < 1.0
+    assert (values - (1 - 0.9 ** (10 - times)) / (1 - 0.9)).abs().max() < 0.3
 
 
 @ALL_METHODS
-def test_policy_stays_where_it_is_once_rewards_are_constant(method, tmp_path):
-    _, agent = train(method, tmp_path, "Truncates-v0", total_timesteps=12_000, gamma=0.9)
-    means = agent.get_action_and_logprob(torch.linspace(-1.0, 1.0, 11).unsqueeze(-1), deterministic=True)[0]
-    print("DRIFT", method, means.abs().max().item(), getattr(agent, "actor_logstd", torch.zeros(1)).tolist())
-    assert means.abs().max() < 0.5
+def test_critic_looks_beyond_a_truncation(method, tmp_path):
+    """All values tend to 10, the last ones slowest, for they have no other value to lean on; taken as a termination: to 1."""
+    _, agent = train(method, tmp_path, "Truncates-v0", total_timesteps=12_000, gamma=0.9, gae_lambda=0.9)
+    values = agent.get_value((torch.arange(10) / 5 - 1.0).unsqueeze(-1)).detach()
+    assert values[-1] > 4.0 and 7.0 < values[0] < 10.5
+
+
+@pytest.mark.parametrize("method", ["gipo", "gipo-stored", "ppo-on-policy"])
+def test_noise_is_not_blown_up_once_rewards_are_constant(method, tmp_path):
+    """The critic predicts everything, so advantages are errors of rounding; divided by their own std they would be 1 again."""
+    grad_norm = {}
+    for floor in (0.1, 0.0):
+        run_dir = tmp_path / str(floor)
+        train(method, run_dir, "Terminates-v0", total_timesteps=12_000, gamma=0.9, adv_std_floor=floor)
+        grad_norm[floor] = np.mean([value for _, value in read_scalars(next(run_dir.iterdir()))["losses/grad_norm"][-10:]])
+    assert grad_norm[0.1] < 0.5 * grad_norm[0.0], grad_norm
