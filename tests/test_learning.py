@@ -118,7 +118,7 @@ def test_point_reaches_its_target(method, tmp_path):
 
 @ALL_METHODS
 def test_staying_beats_leaving_only_with_correct_masks(method, tmp_path):
-    result, agent = train(method, tmp_path, "Exit-v0", total_timesteps=12_000, gamma=0.9, gae_lambda=0.9)
+    result, _ = train(method, tmp_path, "Exit-v0", total_timesteps=12_000, gamma=0.9, gae_lambda=0.9)
     assert result["eval_return_mean"] == 4.0
 
 

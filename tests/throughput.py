@@ -1,9 +1,9 @@
 """Measure training speed against the stock environment, and where the time goes.
 
-    taskset -c 0 python tests/throughput.py     # on one core
+    taskset -c 0 python tests/throughput.py --output results/throughput.json     # on one core
 
-Prints JSON; --output FILE also writes it. Everything is timed in one process, the stock environment before and after the
-training run, so that ratios hold on a noisy machine.
+Prints JSON; --output FILE also appends it to the list in that file. Everything is timed in one process, the stock environment
+before and after the training run, so that ratios hold on a noisy machine.
 """
 
 import dataclasses
@@ -37,12 +37,14 @@ class Args:
     """length of the training run"""
     buffer_size: int = 20_000
     """replay buffer in environment steps"""
+    updates_per_iteration: int = 10
+    """updates of 512 samples per 512 environment steps"""
     fast_env: bool = True
     """the rewritten helper functions of Meta-World"""
     async_envs: bool = False
     """environments in processes"""
     output: str | None = None
-    """JSON file to write"""
+    """JSON file to extend"""
 
 
 def stock_steps_per_second(env_id: str, steps: int = 2000) -> float:
@@ -94,17 +96,20 @@ def measure(args: Args, env_id: str) -> dict:
             num_steps=64,
             buffer_size=args.buffer_size,
             minibatch_size=512,
-            updates_per_iteration=10,
+            updates_per_iteration=args.updates_per_iteration,
             hidden_size=256,
             eval_episodes=0,
             fast_env=args.fast_env,
             async_envs=args.async_envs,
         )
         result = script.main(run_args)
+        (checkpoint,) = Path(run_dir).glob("*/checkpoint.pt")
+        update_seconds = script.load_checkpoint(checkpoint)["seconds"]["update"]
     for (owner, name, _), original in zip(places, originals, strict=True):
         setattr(owner, name, original)
     stock = (before + stock_steps_per_second(env_id)) / 2
     training = result["total_timesteps"] / result["sps"]
+    updates = result["total_timesteps"] // 512 * args.updates_per_iteration
     shares = {key: value / training for key, value in seconds.items()}
     return {
         "env_id": env_id,
@@ -113,7 +118,9 @@ def measure(args: Args, env_id: str) -> dict:
         "training_steps_per_second": round(result["sps"]),
         "ratio": round(result["sps"] / stock, 3),
         "shares": {key: round(value, 3) for key, value in shares.items()} | {"other": round(1 - sum(shares.values()), 3)},
+        "milliseconds_per_update": round(1000 * update_seconds / updates, 2),
         "peak_memory_mb": round(result["peak_memory_mb"]),
+        "command": "tests/throughput.py " + " ".join(sys.argv[1:]),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
         "versions": result["versions"],
     }
@@ -125,4 +132,7 @@ if __name__ == "__main__":
     results = [measure(args, env_id) for env_id in args.env_ids]
     print(json.dumps(results, indent=2))
     if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+        path = Path(args.output)
+        path.parent.mkdir(exist_ok=True)
+        earlier = json.loads(path.read_text()) if path.exists() else []
+        path.write_text(json.dumps(earlier + results, indent=2) + "\n")
