@@ -88,7 +88,8 @@ class Args:
     num_envs: int = 8
     """N: parallel environments (MT10: a multiple of 10)"""
     async_envs: bool = False
-    """one process per environment instead of stepping them in turn: pays with idle cores and slow environments only"""
+    """one process per environment: for slow environments on many cores; on 2 cores reach-v3 runs at 0.89 and pick-place-v3 at
+    0.96 of the speed of stepping them in turn"""
     fast_env: bool = True
     """Meta-World's slow helper functions rewritten, equal to 1e-15; --no-fast-env steps the stock package"""
     reward_scale: float = 0.01
