@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# Side-by-side benchmark: GIPO, PPO and the published baselines on Meta-World, many runs at a time, resumable.
+#
+#   ./benchmark.sh quick        PPO and GIPO, 2 tasks, 2 seeds; then the tables and plots (about 10 minutes on 2 cores)
+#   ./benchmark.sh main         the ten tasks of MT10, five seeds, all methods in the regimes fresh, stale and very-stale
+#   ./benchmark.sh sweep        GIPO's sigma x sigma-neg-ratio x buffer size
+#   ./benchmark.sh throughput   steps per second against the stock environment, and where the time goes
+#
+# Options: --tasks "a b"  --seeds "1 2"  --methods "ppo gipo"  --regimes "fresh stale"  --steps N  --workers N  --dry-run  --slurm
+#
+# A run that is finished (a JSON with equal arguments and algorithm version in results/ or in its run folder) is skipped, an
+# interrupted one resumed. Several invocations may run at once: none starts a run that another one has. Exit code 1 if a run failed.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+TEN="reach-v3 push-v3 pick-place-v3 door-open-v3 drawer-open-v3 drawer-close-v3 button-press-topdown-v3"
+TEN+=" peg-insert-side-v3 window-open-v3 window-close-v3"
+GRID="gipo-0.2-0.5 gipo-0.2-1.0 gipo-0.5-0.5 gipo-0.5-1.0 gipo-1.0-0.5 gipo-1.0-1.0" # sigma, sigma-neg-ratio
+
+die() { echo "error: $1" >&2; exit 2; }
+
+suite="${1:-}"
+case "$suite" in
+    quick) tasks="reach-v3 button-press-topdown-v3" seeds="1 2" methods="ppo gipo" regimes="stale" steps=200000 ;;
+    main) tasks="$TEN" seeds="1 2 3 4 5" methods="ppo ppo-clip gipo sapo none $GRID" regimes="fresh stale very-stale" steps=300000 ;;
+    sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh stale very-stale" steps=300000 ;;
+    throughput) ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep or throughput"; exit 0 ;;
+esac
+shift
+workers=$(env -u OMP_NUM_THREADS nproc) dry_run="" slurm=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --tasks | --seeds | --methods | --regimes | --steps | --workers)
+            [ $# -ge 2 ] || die "$1 needs a value"
+            declare "${1#--}=$2" && shift 2 ;;
+        --dry-run) dry_run=1 && shift ;;
+        --slurm) slurm=1 && shift ;;
+        *) die "unknown option $1: see ./benchmark.sh" ;;
+    esac
+done
+python="${PYTHON:-.venv/bin/python}"
+[ -x "$(command -v "$python")" ] || die "$python not found: set up the environment as the README says, or set PYTHON"
+if [ "$suite" = throughput ]; then
+    run=(taskset -c 0 "$python" tests/throughput.py --env-ids ${tasks:-reach-v3 pick-place-v3} --total-timesteps "${steps:-60000}")
+    if [ -n "$dry_run" ]; then echo "${run[*]}"; else "${run[@]}"; fi
+    exit
+fi
+
+# -------------------- The matrix --------------------
+script_of() { # method, regime -> script and flags
+    local buffer rest
+    case $2 in
+        fresh) buffer=0 ;; stale) buffer=20000 ;; very-stale) buffer=100000 ;; on-policy) buffer=0 ;;
+        *) die "--regimes: unknown regime '$2', choose from fresh stale very-stale" ;;
+    esac
+    case $1 in
+        ppo) echo "ppo_baseline.py" ;; # textbook: its own defaults
+        ppo-clip) # the updates of GIPO: 10 of 512 steps per 512 new steps
+            rest="--buffer-size $buffer --num-steps 64 --minibatch-size 512"
+            echo "ppo_baseline.py $rest --$([ "$2" = fresh ] && echo update-epochs || echo updates-per-iteration) 10" ;;
+        sapo | none) echo "gipo_continuous.py --buffer-size $buffer --trust-weight $1" ;;
+        gipo) echo "gipo_continuous.py --buffer-size $buffer" ;;
+        gipo-*-*)
+            rest=${1#gipo-}
+            echo "gipo_continuous.py --buffer-size $buffer --sigma ${rest%-*} --sigma-neg-ratio ${rest#*-}" ;;
+        *) die "--methods: unknown method '$1', choose from ppo ppo-clip sapo none gipo gipo-SIGMA-NEGRATIO" ;;
+    esac
+}
+
+run_dir="runs/benchmark-$steps"
+commands=""
+for seed in $seeds; do # seeds outside: every cell has a first number early
+    for method in $methods; do
+        for regime in $([ "$method" = ppo ] && echo on-policy || echo "$regimes"); do
+            script=$(script_of "$method" "$regime")
+            for task in $tasks; do
+                commands+="$python $script --env-id $task --seed $seed --exp-name ${method}_$regime --total-timesteps $steps"
+                commands+=" --run-dir $run_dir --eval-every 0"$'\n'
+            done
+        done
+    done
+done
+total=$(printf %s "$commands" | wc -l)
+pending=$(printf %s "$commands" | "$python" report.py --pending)
+left=$(printf %s "${pending:+$pending$'\n'}" | wc -l)
+
+if [ -n "$dry_run" ]; then
+    printf '%s\n' "$pending"
+    echo "# $left of $total runs are left" >&2
+    exit
+fi
+mkdir -p "$run_dir"
+
+# -------------------- Running it --------------------
+run() { # one command, unless another invocation has it; a run that was begun is resumed
+    local task seed name folder resume="" code=0
+    task=$(sed 's/.*--env-id \([^ ]*\).*/\1/' <<<"$1") seed=$(sed 's/.*--seed \([^ ]*\).*/\1/' <<<"$1")
+    name=$(sed 's/.*--exp-name \([^ ]*\).*/\1/' <<<"$1")
+    folder="$run_dir/${task}__${name}__$seed"
+    exec 9>"$folder.lock"
+    if ! flock -n 9; then
+        echo "$folder: another invocation has it"
+        return
+    fi
+    [ ! -d "$folder" ] || resume="--resume"
+    OMP_NUM_THREADS=1 $1 $resume >>"$folder.log" 2>&1 || code=$?
+    [ $code -eq 0 ] || echo "$folder.log (exit code $code)" >>"$failures"
+    echo >>"$finished"
+    local count now elapsed seconds_left
+    count=$(wc -l <"$finished") now=$(date +%s)
+    elapsed=$((now - start)) seconds_left=$(((now - start) * (left - count) / count))
+    printf '%d of %d runs  %dm%02ds  left %dm%02ds  %s %s\n' "$count" "$left" $((elapsed / 60)) $((elapsed % 60)) \
+        $((seconds_left / 60)) $((seconds_left % 60)) "$folder" "$([ $code -eq 0 ] || echo FAILED)"
+}
+
+if [ -n "$slurm" ]; then
+    printf '%s\n' "$pending" >"$run_dir/commands.txt"
+    cat >"$run_dir/array.sbatch" <<SBATCH
+#!/bin/bash
+#SBATCH --job-name=gipo-benchmark
+#SBATCH --array=1-$left
+#SBATCH --cpus-per-task=1
+#SBATCH --mem=2G
+#SBATCH --time=04:00:00
+#SBATCH --output=$run_dir/slurm-%a.out
+cd "$PWD"
+run_dir=$run_dir left=1 failures=/dev/stdout finished=\$(mktemp) start=\$(date +%s)
+$(declare -f run)
+run "\$(sed -n "\${SLURM_ARRAY_TASK_ID}p" $run_dir/commands.txt)"
+SBATCH
+    echo "sbatch $run_dir/array.sbatch     # $left runs; afterwards: $python report.py"
+    exit
+fi
+
+start=$(date +%s) finished=$(mktemp) failures=$(mktemp)
+trap 'rm -f "$finished" "$failures"' EXIT
+export -f run
+export run_dir start finished failures left
+echo "$left of $total runs are left, $workers at a time, in $run_dir"
+[ "$left" -eq 0 ] || printf '%s\n' "$pending" | xargs -d '\n' -n 1 -P "$workers" bash -c 'run "$0"'
+if [ -s "$failures" ]; then
+    echo "$(wc -l <"$failures") runs failed:" >&2
+    cat "$failures" >&2
+fi
+"$python" report.py
+[ ! -s "$failures" ]

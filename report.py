@@ -1,0 +1,398 @@
+"""Benchmark runs -> results/: one small JSON per run, tables, plots, and the results block of the README.
+
+    python report.py              # after ./benchmark.sh; also from the committed JSON files alone
+
+Statistics as recommended in arXiv 2108.13264: interquartile mean over all runs of a cell, 95 % intervals by a bootstrap that
+resamples seeds within each task, probability of improvement by task.
+"""
+
+import collections
+import functools
+import importlib
+import itertools
+import json
+import platform
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import tyro
+
+ROOT = Path(__file__).resolve().parent
+REGIMES = ("on-policy", "fresh", "stale", "very-stale")
+GRID_POINTS = 30
+CURVES = {  # name in the JSON -> TensorBoard tag
+    "return": "charts/episodic_return",
+    "success": "charts/episodic_success",
+    "utilization": "gipo/utilization",
+    "effective_sample_size": "gipo/effective_sample_size",
+    "logratio_std": "gipo/logratio_std",
+    "policy_lag": "gipo/policy_lag",
+}
+# Arguments that name the run or its machine, not its outcome.
+NOT_OUTCOME = set("run_dir resume overwrite evaluate eval_every checkpoint_every capture_video track wandb_project".split())
+NOT_OUTCOME |= {"torch_threads", "async_envs", "fast_env"}
+PAPER_METHODS = ["ppo-clip", "sapo", *(f"gipo-{sigma}-{ratio}" for sigma in (0.2, 0.5, "1.0") for ratio in (0.5, "1.0"))]
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito, 2008
+
+
+@dataclass
+class Args:
+    runs: str = "runs"
+    """folder with the benchmark-* folders of benchmark.sh"""
+    results: str = "results"
+    """folder of the JSON files, tables and plots"""
+    readme: str = "README.md"
+    """file whose block between the two `benchmark` comments is replaced"""
+    pending: bool = False
+    """read commands from the standard input and print those whose run is not finished; do nothing else"""
+    check: bool = False
+    """write nothing; exit code 1 if the tables or the README block are not what the JSON files give"""
+
+
+# -------------------- Finished runs --------------------
+def outcome_args(args: dict) -> dict:
+    """The arguments that decide a run's outcome."""
+    return {key: value for key, value in args.items() if key not in NOT_OUTCOME}
+
+
+def stored_runs(args: Args) -> list[dict]:
+    """Every result: files collected in results/, then run folders that are not collected yet."""
+    paths = [*Path(args.results).glob("runs/*/*.json"), *Path(args.runs).glob("benchmark-*/*/result.json")]
+    return [json.loads(path.read_text()) for path in sorted(paths)]
+
+
+def pending(commands: list[str], args: Args) -> list[str]:
+    """Those commands without a result of equal arguments and algorithm version. ValueError if a folder holds another run."""
+    done = {json.dumps([r["versions"]["algorithm"], outcome_args(r["args"])], sort_keys=True) for r in stored_runs(args)}
+    left = []
+    for command in commands:
+        _, script, *flags = shlex.split(command)
+        module = importlib.import_module(script.removesuffix(".py"))
+        run_args = vars(tyro.cli(module.Args, args=flags))
+        if script == "ppo_baseline.py" and run_args["buffer_size"] < 2 * run_args["num_envs"] * run_args["num_steps"]:
+            run_args["recompute_advantages"] = False  # as the script does on-policy
+        if json.dumps([module.ALGORITHM_VERSION, outcome_args(run_args)], sort_keys=True) not in done:
+            left.append(command)
+            folder = Path(run_args["run_dir"]) / "{env_id}__{exp_name}__{seed}".format(**run_args)
+            path = folder / "args.json"
+            if path.exists() and outcome_args(json.loads(path.read_text())) != outcome_args(run_args):
+                raise ValueError(f"{folder} holds a run with other arguments: move it away")
+    return left
+
+
+def on_grid(points: list[tuple[int, float]], total: int) -> list[float | None]:
+    """Means of a curve's points over GRID_POINTS equal stretches of the run; None where there is no point."""
+    edges = np.linspace(0, total, GRID_POINTS + 1)
+    steps, values = np.array([step for step, _ in points]), np.array([value for _, value in points])
+    stretches = [values[(steps > low) & (steps <= high)] for low, high in itertools.pairwise(edges)]
+    return [round(float(stretch.mean()), 4) if len(stretch) else None for stretch in stretches]
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def collect(args: Args) -> None:
+    """Write results/runs/<steps>/<run>.json for every finished run folder that has none."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for path in sorted(Path(args.runs).glob("benchmark-*/*/result.json")):
+        result = json.loads(path.read_text())
+        file = Path(args.results) / "runs" / str(result["args"]["total_timesteps"]) / f"{path.parent.name}.json"
+        if file.exists():
+            continue
+        events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
+        tags, total = events.Tags()["scalars"], result["total_timesteps"]
+        result["curves"] = {
+            name: on_grid([(event.step, event.value) for event in events.Scalars(tag)] if tag in tags else [], total)
+            for name, tag in CURVES.items()
+        }
+        result["curves"]["steps"] = np.linspace(0, total, GRID_POINTS + 1)[1:].round().astype(int).tolist()
+        result["machine"] = cpu_name()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result) + "\n")
+
+
+# -------------------- Statistics --------------------
+def interquartile_mean(scores) -> float:
+    """Mean of the middle half of all scores (25 % cut from either side, in whole scores)."""
+    return float(scipy.stats.trim_mean(np.concatenate([np.ravel(s) for s in scores]), 0.25))
+
+
+def bootstrap_interval(scores: list[np.ndarray], statistic, repetitions: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of `statistic(scores)`; every task's seeds are resampled within the task."""
+    rng = np.random.default_rng(seed)
+    draws = [statistic([task[rng.integers(0, len(task), len(task))] for task in scores]) for _ in range(repetitions)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def probability_of_improvement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """P(a run of ours beats a run of theirs on the same task), ties counted half, averaged over the tasks."""
+    wins = [(x[:, None] > y[None]).mean() + 0.5 * (x[:, None] == y[None]).mean() for x, y in zip(ours, theirs, strict=True)]
+    return float(np.mean(wins))
+
+
+def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the probability of improvement, both sides resampled."""
+    pairs = [*ours, *theirs]
+    return bootstrap_interval(pairs, lambda s: probability_of_improvement(s[: len(ours)], s[len(ours) :]), repetitions)
+
+
+def area_under_curve(run: dict, name: str) -> float:
+    """Mean of a training curve over the run: its area, in units of the curve. Stretches before the first episode count 0."""
+    return float(np.mean([value or 0.0 for value in run["curves"][name]]))
+
+
+def paper_scores(runs: list[dict], methods: list[str]) -> dict[str, list[np.ndarray]]:
+    """The paper's score: final training return, min-max normalised per task by the methods' means; {method: [task arrays]}."""
+    by_cell = collections.defaultdict(list)
+    for run in runs:
+        by_cell[run["method"], run["env_id"]].append(run["train_return_mean"])
+    scores = {method: [] for method in methods}
+    for task in sorted({run["env_id"] for run in runs}):
+        means = [np.mean(by_cell[method, task]) for method in methods]
+        for method in methods:
+            scores[method].append((np.array(by_cell[method, task]) - min(means)) / max(max(means) - min(means), 1e-12))
+    return scores
+
+
+# -------------------- Tables --------------------
+def label(run: dict) -> dict:
+    """Add method and regime, which the benchmark writes into --exp-name as METHOD_REGIME."""
+    method, regime = run["exp_name"].rsplit("_", 1)
+    return run | {"method": method, "regime": regime}
+
+
+def cells(runs: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
+    """{(regime, method): {task: runs}}, in a fixed order."""
+    result = collections.defaultdict(lambda: collections.defaultdict(list))
+    methods = sorted({run["method"] for run in runs}, key=lambda m: (not m.startswith("ppo"), m not in ("sapo", "none"), m))
+    for regime in REGIMES:
+        for method in methods:
+            for run in sorted(runs, key=lambda r: (r["env_id"], r["seed"])):
+                if (run["regime"], run["method"]) == (regime, method):
+                    result[regime, method][run["env_id"]].append(run)
+    return result
+
+
+def values(tasks: dict[str, list[dict]], names: list[str], key) -> list[np.ndarray]:
+    """One array per task of `key(run)`."""
+    return [np.array([key(run) for run in tasks[name]], dtype=float) for name in names]
+
+
+def span(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def aggregate_table(runs: list[dict]) -> str:
+    """One row per method and regime: IQM of the success rate, probability of improvement over PPO, areas, return."""
+    rows = ["| regime | method | runs | success, IQM | P(better than PPO) | area under success | area under return |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    table = cells(runs)
+    success = lambda run: run["eval_success_rate"]  # noqa: E731
+    baseline = table.get(("on-policy", "ppo"), {})
+    for (regime, method), tasks in table.items():
+        names = sorted(tasks)
+        scores = values(tasks, names, success)
+        shared = [name for name in names if name in baseline]
+        better = "-"
+        if method != "ppo" and shared:
+            # Return breaks ties of success, so that two failures or two full scores are still compared.
+            rank = lambda run: run["eval_success_rate"] * 1e6 + run["eval_return_mean"]  # noqa: E731
+            pair = values(tasks, shared, rank), values(baseline, shared, rank)
+            better = span(probability_of_improvement(*pair), improvement_interval(*pair))
+        area_success, area_return = (
+            interquartile_mean(values(tasks, names, functools.partial(area_under_curve, name=name)))
+            for name in ("success", "return")
+        )
+        count = sum(len(task) for task in scores)
+        row = [regime, method, count, span(interquartile_mean(scores), bootstrap_interval(scores, interquartile_mean)), better]
+        rows.append("| " + " | ".join(map(str, [*row, f"{area_success:.2f}", f"{area_return:,.0f}"])) + " |")
+    return "\n".join(rows)
+
+
+def task_table(runs: list[dict]) -> str:
+    """One row per task, one column per method and regime: mean success (mean return), over the seeds."""
+    table = cells(runs)
+    names = sorted({run["env_id"] for run in runs})
+    rows = ["| task | " + " | ".join(f"{method}, {regime}" for regime, method in table) + " |"]
+    rows.append("|---" * (len(table) + 1) + "|")
+    for name in names:
+        row = [name.removesuffix("-v3")]
+        for tasks in table.values():
+            found = tasks.get(name, [])
+            success, score = (np.mean([r[f"eval_{key}"] for r in found] or [0]) for key in ("success_rate", "return_mean"))
+            row.append(f"{success:.0%} ({score:,.0f})" if found else "-")
+        rows.append("| " + " | ".join(row) + " |")
+    return "\n".join(rows)
+
+
+def paper_table(runs: list[dict]) -> str:
+    """The paper's normalised score, for every regime in which its eight methods ran on the same tasks; otherwise empty."""
+    rows = []
+    for regime in REGIMES:
+        table = {method: tasks for (r, method), tasks in cells(runs).items() if r == regime}
+        names = [set(table.get(method, ())) for method in PAPER_METHODS]
+        if all(names) and all(name == names[0] for name in names):
+            subset = [run for run in runs if run["regime"] == regime and run["method"] in PAPER_METHODS]
+            for method, scores in paper_scores(subset, PAPER_METHODS).items():
+                interval = bootstrap_interval(scores, interquartile_mean)
+                rows.append(f"| {regime} | {method} | {span(interquartile_mean(scores), interval)} |")
+    return "\n".join(["| regime | method | paper's score, IQM |", "|---|---|---|", *rows]) if rows else ""
+
+
+# -------------------- Plots --------------------
+def style(method: str, methods: list[str]) -> dict:
+    return {"color": COLORS[methods.index(method) % len(COLORS)], "label": method}
+
+
+def plot_curves(runs: list[dict], path: Path) -> None:
+    """Training success per task: mean over the seeds, band from the worst to the best seed."""
+    import matplotlib.pyplot as plt
+
+    table, names = cells(runs), sorted({run["env_id"] for run in runs})
+    series = list(table)
+    labels = [f"{method}, {regime}" for regime, method in series]
+    columns = min(len(names), 5)
+    rows = -(-len(names) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.1 * rows + 0.5))
+    for axis, name in zip(np.ravel(axes), names, strict=False):
+        for key, text in zip(series, labels, strict=True):
+            found = table[key].get(name, [])
+            if found:
+                curves = np.array([[v or 0.0 for v in run["curves"]["success"]] for run in found])
+                steps = np.array(found[0]["curves"]["steps"]) / 1000
+                line = {**style(text, labels), "linewidth": 1.3}
+                axis.plot(steps, curves.mean(0), **line)
+                axis.fill_between(steps, curves.min(0), curves.max(0), color=line["color"], alpha=0.15, linewidth=0)
+        axis.set_title(name.removesuffix("-v3"), fontsize=9)
+        axis.set_ylim(-0.03, 1.03)
+        axis.tick_params(labelsize=7)
+    for axis in np.ravel(axes)[len(names) :]:
+        axis.axis("off")
+    fig.supxlabel("thousand environment steps", fontsize=9)
+    fig.supylabel("success in training", fontsize=9)
+    fig.legend(*np.ravel(axes)[0].get_legend_handles_labels(), loc="upper center", ncols=min(len(labels), 4), fontsize=8)
+    fig.tight_layout(rect=(0, 0, 1, 1 - 0.25 / fig.get_figheight() * -(-len(labels) // 4) - 0.02))
+    save(fig, path)
+
+
+def plot_against_buffer(runs: list[dict], panels: dict, path: Path) -> None:
+    """One panel per quantity: interquartile mean of each method against its buffer size, on-policy PPO as a line."""
+    import matplotlib.pyplot as plt
+
+    table = cells(runs)
+    methods = list(dict.fromkeys(method for _, method in table if method != "ppo"))
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.0), squeeze=False)
+    for axis, (title, key) in zip(axes[0], panels.items(), strict=True):
+        if ("on-policy", "ppo") in table:
+            tasks = table["on-policy", "ppo"]
+            level = interquartile_mean(values(tasks, sorted(tasks), key))
+            axis.axhline(level, color="#555555", linestyle="--", linewidth=1, label="ppo, on-policy")
+        for method in methods:
+            points = []
+            for regime in REGIMES[1:]:
+                tasks = table.get((regime, method))
+                if tasks:
+                    scores = values(tasks, sorted(tasks), key)
+                    args = next(iter(tasks.values()))[0]["args"]
+                    size = max(args["buffer_size"], args["num_envs"] * args["num_steps"])
+                    points.append((size, interquartile_mean(scores), *bootstrap_interval(scores, interquartile_mean, 500)))
+            sizes, middles, lows, highs = np.array(points).T
+            errors = np.maximum([middles - lows, highs - middles], 0)
+            axis.errorbar(sizes, middles, errors, marker="o", capsize=2, linewidth=1.3, markersize=4, **style(method, methods))
+        axis.set_xscale("log")
+        axis.set_xlabel("replay buffer, environment steps", fontsize=9)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+    axes[0][0].legend(fontsize=8)
+    fig.tight_layout()
+    save(fig, path)
+
+
+def save(fig, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    fig.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(fig)
+
+
+# -------------------- Report --------------------
+def write_report(args: Args) -> list[str]:
+    """Tables, plots and the README block from the collected JSON files; the names of files whose text has changed."""
+    results, changed = Path(args.results), []
+    groups = collections.defaultdict(list)
+    for path in sorted(results.glob("runs/*/*.json")):
+        run = json.loads(path.read_text())
+        groups[int(path.parent.name), run["versions"]["algorithm"]].append(label(run))
+
+    def write(path: Path, text: str) -> None:
+        if not path.exists() or path.read_text() != text:
+            changed.append(str(path))
+            if not args.check:
+                path.write_text(text)
+
+    readme_block = ""
+    for (steps, version), runs in sorted(groups.items()):
+        name = f"{steps}-v{version}"
+        seeds, tasks = len({run["seed"] for run in runs}), len({run["env_id"] for run in runs})
+        heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
+        machines = "; ".join(sorted({run["machine"] for run in runs}))
+        parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py."]
+        parts += [aggregate_table(runs), "Mean success of the deterministic policy on the 50 training goals (mean return):"]
+        parts += [task_table(runs), paper_table(runs)]
+        write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
+        if not args.check:
+            plot_curves(runs, results / f"curves-{name}.png")
+            replayed = [run for run in runs if run["regime"] != "on-policy"]
+            if replayed:
+                plot_against_buffer(
+                    runs,
+                    {"success rate": lambda r: r["eval_success_rate"], "return": lambda r: r["eval_return_mean"]},
+                    results / f"buffer-{name}.png",
+                )
+                plot_against_buffer(
+                    replayed,
+                    {
+                        title: lambda r, key=key: np.mean([v for v in r["curves"][key] if v is not None])
+                        for title, key in (("utilization", "utilization"), ("effective sample size", "effective_sample_size"))
+                    },
+                    results / f"staleness-{name}.png",
+                )
+        readme_block = f"{heading}\n\n{aggregate_table(runs)}\n\n![success in training](results/curves-{name}.png)\n"
+    readme = Path(args.readme)
+    if readme.exists() and readme_block:
+        text = readme.read_text()
+        pattern = re.compile(r"(<!-- benchmark -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+        write(readme, pattern.sub(lambda match: match[1] + readme_block + match[2], text))
+    return changed
+
+
+def main(args: Args) -> None:
+    if args.pending:
+        try:
+            print("\n".join(pending(sys.stdin.read().splitlines(), args)))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        return
+    if not args.check:
+        collect(args)
+    changed = write_report(args)
+    if args.check and changed:
+        sys.exit("not current: " + ", ".join(changed) + "; run python report.py")
+    print("\n".join(["report written:", *changed]) if changed else "report is current")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,183 @@
+"""report.py and benchmark.sh: statistics against hand-computed cases, what counts as finished, failures and resuming."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, read_json
+
+import report
+
+PYTHON = {**os.environ, "PYTHON": sys.executable}
+
+
+# -------------------- Statistics --------------------
+def test_interquartile_mean():
+    assert report.interquartile_mean([np.array([0.0, 1.0]), np.array([5.0, 100.0])]) == 3.0  # of 0 1 5 100: 1 and 5
+    assert report.interquartile_mean([np.arange(8.0)]) == 3.5
+    assert report.interquartile_mean([np.array([2.0, 4.0, 9.0])]) == 5.0  # a quarter of 3 is less than one score
+
+
+def test_probability_of_improvement():
+    ours, theirs = [np.array([1.0, 2.0]), np.array([0.0])], [np.array([1.0, 0.0]), np.array([3.0])]
+    # First task: 1 > 1 is a tie, 1 > 0, 2 > 1, 2 > 0, so 3.5 of 4. Second task: 0.
+    assert report.probability_of_improvement(ours, theirs) == pytest.approx((3.5 / 4 + 0) / 2)
+    assert report.probability_of_improvement(theirs, ours) == pytest.approx(1 - (3.5 / 4 + 0) / 2)
+
+
+def test_bootstrap_is_stratified_by_task():
+    """Tasks that differ, but whose seeds are equal, have no uncertainty: seeds never move between tasks."""
+    scores = [np.zeros(5), np.ones(5)]
+    assert report.bootstrap_interval(scores, lambda s: float(np.concatenate(s).mean())) == (0.5, 0.5)
+
+
+def test_bootstrap_interval_of_a_mean():
+    """Against the exact percentiles of the mean of two draws from {0, 1}: 0, 0.5, 1 with probabilities 1/4, 1/2, 1/4."""
+    assert report.bootstrap_interval([np.array([0.0, 1.0])], lambda s: float(s[0].mean())) == (0.0, 1.0)
+    many = np.array([0.0, 1.0] * 200)  # normal approximation: 0.5 +- 1.96 * 0.5 / sqrt(400)
+    low, high = report.bootstrap_interval([many], lambda s: float(s[0].mean()))
+    assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
+
+
+def test_paper_score():
+    """Min and max of the method means, per task: task x has means 10 and 20, task y 100 and 300."""
+    runs = [
+        {"method": m, "env_id": t, "train_return_mean": v}
+        for m, t, v in [("a", "x", 10), ("b", "x", 15), ("b", "x", 25), ("a", "y", 300), ("b", "y", 100)]
+    ]
+    scores = report.paper_scores(runs, ["a", "b"])
+    assert [list(task) for task in scores["a"]] == [[0.0], [1.0]]
+    assert [list(task) for task in scores["b"]] == [[0.5, 1.5], [0.0]]
+
+
+def test_grid_means():
+    points = [(5, 1.0), (10, 3.0), (11, 5.0), (300, 7.0)]  # 30 stretches of 10 steps: (0, 10], (10, 20], ...
+    grid = report.on_grid(points, 300)
+    assert grid[:3] == [2.0, 5.0, None] and grid[-1] == 7.0 and len(grid) == 30
+    assert report.area_under_curve({"curves": {"success": grid}}, "success") == pytest.approx((2 + 5 + 7) / 30)
+
+
+# -------------------- benchmark.sh --------------------
+def benchmark(*flags, cwd=ROOT, **environment):
+    command = ["./benchmark.sh", *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**PYTHON, **environment}, timeout=600)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The files that the benchmark needs, in a folder of their own."""
+    for file in ("benchmark.sh", "report.py", "gipo_continuous.py", "ppo_baseline.py", "README.md"):
+        shutil.copy(ROOT / file, tmp_path)
+    return tmp_path
+
+
+SMALL = ["--tasks", "reach-v3", "--seeds", "1", "--methods", "gipo ppo", "--regimes", "fresh", "--steps", "512"]
+
+
+def test_dry_run_prints_exact_commands(checkout):
+    process = benchmark("main", "--dry-run", cwd=checkout)
+    commands = process.stdout.splitlines()
+    # 10 tasks x 5 seeds: PPO on-policy once, eight other methods with three regimes and the two missing sigmas.
+    assert process.returncode == 0 and len(commands) == len(set(commands)) == 10 * 5 * (1 + 10 * 3)
+    assert all("--total-timesteps 300000" in command for command in commands)
+    (stale,) = (c for c in commands if "reach-v3 --seed 2 --exp-name ppo-clip_stale" in c)
+    assert "ppo_baseline.py --buffer-size 20000 --num-steps 64 --minibatch-size 512 --updates-per-iteration 10" in stale
+    (sigma,) = (c for c in commands if "reach-v3 --seed 2 --exp-name gipo-0.2-0.5_very-stale" in c)
+    assert "gipo_continuous.py --buffer-size 100000 --sigma 0.2 --sigma-neg-ratio 0.5" in sigma
+    assert not (checkout / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["all"], "suite"),
+        (["quick", "--method", "gipo"], "--method"),
+        (["quick", "--methods", "dqn"], "dqn"),
+        (["quick", "--regimes", "old"], "old"),
+        (["quick", "--seeds"], "--seeds"),
+    ],
+)
+def test_bad_options(flags, named):
+    process = benchmark(*flags)
+    assert process.returncode == 2 and named in process.stderr and "error: " in process.stderr
+
+
+def test_runs_skips_resumes_and_reports(checkout):
+    process = benchmark("quick", *SMALL, cwd=checkout)
+    assert process.returncode == 0, process.stdout + process.stderr
+    folders = [checkout / "runs" / "benchmark-512" / f"reach-v3__{name}__1" for name in ("gipo_fresh", "ppo_on-policy")]
+    assert all((folder / "result.json").exists() for folder in folders) and "2 of 2 runs" in process.stdout
+    stored = [read_json(checkout / "results" / "runs" / "512" / f"{folder.name}.json") for folder in folders]
+    assert all(run["machine"] and len(run["curves"]["steps"]) == 30 for run in stored)
+    table = (checkout / "results" / "benchmark-512-v1.md").read_text()
+    assert "| fresh | gipo | 1 |" in table and "| on-policy | ppo | 1 |" in table
+    assert {path.name for path in (checkout / "results").glob("*.png")} == {
+        f"{name}-512-v1.png" for name in ("curves", "buffer", "staleness")
+    }
+
+    # The committed JSON alone makes a run finished; other arguments or another algorithm version do not.
+    shutil.rmtree(checkout / "runs")
+    assert benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == ""
+    path = checkout / "results" / "runs" / "512" / f"{folders[0].name}.json"
+    stored[0]["versions"]["algorithm"] = 0
+    path.write_text(json.dumps(stored[0]))
+    left = benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout
+    assert "gipo_fresh" in left and "ppo_on-policy" not in left
+
+
+def test_interrupted_runs_are_resumed_and_failures_listed(checkout):
+    """A folder with a checkpoint goes on; one with a broken checkpoint fails, is listed with its log, and the rest runs."""
+    run_dir = checkout / "runs" / "benchmark-512"
+    assert benchmark("quick", *SMALL, cwd=checkout).returncode == 0
+    shutil.rmtree(checkout / "results")
+    folders = {name: run_dir / f"reach-v3__{name}__1" for name in ("gipo_fresh", "ppo_on-policy")}
+    for folder in folders.values():
+        (folder / "result.json").unlink()
+    (folders["ppo_on-policy"] / "checkpoint.pt").write_bytes(b"half a file")
+    process = benchmark("quick", *SMALL, cwd=checkout)
+    assert process.returncode == 1
+    assert "1 runs failed" in process.stderr and "ppo_on-policy__1.log (exit code 2)" in process.stderr
+    assert "from step 512" in (run_dir / "reach-v3__gipo_fresh__1.log").read_text()
+    assert (folders["gipo_fresh"] / "result.json").exists()
+
+
+def test_folder_of_another_run_is_refused(checkout):
+    folder = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text("{}")
+    process = benchmark("quick", *SMALL, cwd=checkout)
+    assert process.returncode == 2 and "holds a run with other arguments" in process.stderr and not process.stdout
+
+
+def test_two_invocations_do_not_share_a_run(checkout):
+    command = ["./benchmark.sh", "quick", *SMALL, "--methods", "gipo"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": checkout, "env": PYTHON}
+    outputs = [process.communicate(timeout=600)[0] for process in [subprocess.Popen(command, **pipes) for _ in range(2)]]
+    log = (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1.log").read_text()
+    assert log.count("finished in") == 1 and "exists" not in log
+    assert any("another invocation has it" in output or "0 of 1 runs" in output for output in outputs), outputs
+
+
+def test_slurm_script(checkout):
+    process = benchmark("quick", *SMALL, "--slurm", cwd=checkout)
+    assert process.returncode == 0 and "sbatch runs/benchmark-512/array.sbatch" in process.stdout
+    script = checkout / "runs" / "benchmark-512" / "array.sbatch"
+    environment = {**PYTHON, "SLURM_ARRAY_TASK_ID": "1"}
+    subprocess.run(["bash", script], cwd=checkout, env=environment, check=True, capture_output=True)
+    assert (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1" / "result.json").exists()
+
+
+# -------------------- What is committed --------------------
+def test_committed_report_is_current():
+    process = subprocess.run([sys.executable, "report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_committed_plots_exist_for_every_table():
+    for table in Path(ROOT / "results").glob("benchmark-*.md"):
+        assert (ROOT / "results" / f"curves-{table.stem.removeprefix('benchmark-')}.png").stat().st_size > 10_000
