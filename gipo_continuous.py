@@ -623,9 +623,10 @@ def saved_args(args, run_folder: Path):
 
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
-    saved = load_checkpoint(Path(args.evaluate))
+    path = Path(args.evaluate)
+    saved = load_checkpoint(path)
     if not isinstance(saved, dict) or set(saved.get("args", ())) != set(vars(args)):
-        raise ValueError(f"--evaluate {args.evaluate} is no model of this script: give the model.pt or best_model.pt of a run")
+        raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     own = {name: getattr(args, name) for name in ("eval_episodes", "capture_video", "torch_threads", "fast_env")}
     args = dataclasses.replace(type(args)(**saved["args"]), **own, cuda=False, track=False)
     check_args(args)
@@ -633,7 +634,7 @@ def evaluate_saved_model(args) -> dict:
     env = make_env(args, 0)()
     agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
     agent.load_state_dict(saved["model"])
-    video_dir = Path(args.evaluate).parent / "videos" if args.capture_video else None
+    video_dir = path.parent / "videos" if args.capture_video else None
     result = evaluate(agent, args, args.eval_episodes, video_dir)
     print(json.dumps({key: value for key, value in result.items() if key != "returns"}, indent=2))
     return result

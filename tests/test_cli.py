@@ -273,6 +273,9 @@ def test_capture_video(script, tmp_path):
         pytest.skip("no OpenGL library here: apt-get install libegl1 libgl1")
     (video,) = (folder / "videos").rglob("*.mp4")
     assert video.parent.name == "64" and video.stat().st_size > 1000
+    flags = ["--evaluate", folder / "model.pt", "--capture-video", "--eval-episodes", "1"]
+    process, _ = run_script(script, tmp_path, *flags, MUJOCO_GL=backend)
+    assert process.returncode == 0 and (folder / "videos" / "task0.mp4").stat().st_size > 1000, process.stderr
 
 
 @ALL_SCRIPTS
