@@ -314,6 +314,8 @@ def plot_against_buffer(runs: list[dict], panels: dict, path: Path) -> None:
         axis.set_xscale("log")
         axis.set_xlabel("replay buffer, environment steps", fontsize=9)
         axis.set_title(title, fontsize=10)
+        if title != "return":
+            axis.set_ylim(-0.03, 1.03)
         axis.tick_params(labelsize=8)
     axes[0][0].legend(fontsize=8)
     fig.tight_layout()

@@ -1,0 +1,513 @@
+"""Bias and variance of the GIPO gradient on a 2x2 GridWorld, computed exactly: the theory of arXiv 2603.03955, in one file.
+
+    g(s, a) = c(l, A) A(s, a) grad log pi(a|s),   (s, a) ~ d_mu(s) mu(a|s),   l = log pi(a|s) - log mu(a|s)
+    MSE at N samples = |E g - target|^2 + tr Cov(g) / N
+
+    python gipo_bias_variance.py
+    -> tables, plots and numbers in results/bias_variance/, in about 20 seconds on one CPU core
+
+A tabular softmax policy pi on a small MDP is updated with samples of an older policy mu. All expectations are finite sums over
+3 x 4 state-action pairs, so bias and variance of every trust weight are exact; only M2PO, whose mask depends on the whole batch,
+and the tail of the mean need sampling. What differs from PPO is the coefficient c alone: PPO's is rho or 0, GIPO's omega * rho.
+1. Staleness is a path of policies: mu runs back along pi's own training, or away from pi in random directions.
+2. Two targets: the gradient at the data's states, E_{d_mu, pi}[A grad log pi], for which c = rho (no clip) is unbiased, and the
+   policy gradient of pi, E_{d_pi, pi}[A grad log pi], for which no weight on actions is, since d_mu is not d_pi.
+3. Reported per staleness: squared bias against variance, MSE at N, effective sample size, utilisation, and which sigma is best.
+4. The bound omega * rho <= exp(sigma^2 / 2) and the Hoeffding tail that follows from it, against what is observed.
+
+Docs: docs/gipo_bias_variance.md.  Method: https://arxiv.org/abs/2603.03955
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+NUM_STATES, NUM_ACTIONS = 3, 4  # the fourth cell is the goal, where the episode ends
+SIGMAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+MAX_LOG_COEF = 20.0
+
+
+@dataclass
+class Args:
+    out_dir: str = "results/bias_variance"
+    """folder of the tables, plots and numbers"""
+    seed: int = 1
+    """seed of the random behaviour policies and of the sampled quantities"""
+    gamma: float = 0.9
+    """discount factor of the GridWorld (0 to 0.99)"""
+    slip: float = 0.1
+    """probability that a random action replaces the chosen one (0 to 1)"""
+    training_steps: int = 60
+    """exact policy-gradient steps of the path; the current policy pi is its last point"""
+    learning_rate: float = 2.0
+    """step size of the path"""
+    advantage_noise: float = 0.0
+    """the advantage is A + noise or A - noise with equal probability: an imperfect critic, still a finite sum (0 to 1)"""
+    stale_advantages: bool = False
+    """weights multiply A of the behaviour policy, as stored at collection, instead of A of the current one"""
+    batch_sizes: tuple[int, ...] = (16, 64, 512)
+    """N of the mean squared error"""
+    clip_coef: float = 0.2
+    """epsilon of PPO"""
+    samples: int = 20_000
+    """batches for what needs sampling: M2PO and the tails"""
+
+
+# -------------------- Environment --------------------
+def grid_world(slip: float) -> tuple[np.ndarray, np.ndarray]:
+    """-> transition probabilities (S, A, S + 1), the last column the goal, and expected rewards (S, A).
+
+    Cells 0 1 / 2 goal; actions up, down, left, right; walls keep the agent where it is. Reward 1 for reaching the goal, -0.1 per
+    step, and another -0.2 for entering cell 1, so that the two ways to the goal differ.
+    """
+    moves = [(-1, 0), (1, 0), (0, -1), (0, 1)]
+    probabilities, rewards = np.zeros((NUM_STATES, NUM_ACTIONS, NUM_STATES + 1)), np.full((NUM_STATES, NUM_ACTIONS), -0.1)
+    for state in range(NUM_STATES):
+        row, column = divmod(state, 2)
+        for action in range(NUM_ACTIONS):
+            for actual, (down, right) in enumerate(moves):
+                chance = (1 - slip) * (actual == action) + slip / NUM_ACTIONS
+                next_state = 2 * min(max(row + down, 0), 1) + min(max(column + right, 0), 1)
+                probabilities[state, action, next_state] += chance
+                rewards[state, action] += chance * (1.0 * (next_state == 3) - 0.2 * (next_state == 1 and state != 1))
+    return probabilities, rewards
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Policy pi(a|s), (S, A), of logits (S, A)."""
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def advantages(policy: np.ndarray, world, gamma: float) -> np.ndarray:
+    """Exact A(s, a) = Q - V of a policy, (S, A), from the linear Bellman equations."""
+    probabilities, rewards = world
+    inner = probabilities[..., :NUM_STATES]  # the goal has value 0
+    values = np.linalg.solve(np.eye(NUM_STATES) - gamma * np.einsum("sa,sat->st", policy, inner), (policy * rewards).sum(-1))
+    return rewards + gamma * inner @ values - values[:, None]
+
+
+def occupancy(policy: np.ndarray, world, gamma: float) -> np.ndarray:
+    """Discounted state distribution d(s) of a policy, (S,), normalised over the three cells; episodes start in cell 0."""
+    inner = np.einsum("sa,sat->st", policy, world[0][..., :NUM_STATES])
+    visits = np.linalg.solve(np.eye(NUM_STATES) - gamma * inner.T, np.eye(NUM_STATES)[0])
+    return visits / visits.sum()
+
+
+def scores(policy: np.ndarray) -> np.ndarray:
+    """grad log pi(a|s) with respect to the logits, (S, A, S * A)."""
+    gradients = np.zeros((NUM_STATES, NUM_ACTIONS, NUM_STATES, NUM_ACTIONS))
+    for state in range(NUM_STATES):
+        gradients[state, :, state] = np.eye(NUM_ACTIONS) - policy[state]
+    return gradients.reshape(NUM_STATES, NUM_ACTIONS, -1)
+
+
+def training_path(world, args: Args) -> list[np.ndarray]:
+    """Logits along exact policy-gradient ascent from the uniform policy, training_steps + 1 of them."""
+    logits = [np.zeros((NUM_STATES, NUM_ACTIONS))]
+    for _ in range(args.training_steps):
+        policy = softmax(logits[-1])
+        weights = occupancy(policy, world, args.gamma)[:, None] * policy * advantages(policy, world, args.gamma)
+        logits.append(logits[-1] + args.learning_rate * np.einsum("sa,sak->k", weights, scores(policy)).reshape(policy.shape))
+    return logits
+
+
+# -------------------- Trust weights --------------------
+def gipo_weight(logratio, advantage, sigma_pos, sigma_neg, kernel="gaussian"):
+    """Trust weight omega in (0, 1] (eq. 5 of arXiv 2603.18464); sigma_pos applies where A > 0."""
+    x = logratio / np.where(advantage > 0, sigma_pos, sigma_neg)
+    return {"gaussian": np.exp(-0.5 * x**2), "laplacian": np.exp(-np.abs(x)), "cauchy": 1.0 / (1.0 + x**2)}[kernel]
+
+
+def coefficient(method: str, logratio, advantage, args: Args, proximal=None):
+    """c of `c * A * grad log pi` for one sample; 1 on-policy for every method. Sources beside each.
+
+    `proximal` is log(pi_prox / mu) for decoupled PPO. Names with a number: gipo-SIGMA, laplacian-SIGMA, cauchy-SIGMA,
+    outward-SIGMA (omega = 1 where the policy moved against the advantage, this project's ablation), truncated-CAP.
+    """
+    ratio = np.exp(np.minimum(logratio, MAX_LOG_COEF))
+    name, _, number = method.partition("-")
+    if name in ("gipo", "laplacian", "cauchy"):
+        kernel = "gaussian" if name == "gipo" else name
+        return gipo_weight(logratio, advantage, float(number), float(number), kernel) * ratio
+    if name == "outward":
+        weight = gipo_weight(logratio, advantage, float(number), float(number))
+        return np.where(logratio * advantage > 0, weight, 1.0) * ratio
+    if name == "noclip":
+        return ratio
+    if name == "ppo":  # arXiv 1707.06347
+        inside = np.where(advantage > 0, ratio <= 1 + args.clip_coef, ratio >= 1 - args.clip_coef)
+        return ratio * inside
+    if name == "sapo":  # arXiv 2511.20347, temperatures 1 and 1.05
+        tau = np.where(advantage > 0, 1.0, 1.05)
+        gate = 1.0 / (1.0 + np.exp(-np.clip(tau * (ratio - 1.0), -700, 700)))
+        return 4.0 * gate * (1.0 - gate) * ratio
+    if name == "truncated":  # arXiv 1802.01561; also CISPO's gradient (arXiv 2506.13585), which has no lower cap either
+        return np.minimum(ratio, float(number))
+    if name == "vespo":  # arXiv 2602.10693 applied to single actions: W^k exp(lambda (1 - W)), (k, lambda) = (2, 3) or (3, 2)
+        k, rate = np.where(advantage >= 0, 2.0, 3.0), np.where(advantage >= 0, 3.0, 2.0)
+        return np.exp(np.maximum(k * logratio + rate * (1.0 - ratio), -700))
+    if name == "decoupled":  # arXiv 2110.00641, 2505.24298: PPO's clip around pi_prox, truncated weight pi_prox / mu, cap 5
+        inner = np.exp(np.minimum(logratio - proximal, MAX_LOG_COEF))
+        inside = np.where(advantage > 0, inner <= 1 + args.clip_coef, inner >= 1 - args.clip_coef)
+        return np.minimum(np.exp(np.minimum(proximal, MAX_LOG_COEF)), 5.0) * inner * inside
+    raise ValueError(f"unknown method {method}")
+
+
+def m2po_coefficients(logratio: np.ndarray, threshold: float = 0.04) -> np.ndarray:
+    """M2PO (arXiv 2510.01161) on batches (..., N): drop the largest l^2 until the batch mean of l^2 is at most the threshold.
+
+    The threshold is that of the AReaL project's example. Dropped samples count as zero in the mean.
+    """
+    order = np.argsort(logratio**2, axis=-1)
+    kept = np.cumsum(np.take_along_axis(logratio**2, order, -1), -1) / logratio.shape[-1] <= threshold
+    mask = np.empty_like(kept)
+    np.put_along_axis(mask, order, kept, -1)
+    return mask * np.exp(np.minimum(logratio, MAX_LOG_COEF))
+
+
+def method_names() -> list[str]:
+    """All methods with an exact mean and covariance."""
+    names = ["noclip", "ppo", "sapo", "truncated-1", "truncated-2", "vespo", "decoupled"]
+    return names + [f"{kernel}-{sigma:g}" for kernel in ("gipo", "laplacian", "cauchy", "outward") for sigma in SIGMAS]
+
+
+# -------------------- Exact moments --------------------
+def moments(probabilities: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (K,) and covariance (K, K) of a finite distribution: probabilities (M,), values (M, K)."""
+    mean = probabilities @ samples
+    centred = samples - mean
+    return mean, (centred * probabilities[:, None]).T @ centred
+
+
+@dataclass
+class Problem:
+    """One pair of policies and everything about it that is exact; arrays over M = S * A * 2 signs of the advantage noise."""
+
+    probabilities: np.ndarray  # (M,) of a sample
+    logratio: np.ndarray  # (M,)
+    proximal: np.ndarray  # (M,) log pi_prox / mu
+    advantage: np.ndarray  # (M,) what the estimator sees
+    score: np.ndarray  # (M, K)
+    target_at_data: np.ndarray  # (K,) E_{d_mu, pi}[A grad log pi]
+    target_policy_gradient: np.ndarray  # (K,) E_{d_pi, pi}[A grad log pi]
+    kl: float  # E_{d_mu} KL(mu || pi), nats
+
+
+def make_problem(current: np.ndarray, behaviour: np.ndarray, proximal: np.ndarray, world, args: Args) -> Problem:
+    """The estimation problem of logits `current` on data of logits `behaviour`."""
+    pi, mu, prox = softmax(current), softmax(behaviour), softmax(proximal)
+    states, exact = occupancy(mu, world, args.gamma), advantages(pi, world, args.gamma)
+    seen = advantages(mu, world, args.gamma) if args.stale_advantages else exact
+    logratio, gradient = np.log(pi) - np.log(mu), scores(pi)
+    weights = (states[:, None] * mu).ravel()
+
+    def target(distribution):
+        return np.einsum("s,sa,sa,sak->k", distribution, pi, exact, gradient)
+
+    return Problem(
+        probabilities=np.tile(weights / 2, 2),
+        logratio=np.tile(logratio.ravel(), 2),
+        proximal=np.tile((np.log(prox) - np.log(mu)).ravel(), 2),
+        advantage=np.concatenate([seen.ravel() + args.advantage_noise, seen.ravel() - args.advantage_noise]),
+        score=np.tile(gradient.reshape(NUM_STATES * NUM_ACTIONS, -1), (2, 1)),
+        target_at_data=target(states),
+        target_policy_gradient=target(occupancy(pi, world, args.gamma)),
+        kl=float(-(weights * logratio.ravel()).sum()),
+    )
+
+
+def evaluate(problem: Problem, method: str, args: Args) -> dict:
+    """Exact squared bias (both targets), variance of one sample, effective sample size, utilisation, largest coefficient."""
+    coef = coefficient(method, problem.logratio, problem.advantage, args, problem.proximal)
+    mean, covariance = moments(problem.probabilities, (coef * problem.advantage)[:, None] * problem.score)
+    first, second = problem.probabilities @ coef, problem.probabilities @ coef**2
+    return {
+        "bias2_at_data": float(((mean - problem.target_at_data) ** 2).sum()),
+        "bias2_policy_gradient": float(((mean - problem.target_policy_gradient) ** 2).sum()),
+        "variance": float(np.trace(covariance)),
+        "effective_sample_size": float(first**2 / max(second, 1e-300)),
+        "utilization": float(problem.probabilities @ (coef > 1e-3).astype(float)),
+        "largest_coefficient": float(coef.max()),
+    }
+
+
+def mean_squared_error(row: dict, batch_size: int, target: str = "at_data") -> float:
+    """Squared bias + variance / N."""
+    return row[f"bias2_{target}"] + row["variance"] / batch_size
+
+
+def sample_batches(problem: Problem, batches: int, batch_size: int, rng) -> np.ndarray:
+    """Indices of samples, (batches, N)."""
+    return rng.choice(len(problem.probabilities), size=(batches, batch_size), p=problem.probabilities / problem.probabilities.sum())
+
+
+def evaluate_m2po(problem: Problem, batch_size: int, args: Args, rng) -> dict:
+    """M2PO's squared bias and the variance of its batch mean times N, by Monte Carlo; the noise of the bias is subtracted."""
+    picks = sample_batches(problem, args.samples, batch_size, rng)
+    coef = m2po_coefficients(problem.logratio[picks])
+    gradients = np.einsum("bn,bnk->bk", coef * problem.advantage[picks], problem.score[picks]) / batch_size
+    mean, covariance = gradients.mean(0), np.trace(np.cov(gradients.T))
+    noise = covariance / args.samples  # E|mean - E mean|^2
+    return {
+        "bias2_at_data": float(max(((mean - problem.target_at_data) ** 2).sum() - noise, 0.0)),
+        "bias2_policy_gradient": float(max(((mean - problem.target_policy_gradient) ** 2).sum() - noise, 0.0)),
+        "variance": float(covariance * batch_size),
+        "utilization": float((coef > 0).mean()),
+    }
+
+
+def hoeffding(sigma: float, largest_advantage: float, batch_size: int, error: float) -> float:
+    """P(|mean of omega rho A - its expectation| >= error) is at most this: terms lie within +- exp(sigma^2 / 2) A_max."""
+    bound = math.exp(sigma**2 / 2) * largest_advantage
+    return min(1.0, 2.0 * math.exp(-batch_size * error**2 / (2.0 * bound**2)))
+
+
+# -------------------- Main --------------------
+def staleness_paths(world, args: Args) -> dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """{path: [(current, behaviour, proximal logits)]}, fresh data first.
+
+    "training": mu is an older point of pi's own training, pi_prox the point one step before pi. "random": mu = pi + noise of
+    growing size along five random directions, pi_prox as before half way to mu's side by one twentieth.
+    """
+    path, rng = training_path(world, args), np.random.default_rng(args.seed)
+    current = path[-1]
+    lags = np.unique(np.round(np.linspace(0, args.training_steps, 25)).astype(int))
+    training = [(current, path[-1 - lag], path[-1 - min(lag, 1)]) for lag in lags]
+    directions = rng.standard_normal((5, *current.shape))
+    random = [
+        (current, current + size * direction, current + min(size, 0.05) * direction)
+        for size in np.linspace(0.0, 2.5, 11)
+        for direction in directions
+    ]
+    return {"training": training, "random": random}
+
+
+def tail(problem: Problem, sigma: float, batch_size: int, args: Args, rng) -> dict:
+    """Measured P(|mean of N terms omega rho A - expectation| >= e) beside the Hoeffding bound, over a grid of e."""
+    terms = coefficient(f"gipo-{sigma:g}", problem.logratio, problem.advantage, args) * problem.advantage
+    means = np.zeros(args.samples)
+    for start in range(0, args.samples, 2000):  # in pieces: the indices of all batches at once would take much memory
+        stop = min(start + 2000, args.samples)
+        means[start:stop] = terms[sample_batches(problem, stop - start, batch_size, rng)].mean(1)
+    errors = np.linspace(0.0, 6.0 * terms.std() / math.sqrt(batch_size), 25)
+    deviation = np.abs(means - problem.probabilities @ terms)
+    largest = float(np.abs(problem.advantage).max())
+    return {
+        "sigma": sigma,
+        "batch_size": batch_size,
+        "errors": errors.tolist(),
+        "measured": [float((deviation >= error).mean()) for error in errors],
+        "hoeffding": [hoeffding(sigma, largest, batch_size, error) for error in errors],
+    }
+
+
+def dominated(row: dict, others: list[dict], target: str) -> bool:
+    """Is one of `others` at least as good in squared bias and in variance, and better in one of them?"""
+    bias = f"bias2_{target}"
+    return any(
+        other[bias] <= row[bias] and other["variance"] <= row["variance"] and (other[bias], other["variance"]) != (row[bias], row["variance"])
+        for other in others
+    )
+
+
+def study(args: Args) -> dict:
+    """Everything that is reported, as plain types."""
+    world, rng = grid_world(args.slip), np.random.default_rng(args.seed)
+    levels = {}
+    for name, path in staleness_paths(world, args).items():
+        levels[name] = []
+        for policies in path:
+            problem = make_problem(*policies, world, args)
+            rows = {method: evaluate(problem, method, args) for method in method_names()}
+            level = {"kl": problem.kl, "logratio_std": logratio_std(problem), "methods": rows}
+            if name == "training":
+                level["m2po"] = {str(n): evaluate_m2po(problem, n, args, rng) for n in args.batch_sizes}
+            levels[name].append(level)
+    middle = staleness_paths(world, args)["training"][len(levels["training"]) // 2]
+    problem = make_problem(*middle, world, args)
+    tails = [tail(problem, sigma, 64, args, rng) for sigma in (0.2, 0.5, 1.0)]
+    return {"args": asdict(args), "versions": {"numpy": np.__version__}, "levels": levels, "tail_kl": problem.kl, "tails": tails}
+
+
+def logratio_std(problem: Problem) -> float:
+    """Standard deviation of l over the samples, what the other scripts log as gipo/logratio_std."""
+    mean = problem.probabilities @ problem.logratio
+    return float(math.sqrt(max(problem.probabilities @ (problem.logratio - mean) ** 2, 0.0)))
+
+
+def best_sigma(level: dict, batch_size: int, target: str = "at_data", kernel: str = "gipo") -> float:
+    """The sigma of the grid with the least mean squared error."""
+    return min(SIGMAS, key=lambda s: mean_squared_error(level["methods"][f"{kernel}-{s:g}"], batch_size, target))
+
+
+# -------------------- Report --------------------
+COLORS = {"gipo": "#0072B2", "laplacian": "#56B4E9", "cauchy": "#009E73", "outward": "#CC79A7"}
+MARKERS = {"noclip": "o", "ppo": "s", "sapo": "^", "truncated-1": "v", "truncated-2": "<", "vespo": "D", "decoupled": "P", "m2po": "*"}
+TARGETS = {"at_data": "gradient at the data's states", "policy_gradient": "policy gradient of pi"}
+
+
+def three_levels(levels: list[dict]) -> list[dict]:
+    """A little, some and much staleness: the levels nearest to a KL divergence of 0.02, 0.2 and 1 nat."""
+    return [min(levels, key=lambda level: abs(math.log(max(level["kl"], 1e-9) / kl))) for kl in (0.02, 0.2, 1.0)]
+
+
+def tables(result: dict) -> str:
+    """Markdown: methods at three staleness levels, best sigma against staleness, dominance."""
+    args, training = result["args"], result["levels"]["training"]
+    lines = ["# Bias and variance on the 2x2 GridWorld", "", "Written by `python gipo_bias_variance.py`. Path: pi's own training.", ""]
+    for level in three_levels(training):
+        size = 64 if 64 in args["batch_sizes"] else args["batch_sizes"][0]
+        lines += [f"## KL(mu || pi) = {level['kl']:.3f}, std of l = {level['logratio_std']:.2f}", ""]
+        lines += [f"| method | bias^2 at the data | bias^2 to the policy gradient | variance | MSE at N = {size} | ESS | utilisation | max c |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        shown = [m for m in method_names() if not m.startswith(("laplacian", "cauchy", "outward")) or m.endswith(("-0.5", "-1"))]
+        rows = {**{m: level["methods"][m] for m in shown}, "m2po": level["m2po"][str(size)]}
+        for method, row in sorted(rows.items(), key=lambda item: mean_squared_error(item[1], size)):
+            numbers = [row["bias2_at_data"], row["bias2_policy_gradient"], row["variance"], mean_squared_error(row, size)]
+            rest = [f"{row[key]:.2f}" if key in row else "-" for key in ("effective_sample_size", "utilization", "largest_coefficient")]
+            lines.append(f"| {method} | " + " | ".join([f"{number:.2e}" for number in numbers] + rest) + " |")
+        lines.append("")
+    lines += ["## The sigma with the least MSE", ""]
+    lines += ["| KL(mu, pi) | std of l | " + " | ".join(f"N = {n}, {t}" for n in args["batch_sizes"] for t in ("data", "pg")) + " |"]
+    lines += ["|---" * (2 + 2 * len(args["batch_sizes"])) + "|"]
+    for level in training[1:]:
+        best = [f"{best_sigma(level, n, t):g}" for n in args["batch_sizes"] for t in TARGETS]
+        lines.append(f"| {level['kl']:.4f} | {level['logratio_std']:.3f} | " + " | ".join(best) + " |")
+    lines += ["", "## Dominance: share of the staleness levels at which a GIPO setting has no more bias and no more variance", ""]
+    lines += ["| path | target | method | some sigma of the grid | sigma 0.2 | sigma 0.5 | sigma 1 | sigma 2 |", "|---" * 8 + "|"]
+    for path, levels in result["levels"].items():
+        stale = [level["methods"] for level in levels if level["kl"] > 1e-9]
+        for target in TARGETS:
+            for method in ("ppo", "sapo", "noclip", "truncated-1", "vespo"):
+                shares = []
+                for sigmas in (SIGMAS, (0.2,), (0.5,), (1.0,), (2.0,)):
+                    wins = [dominated(rows[method], [rows[f"gipo-{s:g}"] for s in sigmas], target) for rows in stale]
+                    shares.append(f"{np.mean(wins):.0%}")
+                lines.append(f"| {path} | {target} | {method} | " + " | ".join(shares) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_pareto(result: dict, path: Path) -> None:
+    """Squared bias against variance at three staleness levels, one row per target; curves over sigma, points for the rest."""
+    import matplotlib.pyplot as plt
+
+    levels = three_levels(result["levels"]["training"])
+    fig, axes = plt.subplots(2, 3, figsize=(11, 6.5))
+    for axis_row, (target, title) in zip(axes, TARGETS.items(), strict=True):
+        for axis, level in zip(axis_row, levels, strict=True):
+            for kernel, color in COLORS.items():
+                rows = [level["methods"][f"{kernel}-{s:g}"] for s in SIGMAS]
+                axis.plot([r["variance"] for r in rows], [r[f"bias2_{target}"] for r in rows], ".-", color=color, lw=1, label=kernel)
+                if kernel == "gipo":
+                    for s, row in zip(SIGMAS, rows, strict=True):
+                        if s in (0.2, 0.5, 1.0, 2.0):
+                            axis.annotate(f"{s:g}", (row["variance"], row[f"bias2_{target}"]), fontsize=7, color=color)
+            for method, marker in MARKERS.items():
+                row = level["m2po"]["64"] if method == "m2po" else level["methods"][method]
+                if row[f"bias2_{target}"] > 1e-12:
+                    axis.plot(row["variance"], row[f"bias2_{target}"], marker, color="black", ms=6, mfc="none", label=method)
+                else:
+                    axis.axvline(row["variance"], color="black", lw=0.8, ls=":", label=f"{method} (unbiased)")
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_title(f"KL {level['kl']:.2g}, {title}", fontsize=9)
+            axis.tick_params(labelsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("variance of one sample", fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("squared bias", fontsize=9)
+    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=7, fontsize=8)
+    fig.tight_layout(rect=(0, 0.08, 1, 1))
+    fig.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(fig)
+
+
+def plot_staleness(result: dict, path: Path) -> None:
+    """MSE, best sigma, effective sample size and the two bounds against the KL divergence."""
+    import matplotlib.pyplot as plt
+
+    levels = [level for level in result["levels"]["training"] if level["kl"] > 1e-6]
+    kl = [level["kl"] for level in levels]
+    fig, axes = plt.subplots(2, 3, figsize=(11, 6.2))
+    lines = {"gipo-0.2": "#56B4E9", "gipo-0.5": "#0072B2", "gipo-1": "#CC79A7", "gipo-2": "#999999"}
+    lines |= {"ppo": "#D55E00", "sapo": "#009E73", "noclip": "#000000", "truncated-1": "#E69F00"}
+    for axis, target in zip(axes[0, :2], TARGETS, strict=True):
+        for method, color in lines.items():
+            errors = [mean_squared_error(level["methods"][method], 64, target) for level in levels]
+            axis.loglog(kl, errors, color=color, lw=1.3, ls="-" if method.startswith("gipo") else "--", label=method)
+        axis.set_title(f"MSE at N = 64: {TARGETS[target]}", fontsize=9)
+    axes[0, 0].legend(fontsize=7)
+    for batch_size, color in zip(result["args"]["batch_sizes"], ("#56B4E9", "#0072B2", "#000000"), strict=False):
+        axes[0, 2].loglog(kl, [best_sigma(level, batch_size) for level in levels], ".-", color=color, label=f"N = {batch_size}")
+    axes[0, 2].loglog(kl, [level["logratio_std"] for level in levels], color="#999999", ls="--", label="std of l")
+    axes[0, 2].set_title("sigma with the least MSE (at the data's states)", fontsize=9)
+    axes[0, 2].legend(fontsize=7)
+    for axis, key, title in ((axes[1, 0], "effective_sample_size", "effective sample size"), (axes[1, 1], "utilization", "utilization")):
+        for method, color in lines.items():
+            style = "-" if method.startswith("gipo") else "--"
+            axis.semilogx(kl, [level["methods"][method][key] for level in levels], color=color, lw=1.3, ls=style)
+        axis.set_title(title, fontsize=9)
+    for curve, color in zip(result["tails"], ("#56B4E9", "#0072B2", "#CC79A7"), strict=True):
+        axes[1, 2].semilogy(curve["errors"], np.maximum(curve["measured"], 1e-5), color=color, label=f"sigma {curve['sigma']:g}")
+        axes[1, 2].semilogy(curve["errors"], curve["hoeffding"], color=color, ls="--")
+    axes[1, 2].set_title(f"P(|mean - E| >= e), N = 64, KL {result['tail_kl']:.2f}; dashed: Hoeffding", fontsize=8)
+    axes[1, 2].legend(fontsize=7)
+    axes[1, 2].set_xlabel("e", fontsize=8)
+    for axis in (*axes[0], *axes[1, :2]):
+        axis.set_xlabel("KL(mu || pi), nats", fontsize=8)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(fig)
+
+
+def check_args(args: Args) -> None:
+    """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
+    limits = {"gamma": (0, 0.999), "slip": (0, 1), "training_steps": (1, 10_000), "learning_rate": (1e-6, 1e3)}
+    limits |= {"advantage_noise": (0, 100), "clip_coef": (1e-6, 1), "samples": (100, 10**7), "seed": (0, 2**32 - 1)}
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be between {low} and {high}")
+    if not args.batch_sizes or min(args.batch_sizes) < 2:
+        raise ValueError("--batch-sizes needs one or more sizes of at least 2")
+
+
+def main(args: Args) -> dict:
+    """Run the study and write numbers.json, tables.md and two plots. ValueError on bad arguments."""
+    check_args(args)
+    result = study(args)
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    text = tables(result)
+    (out_dir / "numbers.json").write_text(json.dumps(rounded(result)) + "\n")
+    (out_dir / "tables.md").write_text(text)
+    plot_pareto(result, out_dir / "pareto.png")
+    plot_staleness(result, out_dir / "staleness.png")
+    print(text)
+    print(f"files: {out_dir}")
+    return result
+
+
+def rounded(value):
+    """Floats to six significant digits, so that the file is small and equal on other machines."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
