@@ -6,13 +6,13 @@
     python gipo_bias_variance.py
     -> tables, plots and numbers in results/bias_variance/, in about 20 seconds on one CPU core
 
-A tabular softmax policy pi on a small MDP is updated with samples of an older policy mu. All expectations are finite sums over
-3 x 4 state-action pairs, so bias and variance of every trust weight are exact; only M2PO, whose mask depends on the whole batch,
-and the tail of the mean need sampling. What differs from PPO is the coefficient c alone: PPO's is rho or 0, GIPO's omega * rho.
+A tabular softmax policy pi on a small MDP is updated with samples of an older policy mu. All expectations are finite sums
+over 3 x 4 state-action pairs, so bias and variance of every trust weight are exact; only M2PO, whose mask depends on the whole
+batch, and the tail of the mean need sampling. What differs from PPO is c alone: PPO's is rho or 0, GIPO's omega * rho.
 1. Staleness is a path of policies: mu runs back along pi's own training, or away from pi in random directions.
-2. Two targets: the gradient at the data's states, E_{d_mu, pi}[A grad log pi], for which c = rho (no clip) is unbiased, and the
-   policy gradient of pi, E_{d_pi, pi}[A grad log pi], for which no weight on actions is, since d_mu is not d_pi.
-3. Reported per staleness: squared bias against variance, MSE at N, effective sample size, utilisation, and which sigma is best.
+2. Two targets: the gradient at the data's states, E_{d_mu, pi}[A grad log pi], for which c = rho (no clip) is unbiased, and
+   the policy gradient of pi, E_{d_pi, pi}[A grad log pi], for which no weight on actions is, since d_mu is not d_pi.
+3. Reported: squared bias against variance, MSE at N, effective sample size, utilisation, and the best sigma, by staleness.
 4. The bound omega * rho <= exp(sigma^2 / 2) and the Hoeffding tail that follows from it, against what is observed.
 
 Docs: docs/gipo_bias_variance.md.  Method: https://arxiv.org/abs/2603.03955
@@ -62,8 +62,8 @@ class Args:
 def grid_world(slip: float) -> tuple[np.ndarray, np.ndarray]:
     """-> transition probabilities (S, A, S + 1), the last column the goal, and expected rewards (S, A).
 
-    Cells 0 1 / 2 goal; actions up, down, left, right; walls keep the agent where it is. Reward 1 for reaching the goal, -0.1 per
-    step, and another -0.2 for entering cell 1, so that the two ways to the goal differ.
+    Cells 0 1 / 2 goal; actions up, down, left, right; walls keep the agent where it is. Reward 1 for reaching the goal, -0.1
+    per step, and another -0.2 for entering cell 1, so that the two ways to the goal differ.
     """
     moves = [(-1, 0), (1, 0), (0, -1), (0, 1)]
     probabilities, rewards = np.zeros((NUM_STATES, NUM_ACTIONS, NUM_STATES + 1)), np.full((NUM_STATES, NUM_ACTIONS), -0.1)
@@ -244,7 +244,9 @@ def mean_squared_error(row: dict, batch_size: int, target: str = "at_data") -> f
 
 def sample_batches(problem: Problem, batches: int, batch_size: int, rng) -> np.ndarray:
     """Indices of samples, (batches, N)."""
-    return rng.choice(len(problem.probabilities), size=(batches, batch_size), p=problem.probabilities / problem.probabilities.sum())
+    return rng.choice(
+        len(problem.probabilities), size=(batches, batch_size), p=problem.probabilities / problem.probabilities.sum()
+    )
 
 
 def evaluate_m2po(problem: Problem, batch_size: int, args: Args, rng) -> dict:
@@ -295,9 +297,10 @@ def tail(problem: Problem, sigma: float, batch_size: int, args: Args, rng) -> di
     for start in range(0, args.samples, 2000):  # in pieces: the indices of all batches at once would take much memory
         stop = min(start + 2000, args.samples)
         means[start:stop] = terms[sample_batches(problem, stop - start, batch_size, rng)].mean(1)
-    errors = np.linspace(0.0, 6.0 * terms.std() / math.sqrt(batch_size), 25)
     deviation = np.abs(means - problem.probabilities @ terms)
     largest = float(np.abs(problem.advantage).max())
+    bound = math.exp(sigma**2 / 2) * largest
+    errors = np.linspace(0.0, bound * math.sqrt(2.0 * math.log(2e3) / batch_size), 61)  # to where the bound is 0.001
     return {
         "sigma": sigma,
         "batch_size": batch_size,
@@ -311,7 +314,9 @@ def dominated(row: dict, others: list[dict], target: str) -> bool:
     """Is one of `others` at least as good in squared bias and in variance, and better in one of them?"""
     bias = f"bias2_{target}"
     return any(
-        other[bias] <= row[bias] and other["variance"] <= row["variance"] and (other[bias], other["variance"]) != (row[bias], row["variance"])
+        other[bias] <= row[bias]
+        and other["variance"] <= row["variance"]
+        and (other[bias], other["variance"]) != (row[bias], row["variance"])
         for other in others
     )
 
@@ -332,7 +337,13 @@ def study(args: Args) -> dict:
     middle = staleness_paths(world, args)["training"][len(levels["training"]) // 2]
     problem = make_problem(*middle, world, args)
     tails = [tail(problem, sigma, 64, args, rng) for sigma in (0.2, 0.5, 1.0)]
-    return {"args": asdict(args), "versions": {"numpy": np.__version__}, "levels": levels, "tail_kl": problem.kl, "tails": tails}
+    return {
+        "args": asdict(args),
+        "versions": {"numpy": np.__version__},
+        "levels": levels,
+        "tail_kl": problem.kl,
+        "tails": tails,
+    }
 
 
 def logratio_std(problem: Problem) -> float:
@@ -348,7 +359,16 @@ def best_sigma(level: dict, batch_size: int, target: str = "at_data", kernel: st
 
 # -------------------- Report --------------------
 COLORS = {"gipo": "#0072B2", "laplacian": "#56B4E9", "cauchy": "#009E73", "outward": "#CC79A7"}
-MARKERS = {"noclip": "o", "ppo": "s", "sapo": "^", "truncated-1": "v", "truncated-2": "<", "vespo": "D", "decoupled": "P", "m2po": "*"}
+MARKERS = {
+    "noclip": "o",
+    "ppo": "s",
+    "sapo": "^",
+    "truncated-1": "v",
+    "truncated-2": "<",
+    "vespo": "D",
+    "decoupled": "P",
+    "m2po": "*",
+}
 TARGETS = {"at_data": "gradient at the data's states", "policy_gradient": "policy gradient of pi"}
 
 
@@ -360,27 +380,46 @@ def three_levels(levels: list[dict]) -> list[dict]:
 def tables(result: dict) -> str:
     """Markdown: methods at three staleness levels, best sigma against staleness, dominance."""
     args, training = result["args"], result["levels"]["training"]
-    lines = ["# Bias and variance on the 2x2 GridWorld", "", "Written by `python gipo_bias_variance.py`. Path: pi's own training.", ""]
+    lines = [
+        "# Bias and variance on the 2x2 GridWorld",
+        "",
+        "Written by `python gipo_bias_variance.py`. Staleness: the path of pi's own training unless said.",
+        "",
+    ]
     for level in three_levels(training):
         size = 64 if 64 in args["batch_sizes"] else args["batch_sizes"][0]
         lines += [f"## KL(mu || pi) = {level['kl']:.3f}, std of l = {level['logratio_std']:.2f}", ""]
-        lines += [f"| method | bias^2 at the data | bias^2 to the policy gradient | variance | MSE at N = {size} | ESS | utilisation | max c |"]
+        lines += [f"| method | bias^2, data | bias^2, pg | variance | MSE, data, N = {size} | ESS | utilisation | max c |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
-        shown = [m for m in method_names() if not m.startswith(("laplacian", "cauchy", "outward")) or m.endswith(("-0.5", "-1"))]
+        shown = [
+            m for m in method_names() if not m.startswith(("laplacian", "cauchy", "outward")) or m.endswith(("-0.5", "-1"))
+        ]
         rows = {**{m: level["methods"][m] for m in shown}, "m2po": level["m2po"][str(size)]}
         for method, row in sorted(rows.items(), key=lambda item: mean_squared_error(item[1], size)):
             numbers = [row["bias2_at_data"], row["bias2_policy_gradient"], row["variance"], mean_squared_error(row, size)]
-            rest = [f"{row[key]:.2f}" if key in row else "-" for key in ("effective_sample_size", "utilization", "largest_coefficient")]
+            rest = [
+                f"{row[key]:.2f}" if key in row else "-"
+                for key in ("effective_sample_size", "utilization", "largest_coefficient")
+            ]
             lines.append(f"| {method} | " + " | ".join([f"{number:.2e}" for number in numbers] + rest) + " |")
         lines.append("")
     lines += ["## The sigma with the least MSE", ""]
-    lines += ["| KL(mu, pi) | std of l | " + " | ".join(f"N = {n}, {t}" for n in args["batch_sizes"] for t in ("data", "pg")) + " |"]
+    lines += [
+        "| KL(mu, pi) | std of l | " + " | ".join(f"N = {n}, {t}" for n in args["batch_sizes"] for t in ("data", "pg")) + " |"
+    ]
     lines += ["|---" * (2 + 2 * len(args["batch_sizes"])) + "|"]
     for level in training[1:]:
         best = [f"{best_sigma(level, n, t):g}" for n in args["batch_sizes"] for t in TARGETS]
         lines.append(f"| {level['kl']:.4f} | {level['logratio_std']:.3f} | " + " | ".join(best) + " |")
-    lines += ["", "## Dominance: share of the staleness levels at which a GIPO setting has no more bias and no more variance", ""]
-    lines += ["| path | target | method | some sigma of the grid | sigma 0.2 | sigma 0.5 | sigma 1 | sigma 2 |", "|---" * 8 + "|"]
+    lines += [
+        "",
+        "## Dominance: share of the stale levels at which GIPO has no more bias and no more variance than a method",
+        "",
+    ]
+    lines += [
+        "| path | target | method | some sigma of the grid | sigma 0.2 | sigma 0.5 | sigma 1 | sigma 2 |",
+        "|---" * 8 + "|",
+    ]
     for path, levels in result["levels"].items():
         stale = [level["methods"] for level in levels if level["kl"] > 1e-9]
         for target in TARGETS:
@@ -394,29 +433,35 @@ def tables(result: dict) -> str:
 
 
 def plot_pareto(result: dict, path: Path) -> None:
-    """Squared bias against variance at three staleness levels, one row per target; curves over sigma, points for the rest."""
+    """Squared bias against variance at three staleness levels per path and target; curves over sigma, points for the rest."""
     import matplotlib.pyplot as plt
 
-    levels = three_levels(result["levels"]["training"])
-    fig, axes = plt.subplots(2, 3, figsize=(11, 6.5))
-    for axis_row, (target, title) in zip(axes, TARGETS.items(), strict=True):
-        for axis, level in zip(axis_row, levels, strict=True):
+    rows = [("training", "at_data"), ("training", "policy_gradient"), ("random", "at_data")]
+    fig, axes = plt.subplots(3, 3, figsize=(11, 9.5))
+    for axis_row, (name, target) in zip(axes, rows, strict=True):
+        for axis, level in zip(axis_row, three_levels(result["levels"][name]), strict=True):
             for kernel, color in COLORS.items():
                 rows = [level["methods"][f"{kernel}-{s:g}"] for s in SIGMAS]
-                axis.plot([r["variance"] for r in rows], [r[f"bias2_{target}"] for r in rows], ".-", color=color, lw=1, label=kernel)
+                axis.plot(
+                    [r["variance"] for r in rows], [r[f"bias2_{target}"] for r in rows], ".-", color=color, lw=1, label=kernel
+                )
                 if kernel == "gipo":
                     for s, row in zip(SIGMAS, rows, strict=True):
                         if s in (0.2, 0.5, 1.0, 2.0):
                             axis.annotate(f"{s:g}", (row["variance"], row[f"bias2_{target}"]), fontsize=7, color=color)
             for method, marker in MARKERS.items():
-                row = level["m2po"]["64"] if method == "m2po" else level["methods"][method]
+                row = level.get("m2po", {}).get("64") if method == "m2po" else level["methods"][method]
+                if row is None or row["variance"] < 1e-7:
+                    continue
                 if row[f"bias2_{target}"] > 1e-12:
                     axis.plot(row["variance"], row[f"bias2_{target}"], marker, color="black", ms=6, mfc="none", label=method)
                 else:
                     axis.axvline(row["variance"], color="black", lw=0.8, ls=":", label=f"{method} (unbiased)")
             axis.set_xscale("log")
             axis.set_yscale("log")
-            axis.set_title(f"KL {level['kl']:.2g}, {title}", fontsize=9)
+            axis.set_xlim(left=max(axis.get_xlim()[0], 1e-6))
+            axis.set_title(f"{name} path, KL {level['kl']:.2g}: {TARGETS[target]}", fontsize=8)
+            axis.minorticks_off()
             axis.tick_params(labelsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("variance of one sample", fontsize=9)
@@ -445,17 +490,23 @@ def plot_staleness(result: dict, path: Path) -> None:
         axis.set_title(f"MSE at N = 64: {TARGETS[target]}", fontsize=9)
     axes[0, 0].legend(fontsize=7)
     for batch_size, color in zip(result["args"]["batch_sizes"], ("#56B4E9", "#0072B2", "#000000"), strict=False):
-        axes[0, 2].loglog(kl, [best_sigma(level, batch_size) for level in levels], ".-", color=color, label=f"N = {batch_size}")
+        axes[0, 2].loglog(
+            kl, [best_sigma(level, batch_size) for level in levels], ".-", color=color, label=f"N = {batch_size}"
+        )
     axes[0, 2].loglog(kl, [level["logratio_std"] for level in levels], color="#999999", ls="--", label="std of l")
     axes[0, 2].set_title("sigma with the least MSE (at the data's states)", fontsize=9)
     axes[0, 2].legend(fontsize=7)
-    for axis, key, title in ((axes[1, 0], "effective_sample_size", "effective sample size"), (axes[1, 1], "utilization", "utilization")):
+    for axis, key, title in (
+        (axes[1, 0], "effective_sample_size", "effective sample size"),
+        (axes[1, 1], "utilization", "utilization"),
+    ):
         for method, color in lines.items():
             style = "-" if method.startswith("gipo") else "--"
             axis.semilogx(kl, [level["methods"][method][key] for level in levels], color=color, lw=1.3, ls=style)
         axis.set_title(title, fontsize=9)
     for curve, color in zip(result["tails"], ("#56B4E9", "#0072B2", "#CC79A7"), strict=True):
-        axes[1, 2].semilogy(curve["errors"], np.maximum(curve["measured"], 1e-5), color=color, label=f"sigma {curve['sigma']:g}")
+        seen = [(error, share) for error, share in zip(curve["errors"], curve["measured"], strict=True) if share > 0]
+        axes[1, 2].semilogy(*zip(*seen, strict=True), color=color, label=f"sigma {curve['sigma']:g}")
         axes[1, 2].semilogy(curve["errors"], curve["hoeffding"], color=color, ls="--")
     axes[1, 2].set_title(f"P(|mean - E| >= e), N = 64, KL {result['tail_kl']:.2f}; dashed: Hoeffding", fontsize=8)
     axes[1, 2].legend(fontsize=7)

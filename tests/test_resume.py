@@ -124,7 +124,7 @@ def test_interrupted_twice_equals_uninterrupted(script, flags, checkpoint_every,
 )
 def test_killed_at_random_moments(script, flags, delays, tmp_path):
     """A checkpoint after every iteration, so that most kills hit one being written."""
-    flags = [*PENDULUM, *flags, "--checkpoint-every", "1"]
+    flags = [*PENDULUM, *flags, "--checkpoint-every", "1", "--total-timesteps", "16000"]  # so long that no kill comes too late
     chance = random.Random(0)
     for delay in delays:
         process, folder = start_training(
