@@ -54,7 +54,7 @@ class Args:
     """N of the mean squared error"""
     clip_coef: float = 0.2
     """epsilon of PPO"""
-    samples: int = 20_000
+    samples: int = 100_000
     """batches for what needs sampling: M2PO and the tails"""
 
 
@@ -159,16 +159,20 @@ def coefficient(method: str, logratio, advantage, args: Args, proximal=None):
     raise ValueError(f"unknown method {method}")
 
 
-def m2po_coefficients(logratio: np.ndarray, threshold: float = 0.04) -> np.ndarray:
-    """M2PO (arXiv 2510.01161) on batches (..., N): drop the largest l^2 until the batch mean of l^2 is at most the threshold.
+def m2po_kept(counts: np.ndarray, logratio: np.ndarray, threshold: float = 0.04) -> np.ndarray:
+    """M2PO (arXiv 2510.01161): how many samples of each kind its mask keeps, for batches given by counts (batches, M).
 
-    The threshold is that of the AReaL project's example. Dropped samples count as zero in the mean.
+    It drops the samples with the largest l^2 until the mean of l^2 over the batch, dropped ones counted as zero, is at most
+    the threshold, which is that of the AReaL project's example.
     """
-    order = np.argsort(logratio**2, axis=-1)
-    kept = np.cumsum(np.take_along_axis(logratio**2, order, -1), -1) / logratio.shape[-1] <= threshold
-    mask = np.empty_like(kept)
-    np.put_along_axis(mask, order, kept, -1)
-    return mask * np.exp(np.minimum(logratio, MAX_LOG_COEF))
+    order = np.argsort(logratio**2)
+    squares, sorted_counts = logratio[order] ** 2, counts[:, order]
+    before = np.cumsum(sorted_counts * squares, axis=1) - sorted_counts * squares
+    budget = threshold * counts.sum(1, keepdims=True) - before
+    room = np.floor(budget / np.maximum(squares, 1e-300) + 1e-9)
+    kept = np.empty_like(counts)
+    kept[:, order] = np.clip(room, 0, sorted_counts).astype(counts.dtype)
+    return kept
 
 
 def method_names() -> list[str]:
@@ -243,24 +247,22 @@ def mean_squared_error(row: dict, batch_size: int, target: str = "at_data") -> f
 
 
 def sample_batches(problem: Problem, batches: int, batch_size: int, rng) -> np.ndarray:
-    """Indices of samples, (batches, N)."""
-    return rng.choice(
-        len(problem.probabilities), size=(batches, batch_size), p=problem.probabilities / problem.probabilities.sum()
-    )
+    """How often each of the M kinds of sample occurs in each batch of N, (batches, M)."""
+    return rng.multinomial(batch_size, problem.probabilities / problem.probabilities.sum(), size=batches)
 
 
 def evaluate_m2po(problem: Problem, batch_size: int, args: Args, rng) -> dict:
-    """M2PO's squared bias and the variance of its batch mean times N, by Monte Carlo; the noise of the bias is subtracted."""
-    picks = sample_batches(problem, args.samples, batch_size, rng)
-    coef = m2po_coefficients(problem.logratio[picks])
-    gradients = np.einsum("bn,bnk->bk", coef * problem.advantage[picks], problem.score[picks]) / batch_size
-    mean, covariance = gradients.mean(0), np.trace(np.cov(gradients.T))
-    noise = covariance / args.samples  # E|mean - E mean|^2
+    """M2PO's squared bias and N times the variance of its batch mean, by Monte Carlo; the noise of the bias is subtracted."""
+    kept = m2po_kept(sample_batches(problem, args.samples, batch_size, rng), problem.logratio)
+    terms = (np.exp(np.minimum(problem.logratio, MAX_LOG_COEF)) * problem.advantage)[:, None] * problem.score
+    gradients = kept @ terms / batch_size
+    mean, variance = gradients.mean(0), float(np.trace(np.cov(gradients.T)))
+    noise = variance / args.samples  # E|mean - E mean|^2
     return {
         "bias2_at_data": float(max(((mean - problem.target_at_data) ** 2).sum() - noise, 0.0)),
         "bias2_policy_gradient": float(max(((mean - problem.target_policy_gradient) ** 2).sum() - noise, 0.0)),
-        "variance": float(covariance * batch_size),
-        "utilization": float((coef > 0).mean()),
+        "variance": variance * batch_size,
+        "utilization": float(kept.sum() / (args.samples * batch_size)),
     }
 
 
@@ -274,14 +276,14 @@ def hoeffding(sigma: float, largest_advantage: float, batch_size: int, error: fl
 def staleness_paths(world, args: Args) -> dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """{path: [(current, behaviour, proximal logits)]}, fresh data first.
 
-    "training": mu is an older point of pi's own training, pi_prox the point one step before pi. "random": mu = pi + noise of
-    growing size along five random directions, pi_prox as before half way to mu's side by one twentieth.
+    "training": mu is an older point of pi's own training, pi_prox the point one step before pi. "random": mu is pi plus
+    noise of growing size along three random directions, pi_prox at most a noise of 0.05 away from pi along the same direction.
     """
     path, rng = training_path(world, args), np.random.default_rng(args.seed)
     current = path[-1]
     lags = np.unique(np.round(np.linspace(0, args.training_steps, 25)).astype(int))
     training = [(current, path[-1 - lag], path[-1 - min(lag, 1)]) for lag in lags]
-    directions = rng.standard_normal((5, *current.shape))
+    directions = rng.standard_normal((3, *current.shape))
     random = [
         (current, current + size * direction, current + min(size, 0.05) * direction)
         for size in np.linspace(0.0, 2.5, 11)
@@ -293,10 +295,7 @@ def staleness_paths(world, args: Args) -> dict[str, list[tuple[np.ndarray, np.nd
 def tail(problem: Problem, sigma: float, batch_size: int, args: Args, rng) -> dict:
     """Measured P(|mean of N terms omega rho A - expectation| >= e) beside the Hoeffding bound, over a grid of e."""
     terms = coefficient(f"gipo-{sigma:g}", problem.logratio, problem.advantage, args) * problem.advantage
-    means = np.zeros(args.samples)
-    for start in range(0, args.samples, 2000):  # in pieces: the indices of all batches at once would take much memory
-        stop = min(start + 2000, args.samples)
-        means[start:stop] = terms[sample_batches(problem, stop - start, batch_size, rng)].mean(1)
+    means = sample_batches(problem, args.samples, batch_size, rng) @ terms / batch_size
     deviation = np.abs(means - problem.probabilities @ terms)
     largest = float(np.abs(problem.advantage).max())
     bound = math.exp(sigma**2 / 2) * largest
@@ -429,6 +428,28 @@ def tables(result: dict) -> str:
                     wins = [dominated(rows[method], [rows[f"gipo-{s:g}"] for s in sigmas], target) for rows in stale]
                     shares.append(f"{np.mean(wins):.0%}")
                 lines.append(f"| {path} | {target} | {method} | " + " | ".join(shares) + " |")
+    lines += [
+        "",
+        "## MSE relative to GIPO at the best sigma of the grid, geometric mean over the stale levels",
+        "",
+    ]
+    methods = ["ppo", "sapo", "noclip", "truncated-1", "truncated-2", "vespo", "decoupled"]
+    methods += ["gipo-0.2", "gipo-0.5", "gipo-1", "gipo-2"]
+    lines += ["| path | target | N | " + " | ".join(methods) + " |", "|---" * (3 + len(methods)) + "|"]
+    for path, levels in result["levels"].items():
+        stale = [level for level in levels if level["kl"] > 1e-9]
+        for target in TARGETS:
+            for size in args["batch_sizes"]:
+                best = [mean_squared_error(v["methods"][f"gipo-{best_sigma(v, size, target):g}"], size, target) for v in stale]
+                ratios = [[mean_squared_error(v["methods"][m], size, target) for v in stale] / np.array(best) for m in methods]
+                means = [f"{np.exp(np.log(ratio).mean()):.2f}" for ratio in ratios]
+                lines.append(f"| {path} | {TARGETS[target]} | {size} | " + " | ".join(means) + " |")
+    lines += ["", "## Rule of thumb: best sigma / std of l, median over the levels with 0.001 < KL < 0.3 (training path)", ""]
+    lines += ["| N | at the data's states | policy gradient |", "|---|---|---|"]
+    middle = [level for level in training if 0.001 < level["kl"] < 0.3]
+    for size in args["batch_sizes"]:
+        factors = [np.median([best_sigma(level, size, t) / level["logratio_std"] for level in middle]) for t in TARGETS]
+        lines.append(f"| {size} | {factors[0]:.1f} | {factors[1]:.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -548,12 +569,12 @@ def main(args: Args) -> dict:
 
 
 def rounded(value):
-    """Floats to six significant digits, so that the file is small and equal on other machines."""
+    """Floats to four significant digits, so that the file is small and equal on other machines."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
