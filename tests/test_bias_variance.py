@@ -150,10 +150,8 @@ def test_bound_holds_and_is_reached(sigma):
 def test_weights_equal_the_training_script(kernel):
     """To the precision of sigma, which is float32 there."""
     logratio, advantage = np.linspace(-4, 4, 81), np.resize([0.7, -0.4, 0.0], 81)
-    theirs = gipo_continuous.gipo_weight(torch.tensor(logratio), torch.tensor(advantage), 0.6, 0.3, kernel)
-    np.testing.assert_allclose(
-        study.gipo_weight(logratio, advantage, 0.6, 0.3, kernel), theirs.numpy(), rtol=1e-6
-    )  # sigma is float32 there
+    theirs = gipo_continuous.gipo_weight(torch.tensor(logratio), torch.tensor(advantage), 0.6, 0.3, kernel).numpy()
+    np.testing.assert_allclose(study.gipo_weight(logratio, advantage, 0.6, 0.3, kernel), theirs, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
