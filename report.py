@@ -60,6 +60,11 @@ def outcome_args(args: dict) -> dict:
     return {key: value for key, value in args.items() if key not in NOT_OUTCOME}
 
 
+def identity(result: dict) -> str:
+    """Two results of one identity are the same run."""
+    return json.dumps([result["versions"]["algorithm"], outcome_args(result["args"])], sort_keys=True)
+
+
 def stored_runs(args: Args) -> list[dict]:
     """Every result: files collected in results/, then run folders that are not collected yet."""
     paths = [*Path(args.results).glob("runs/*/*.json"), *Path(args.runs).glob("benchmark-*/*/result.json")]
@@ -68,7 +73,7 @@ def stored_runs(args: Args) -> list[dict]:
 
 def pending(commands: list[str], args: Args) -> list[str]:
     """Those commands without a result of equal arguments and algorithm version. ValueError if a folder holds another run."""
-    done = {json.dumps([r["versions"]["algorithm"], outcome_args(r["args"])], sort_keys=True) for r in stored_runs(args)}
+    done = {identity(result) for result in stored_runs(args)}
     left = []
     for command in commands:
         _, script, *flags = shlex.split(command)
@@ -76,7 +81,7 @@ def pending(commands: list[str], args: Args) -> list[str]:
         run_args = vars(tyro.cli(module.Args, args=flags))
         if script == "ppo_baseline.py" and run_args["buffer_size"] < 2 * run_args["num_envs"] * run_args["num_steps"]:
             run_args["recompute_advantages"] = False  # as the script does on-policy
-        if json.dumps([module.ALGORITHM_VERSION, outcome_args(run_args)], sort_keys=True) not in done:
+        if identity({"versions": {"algorithm": module.ALGORITHM_VERSION}, "args": run_args}) not in done:
             left.append(command)
             folder = Path(run_args["run_dir"]) / "{env_id}__{exp_name}__{seed}".format(**run_args)
             path = folder / "args.json"
@@ -102,13 +107,13 @@ def cpu_name() -> str:
 
 
 def collect(args: Args) -> None:
-    """Write results/runs/<steps>/<run>.json for every finished run folder that has none."""
+    """Write results/runs/<steps>/<run>.json for every finished run folder, over one of other arguments or another version."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for path in sorted(Path(args.runs).glob("benchmark-*/*/result.json")):
         result = json.loads(path.read_text())
         file = Path(args.results) / "runs" / str(result["args"]["total_timesteps"]) / f"{path.parent.name}.json"
-        if file.exists():
+        if file.exists() and identity(json.loads(file.read_text())) == identity(result):
             continue
         events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
         tags, total = events.Tags()["scalars"], result["total_timesteps"]

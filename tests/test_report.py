@@ -120,10 +120,16 @@ def test_runs_skips_resumes_and_reports(checkout):
         f"{name}-512-v1.png" for name in ("curves", "buffer", "staleness")
     }
 
+    # A stored run with other arguments is replaced by the run folder's.
+    path = checkout / "results" / "runs" / "512" / f"{folders[0].name}.json"
+    other = stored[0] | {"args": stored[0]["args"] | {"gamma": 0.5}}
+    path.write_text(json.dumps(other))
+    subprocess.run([sys.executable, "report.py"], cwd=checkout, check=True, capture_output=True)
+    assert read_json(path) == stored[0]
+
     # The committed JSON alone makes a run finished; other arguments or another algorithm version do not.
     shutil.rmtree(checkout / "runs")
     assert benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == ""
-    path = checkout / "results" / "runs" / "512" / f"{folders[0].name}.json"
     stored[0]["versions"]["algorithm"] = 0
     path.write_text(json.dumps(stored[0]))
     left = benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout
