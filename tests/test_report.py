@@ -180,6 +180,7 @@ def test_slurm_script(checkout):
 
 # -------------------- What is committed --------------------
 def test_committed_report_is_current():
+    assert len([*(ROOT / "results" / "runs").glob("*/*.json")]) >= 18
     process = subprocess.run([sys.executable, "report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
 
