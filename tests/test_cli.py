@@ -243,20 +243,22 @@ def test_without_evaluation_and_overwrite(script, tmp_path, inline):
 
 
 @ALL_SCRIPTS
-def test_track(script, tmp_path, inline, monkeypatch):
-    if importlib.util.find_spec("wandb") is None:
-        code, _, error = inline(script, [*SPECIAL["track"].split(), "--run-dir", str(tmp_path / "runs")])
-        assert code == 2 and error.startswith("error: --track needs the package wandb: pip install wandb\n")
-        assert not (tmp_path / "runs").exists()
-    stub = "import json\ndef init(**kwargs): print('wandb', json.dumps(kwargs))\n"
-    (tmp_path / "wandb.py").write_text(stub)
-    monkeypatch.syspath_prepend(tmp_path)
-    code, output, _ = inline(script, [*SPECIAL["track"].split(), "--run-dir", str(tmp_path / "runs")])
-    sys.modules.pop("wandb", None)
-    (line,) = (line for line in output.splitlines() if line.startswith("wandb "))
-    settings = json.loads(line.removeprefix("wandb "))
-    assert code == 0 and settings["project"] == "paper" and settings["sync_tensorboard"] is True
-    assert settings["name"] == f"Pendulum-v1__{settings['config']['exp_name']}__1"
+def test_track(script, tmp_path):
+    """The real package, offline: a run of the right name, with the configuration and the event file."""
+    environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    process, folder = run_script(script, tmp_path / "runs", *SPECIAL["track"].split(), **environment)
+    assert process.returncode == 0 and (folder / "result.json").exists(), process.stderr
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert log.name == f"run-{folder.name}.wandb"
+    content = log.read_bytes()
+    assert all(word in content for word in (b"paper", b"total_timesteps", b"charts/episodic_return", b"losses/policy_loss"))
+
+
+@ALL_SCRIPTS
+def test_track_without_the_package(script, tmp_path, inline, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, error = inline(script, [*SPECIAL["track"].split(), "--run-dir", str(tmp_path)])
+    assert code == 2 and error == "error: --track needs the package wandb: pip install wandb\n" and not any(tmp_path.iterdir())
 
 
 @ALL_SCRIPTS
