@@ -55,6 +55,15 @@ script_of() { # method, regime -> script and flags
         *) die "--regimes: unknown regime '$2', choose from fresh stale very-stale" ;;
     esac
     case $1 in
+        *-stored) # advantages of collection time
+            rest=$(script_of "${1%-stored}" "$2")
+            echo "$rest --no-recompute-advantages" ;;
+        paper | paper-ppo) # the authors' settings, with one rollout of 512 steps instead of 500
+            rest="--policy-head categorical --ratio per-dim --no-recompute-advantages --kl-coef 0.1 --updates-per-iteration 5"
+            rest+=" --critic-learning-rate 3e-3 --lr-schedule cosine --critic-lr-schedule cosine --lr-warmup 0.001"
+            rest+=" --reward-scale 0.001 --max-grad-norm 1.0 --adv-std-floor 0 --buffer-size $buffer"
+            [ "$1" = paper ] || rest+=" --num-steps 64 --minibatch-size 512"
+            echo "$([ "$1" = paper ] && echo gipo_continuous.py || echo ppo_baseline.py) $rest" ;;
         ppo) echo "ppo_baseline.py" ;; # textbook: its own defaults
         ppo-clip) # the updates of GIPO: 10 of 512 steps per 512 new steps
             rest="--buffer-size $buffer --num-steps 64 --minibatch-size 512"
@@ -64,7 +73,7 @@ script_of() { # method, regime -> script and flags
         gipo-*-*)
             rest=${1#gipo-}
             echo "gipo_continuous.py --buffer-size $buffer --sigma ${rest%-*} --sigma-neg-ratio ${rest#*-}" ;;
-        *) die "--methods: unknown method '$1', choose from ppo ppo-clip sapo none gipo gipo-SIGMA-NEGRATIO" ;;
+        *) die "--methods: unknown method '$1', choose from ppo ppo-clip sapo none gipo gipo-SIGMA-NEGRATIO, any of them with -stored, paper, paper-ppo" ;;
     esac
 }
 

@@ -92,6 +92,17 @@ def test_dry_run_prints_exact_commands(checkout):
     assert not (checkout / "runs").exists()
 
 
+def test_other_methods(checkout):
+    """Stored advantages, and the paper's own settings; every printed command is accepted by its script."""
+    methods = "gipo-stored ppo-clip-stored gipo-0.5-1.0-stored paper paper-ppo"
+    process = benchmark("quick", "--methods", methods, "--seeds", "1", "--tasks", "reach-v3", "--dry-run", cwd=checkout)
+    commands = process.stdout.splitlines()
+    assert process.returncode == 0 and len(commands) == 5
+    assert all("--no-recompute-advantages" in command for command in commands)
+    assert "--sigma 0.5 --sigma-neg-ratio 1.0" in commands[2] and "--policy-head categorical" in commands[3]
+    assert "ppo_baseline.py" in commands[4] and "--num-steps 64" in commands[4]
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
