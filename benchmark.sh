@@ -2,7 +2,7 @@
 # Side-by-side benchmark: GIPO, PPO and the published baselines on Meta-World, many runs at a time, resumable.
 #
 #   ./benchmark.sh quick        PPO and GIPO, 2 tasks, 2 seeds; then the tables and plots (about 10 minutes on 2 cores)
-#   ./benchmark.sh main         the ten tasks of MT10, five seeds, all methods in the regimes fresh, stale and very-stale
+#   ./benchmark.sh main         the ten tasks of MT10, five seeds, all methods in the regimes fresh, recent, stale, very-stale
 #   ./benchmark.sh sweep        GIPO's sigma x sigma-neg-ratio x buffer size
 #   ./benchmark.sh throughput   steps per second against the stock environment, and where the time goes
 #
@@ -21,9 +21,9 @@ die() { echo "error: $1" >&2; exit 2; }
 
 suite="${1:-}"
 case "$suite" in
-    quick) tasks="reach-v3 button-press-topdown-v3" seeds="1 2" methods="ppo gipo" regimes="stale" steps=200000 ;;
-    main) tasks="$TEN" seeds="1 2 3 4 5" methods="ppo ppo-clip gipo sapo none $GRID" regimes="fresh stale very-stale" steps=300000 ;;
-    sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh stale very-stale" steps=300000 ;;
+    quick) tasks="reach-v3 button-press-topdown-v3" seeds="1 2" methods="ppo gipo" regimes="recent" steps=200000 ;;
+    main) tasks="$TEN" seeds="1 2 3 4 5" methods="ppo ppo-clip gipo sapo none $GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
+    sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
     throughput) ;;
     *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep or throughput"; exit 0 ;;
 esac
@@ -51,8 +51,8 @@ fi
 script_of() { # method, regime -> script and flags
     local buffer rest
     case $2 in
-        fresh) buffer=0 ;; stale) buffer=20000 ;; very-stale) buffer=100000 ;; on-policy) buffer=0 ;;
-        *) die "--regimes: unknown regime '$2', choose from fresh stale very-stale" ;;
+        fresh) buffer=0 ;; recent) buffer=5120 ;; stale) buffer=20000 ;; very-stale) buffer=100000 ;; on-policy) buffer=0 ;;
+        *) die "--regimes: unknown regime '$2', choose from fresh recent stale very-stale" ;;
     esac
     case $1 in
         *-stored) # advantages of collection time
@@ -65,8 +65,8 @@ script_of() { # method, regime -> script and flags
             [ "$1" = paper ] || rest+=" --num-steps 64 --minibatch-size 512"
             echo "$([ "$1" = paper ] && echo gipo_continuous.py || echo ppo_baseline.py) $rest" ;;
         ppo) echo "ppo_baseline.py" ;; # textbook: its own defaults
-        ppo-clip) # the updates of GIPO: 10 of 512 steps per 512 new steps
-            rest="--buffer-size $buffer --num-steps 64 --minibatch-size 512"
+        ppo-clip) # all but the objective as in GIPO: 10 updates of 512 steps per 512 new steps, ratio, entropy
+            rest="--buffer-size $buffer --num-steps 64 --minibatch-size 512 --ratio per-dim --ent-coef 0.005"
             echo "ppo_baseline.py $rest --$([ "$2" = fresh ] && echo update-epochs || echo updates-per-iteration) 10" ;;
         sapo | none) echo "gipo_continuous.py --buffer-size $buffer --trust-weight $1" ;;
         gipo) echo "gipo_continuous.py --buffer-size $buffer" ;;

@@ -100,7 +100,7 @@ class Args:
     """environment steps of the whole run, rounded up to whole rollouts"""
     num_steps: int = 64  # GIPO: short segments, replayed
     """T: steps per environment and rollout; also the length of a replayed segment (16-250)"""
-    buffer_size: int = 20_000  # GIPO: replay
+    buffer_size: int = 5_120  # GIPO: replay of 10 rollouts
     """replay buffer in environment steps, rounded down to whole rollouts; 0: one rollout, near on-policy (0 to 500,000)"""
     minibatch_size: int = 512  # GIPO: large, since segments are correlated
     """environment steps per update; where segments are replayed, a multiple of num_steps"""
@@ -130,12 +130,12 @@ class Args:
     """initial log standard deviation of the Gaussian head, actions being in [-1, 1] (-1 to 0)"""
     hidden_size: int = 256
     """width of the two hidden layers of actor and critic"""
-    ratio: Literal["joint", "per-dim"] = "joint"
+    ratio: Literal["joint", "per-dim"] = "per-dim"  # GIPO: as the authors do
     """importance ratio of the whole action, or one per dimension as in the paper's code (sigma then acts per dimension)"""
     kl_coef: float = 0.0
     """weight of the penalty KL(mu || pi), estimated by mean(-l) (0 to 0.5)"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus (0 to 0.01)"""
+    ent_coef: float = 0.005  # GIPO: many updates per sample shrink the std fast
+    """weight of the entropy bonus (0 to 0.02)"""
     vf_coef: float = 0.5
     """weight of the value loss; actor and critic share no parameters, so it matters only through gradient clipping"""
     max_grad_norm: float = 0.5
@@ -145,7 +145,7 @@ class Args:
 
     # ---- GIPO
     sigma: float = 1.0  # GIPO: the trust weight
-    """sigma: width of the trust weight in units of the log ratio (0.2 to 2; per-dim ratios want smaller)"""
+    """sigma: width of the trust weight in units of the log ratio (0.2 to 2; joint ratios spread wider than per-dim ones)"""
     sigma_neg_ratio: float = 1.0
     """sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"

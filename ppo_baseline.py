@@ -7,7 +7,7 @@
 
 --buffer-size 0 (default) is the textbook algorithm: one rollout, stored advantages, shuffled transitions, epochs.
 A larger --buffer-size is PPO-clip on replayed segments with recomputed advantages, all else as in gipo_continuous.py; to
-compare: --buffer-size 20000 --num-steps 64 --minibatch-size 512.
+compare: --buffer-size 5120 --num-steps 64 --minibatch-size 512 --ratio per-dim --ent-coef 0.005.
 
 Docs: docs/gipo_continuous.md.  Method: https://arxiv.org/abs/1707.06347
 """
@@ -131,7 +131,7 @@ class Args:
     kl_coef: float = 0.0
     """weight of the penalty KL(mu || pi), estimated by mean(-l) (0 to 0.5)"""
     ent_coef: float = 0.0
-    """weight of the entropy bonus (0 to 0.01)"""
+    """weight of the entropy bonus (0 to 0.02)"""
     vf_coef: float = 0.5
     """weight of the value loss; actor and critic share no parameters, so it matters only through gradient clipping"""
     max_grad_norm: float = 0.5

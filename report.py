@@ -23,7 +23,7 @@ import scipy.stats
 import tyro
 
 ROOT = Path(__file__).resolve().parent
-REGIMES = ("on-policy", "fresh", "stale", "very-stale")
+REGIMES = ("on-policy", "fresh", "recent", "stale", "very-stale")
 GRID_POINTS = 30
 CURVES = {  # name in the JSON -> TensorBoard tag
     "return": "charts/episodic_return",

@@ -18,7 +18,7 @@ METHODS = {  # name -> script, fields
     ),
     "gipo-vtrace": ("gipo_continuous", {**REPLAY, "vtrace": True}),
     "gipo-stored": ("gipo_continuous", {**REPLAY, "buffer_size": 512, "recompute_advantages": False}),
-    "gipo-sapo": ("gipo_continuous", {**REPLAY, "trust_weight": "sapo"}),
+    "gipo-sapo": ("gipo_continuous", {**REPLAY, "trust_weight": "sapo", "ratio": "joint"}),
     "ppo-on-policy": ("ppo_baseline", ON_POLICY),
     "ppo-replay": ("ppo_baseline", REPLAY),
 }
