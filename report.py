@@ -354,17 +354,26 @@ def write_report(args: Args) -> list[str]:
         name = f"{steps}-v{version}"
         seeds, tasks = len({run["seed"] for run in runs}), len({run["env_id"] for run in runs})
         heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
+        # A comparison over all tasks is one over the same tasks: those that every cell has.
+        shared = set.intersection(*(set(tasks) for tasks in cells(runs).values()))
+        common = [run for run in runs if run["env_id"] in shared]
+        scope = f"Over the {len(shared)} tasks that every row has ({', '.join(sorted(shared)).replace('-v3', '')}):"
+        totals = aggregate_table(common) if shared else "none yet"
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py."]
-        parts += [aggregate_table(runs), "Mean success of the deterministic policy on the 50 training goals (mean return):"]
+        parts += [
+            scope,
+            aggregate_table(common),
+            "Mean success of the deterministic policy on the 50 training goals (mean return):",
+        ]
         parts += [task_table(runs), paper_table(runs)]
         write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
         if not args.check:
             plot_curves(runs, results / f"curves-{name}.png")
-            replayed = [run for run in runs if run["regime"] != "on-policy"]
+            replayed = [run for run in common if run["regime"] != "on-policy"]
             if replayed:
                 plot_against_buffer(
-                    runs,
+                    common,
                     {"success rate": lambda r: r["eval_success_rate"], "return": lambda r: r["eval_return_mean"]},
                     results / f"buffer-{name}.png",
                 )
@@ -376,7 +385,7 @@ def write_report(args: Args) -> list[str]:
                     },
                     results / f"staleness-{name}.png",
                 )
-        readme_block = f"{heading}\n\n{aggregate_table(runs)}\n\n![success in training](results/curves-{name}.png)\n"
+        readme_block = f"{heading} {scope}\n\n{totals}\n\n![success in training](results/curves-{name}.png)\n"
     readme = Path(args.readme)
     if readme.exists() and readme_block:
         text = readme.read_text()
