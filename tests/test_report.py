@@ -101,6 +101,7 @@ def test_other_methods(checkout):
     assert process.returncode == 0 and len(commands) == 5
     assert all("--no-recompute-advantages" in command for command in commands)
     assert "--sigma 0.5 --sigma-neg-ratio 1.0" in commands[2] and "--policy-head categorical" in commands[3]
+    assert "--ent-coef 0 " in commands[3]
     assert "ppo_baseline.py" in commands[4] and "--num-steps 64" in commands[4]
 
 
