@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import functools
 import io
@@ -65,7 +64,7 @@ class PolicyConfig:
     bos: int = 1
     eos: int = 2
     blank: int = 29871  # the lone blank that ends every prompt
-    pad: int = 32000
+    pad_id: int = 32000
 
     @property
     def first_action_id(self) -> int:
@@ -85,11 +84,11 @@ class PolicyConfig:
         return cls(**{**values, **towers})
 
 
-def tiny_config(vocab_size, image_size=84, hidden=96, layers=3, heads=4, ffn=256, vision=48, depth=3, patch=14) -> PolicyConfig:
+def tiny_config(vocab_size, image_size=84, hidden=96, layers=3, heads=4, ffn=256, vision=48, depth=3, patch=14):
     """The same architecture in small, for a tokenizer of `vocab_size` words; `depth` blocks per tower run."""
     vocab = vocab_size + 256
     sizes = {"hidden": hidden, "layers": layers, "heads": heads, "ffn": ffn, "max_positions": 512}
-    ids = {"vocab": vocab, "padded_vocab": 64 * (vocab // 64 + 1), "pad": vocab, "blank": 3}
+    ids = {"vocab": vocab, "padded_vocab": 64 * (vocab // 64 + 1), "pad_id": vocab, "blank": 3}
     dino = TowerConfig(vision, depth + 1, 2, 2 * vision, 5, True)
     siglip = TowerConfig(vision, depth + 1, 2, 2 * vision)
     return PolicyConfig(dino, siglip, image_size=image_size, patch=patch, **sizes, **ids)
@@ -103,8 +102,8 @@ def config_from_folder(folder) -> PolicyConfig:
     content = json.loads(path.read_text())
     if "policy_config" in content:
         return PolicyConfig.from_dict(content["policy_config"])
-    expected = {"vision_backbone_id": "dinosiglip-vit-so-224px", "arch_specifier": "no-align+fused-gelu-mlp", "n_action_bins": 256}
-    for key, value in expected.items():
+    expected = {"vision_backbone_id": "dinosiglip-vit-so-224px", "arch_specifier": "no-align+fused-gelu-mlp"}
+    for key, value in (expected | {"n_action_bins": 256}).items():
         if content.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {content[key]}, but this script implements {value} only")
     text = {key: value for key, value in content["text_config"].items() if key not in ("torch_dtype", "dtype")}
@@ -121,36 +120,36 @@ def config_from_folder(folder) -> PolicyConfig:
         rope_theta=text.get("rope_theta", 1e4),
         rms_eps=llama.rms_norm_eps,
         max_positions=llama.max_position_embeddings,
-        pad=content.get("pad_token_id", 32000),
+        pad_id=content.get("pad_token_id", 32000),
     )
 
 
 # -------------------- Tokens and prompts --------------------
-def token_to_value(k) -> np.ndarray:
-    """Bin index 0..255 of the 256 action tokens -> bin centre in (-1, 1); the indices 0 and 1 share the last of 255 centres."""
-    return (2 * np.clip(255 - np.asarray(k), 0, 254) + 1) / 255 - 1
+def token_to_value(k) -> torch.Tensor:
+    """Bin index 0..255 of an action token -> bin centre in (-1, 1); the indices 0 and 1 share the last of 255 centres."""
+    return (2 * (255 - torch.as_tensor(k)).clamp(0, 254).double() + 1) / 255 - 1
 
 
-def value_to_token(x) -> np.ndarray:
+def value_to_token(x) -> torch.Tensor:
     """Normalised action -> bin index: 256 edges over [-1, 1], the largest value has index 0."""
-    return 256 - np.digitize(np.clip(np.asarray(x), -1.0, 1.0), np.linspace(-1.0, 1.0, 256))
+    return torch.as_tensor(256 - np.digitize(np.clip(np.asarray(x), -1.0, 1.0), np.linspace(-1.0, 1.0, 256)))
 
 
-def stats_arrays(stats: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    low, high = np.asarray(stats["q01"]), np.asarray(stats["q99"])
-    return low, high, np.asarray(stats.get("mask", [True] * len(low)))
+def quantiles(stats: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    low, high = (torch.tensor(stats[key], dtype=torch.float64) for key in ("q01", "q99"))
+    return low, high, torch.tensor(stats.get("mask", [True] * len(low)))
 
 
-def unnormalize(x, stats: dict) -> np.ndarray:
-    """[-1, 1] -> environment units by the 1 % and 99 % quantiles; masked dimensions (the gripper) pass unchanged."""
-    low, high, mask = stats_arrays(stats)
-    return np.where(mask, 0.5 * (np.asarray(x) + 1) * (high - low + 1e-8) + low, x)
+def unnormalize(x, stats: dict) -> torch.Tensor:
+    """[-1, 1] -> units of the data set `stats`, by 1 % and 99 % quantiles; the gripper is masked, it stays in [0, 1]."""
+    (low, high, mask), x = quantiles(stats["action"]), torch.as_tensor(x, dtype=torch.float64)
+    return torch.where(mask, 0.5 * (x + 1) * (high - low + 1e-8) + low, x)
 
 
-def normalize(a, stats: dict) -> np.ndarray:
-    """The inverse of `unnormalize`, clipped to [-1, 1]; also for proprio, whose statistics have no mask."""
-    low, high, mask = stats_arrays(stats)
-    return np.where(mask, np.clip(2 * (np.asarray(a) - low) / (high - low + 1e-8) - 1, -1, 1), a)
+def normalize(a, stats: dict, kind: str = "action") -> torch.Tensor:
+    """The inverse of `unnormalize`, clipped to [-1, 1]; kind "proprio" for the 8 numbers of the gripper's pose and opening."""
+    (low, high, mask), a = quantiles(stats[kind]), torch.as_tensor(a, dtype=torch.float64)
+    return torch.where(mask, (2 * (a - low) / (high - low + 1e-8) - 1).clamp(-1, 1), a)
 
 
 def encode_prompt(tokenizer, instruction: str, config: PolicyConfig) -> list[int]:
@@ -164,7 +163,7 @@ def encode_prompt(tokenizer, instruction: str, config: PolicyConfig) -> list[int
 def pad_prompts(prompts: list[list[int]], config: PolicyConfig, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of ids -> (B, L) int64, padded on the right to the longest or to `width`, and lengths (B,)."""
     lengths = torch.tensor([len(ids) for ids in prompts])
-    padded = torch.full((len(prompts), max(width, int(lengths.max()))), config.pad)
+    padded = torch.full((len(prompts), max(width, int(lengths.max()))), config.pad_id)
     for row, ids in zip(padded, prompts, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     return padded, lengths
@@ -300,7 +299,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, c.width, patch, patch)})
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2, c.width))  # of the patches only
-        self.prefix_tokens, self.gradient_checkpointing = c.prefix_tokens, False
+        self.prefix_tokens = c.prefix_tokens
         if c.prefix_tokens:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
             self.reg_token = nn.Parameter(torch.zeros(1, c.prefix_tokens - 1, c.width))
@@ -311,8 +310,7 @@ class VisionTower(nn.Module):
         if self.prefix_tokens:
             x = torch.cat([torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
-            recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = block(x)
         return x[:, self.prefix_tokens :]
 
 
@@ -352,7 +350,7 @@ class Agent(nn.Module):
     also the text; a stock causal Llama runs without an error and drops from 97 % success to 50 %.
     """
 
-    def __init__(self, config, num_images=1, use_proprio=False, append_stop=True, attention="bidirectional", value_hidden=None):
+    def __init__(self, config, num_images=1, use_proprio=False, append_stop=True, attention="bidirectional", value_hidden=0):
         super().__init__()
         self.config, self.append_stop, self.causal = config, append_stop, attention == "causal"
         self.prefix = num_images * config.patches + use_proprio  # tokens between BOS and the rest of the prompt
@@ -370,16 +368,17 @@ class Agent(nn.Module):
             rms_norm_eps=config.rms_eps,
             rope_theta=config.rope_theta,
             max_position_embeddings=config.max_positions,
-            pad_token_id=config.pad,
+            pad_token_id=config.pad_id,
             attn_implementation="sdpa",  # never flash_attention_2: it takes no mask of this shape and would be causal
         )
         # Of lm_head only the 256 action rows exist, in float32.
         self.language_model = nn.ModuleDict({"model": LlamaModel(llama), "lm_head": nn.Linear(d, config.bins, bias=False)})
         self.value_head = ValueHead(d, value_hidden or d)
         self.proprio_projector = MLP(8, d, d) if use_proprio else None
+        self.register_buffer("adv_std_peak", torch.zeros(()))  # of the learning loop, saved with the weights
 
     def embed(self, pixel_values, prompt_ids, prompt_lengths, proprio=None):
-        """-> input embeddings (B, S, d), mask of the real tokens (B, S), and start (B,): the position of the last prompt token."""
+        """-> input embeddings (B, S, d), mask of the real tokens (B, S), start (B,): the position of the last prompt token."""
         embed_tokens = self.language_model["model"].embed_tokens
         text, patches = embed_tokens(prompt_ids), self.projector(self.vision_backbone(pixel_values))
         if self.proprio_projector is not None:
@@ -414,6 +413,10 @@ class Agent(nn.Module):
         """(B, 6 n, s, s), right-padded ids (B, L), (B,), (B, 8) or None -> raw logits (B, 56, 256), hidden (B, 56, d)."""
         return self.decode(*self.embed(pixel_values, prompt_ids, prompt_lengths, proprio))
 
+    def layers(self) -> list[nn.Module]:
+        """All transformer layers."""
+        return [*self.language_model["model"].layers, *(b for tower in self.vision_backbone.children() for b in tower.blocks)]
+
     def get_value(self, hidden: torch.Tensor) -> torch.Tensor:
         """V(s) from the detached hidden states of the action tokens: (B, 56, d) -> (B,)."""
         return self.value_head(hidden)
@@ -438,13 +441,12 @@ class Agent(nn.Module):
         return tokens, chosen, entropy, self.get_value(hidden), logits
 
 
-def build_agent(config: PolicyConfig, args, device, dtype) -> Agent:
-    """Agent with uninitialised trunk weights in `dtype` and fresh float32 heads; nothing is allocated twice."""
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+def build_agent(config: PolicyConfig, args, device) -> Agent:
+    """Agent with uninitialised trunk weights in args.dtype and fresh float32 heads; nothing is allocated twice."""
     with torch.device("meta"):
         agent = Agent(config, args.num_images, args.use_proprio, args.append_stop, args.attention)
     for trunk in (agent.vision_backbone, agent.projector, agent.language_model["model"]):
-        trunk.to(dtype)
+        trunk.to(getattr(torch, args.dtype))
     agent.to_empty(device=device)
     # RoPE frequencies are no part of a checkpoint: computed here, they would otherwise be whatever was in memory.
     llama = agent.language_model["model"]
@@ -452,13 +454,15 @@ def build_agent(config: PolicyConfig, args, device, dtype) -> Agent:
     for head in (agent.value_head, agent.proprio_projector):
         for layer in head.children() if head is not None else ():
             layer.reset_parameters()
+    agent.adv_std_peak.zero_()
+    agent.pad_multiple = 32 if args.cuda else 1  # GPU kernels want aligned masks
     return agent
 
 
-def init_random(config: PolicyConfig, seed: int, device, dtype, args) -> Agent:
+def init_random(config: PolicyConfig, args, device) -> Agent:
     """Random weights: for the tiny preset, and at full size to measure speed and memory without a checkpoint."""
-    agent = build_agent(config, args, device, dtype)
-    generator = torch.Generator(device).manual_seed(seed)
+    agent = build_agent(config, args, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
     for name, p in agent.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
@@ -469,3 +473,373 @@ def init_random(config: PolicyConfig, seed: int, device, dtype, args) -> Agent:
             std = 0.5 if p.ndim == 3 or "embed_tokens" in name else fan_in**-0.5
             nn.init.normal_(p, std=0.1 * std if "lm_head" in name else std, generator=generator)
     return agent
+
+
+# -------------------- What trains --------------------
+class LoRALinear(nn.Module):
+    """W x + b + (alpha / r) B A x with W, b frozen and A, B float32; "gaussian" start: A ~ N(0, 1 / r^2), B = 0."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
+        kwargs = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_a = nn.Parameter(torch.randn(rank, base.in_features, **kwargs) / rank)
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **kwargs))
+
+    def forward(self, x):
+        update = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + self.scale * update
+
+    def merged(self) -> torch.Tensor:
+        return (self.weight.float() + self.scale * self.lora_b @ self.lora_a).to(self.weight.dtype)
+
+
+class MasterLinear(nn.Module):
+    """Linear layer whose float32 weights are cast to the input's type: steps of 1e-5 would vanish in bfloat16 weights."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.weight = nn.Parameter(base.weight.float())
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.float())
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def replace_linear(module: nn.Module, build) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, build(child))
+        else:
+            replace_linear(child, build)
+
+
+def add_lora(agent: Agent, rank: int, alpha: float) -> None:
+    """LoRA on every linear layer of the trunk; parameter names stay, `lora_a` and `lora_b` join them."""
+    for trunk in (agent.vision_backbone, agent.projector, agent.language_model["model"]):
+        replace_linear(trunk.requires_grad_(False), lambda layer: LoRALinear(layer, rank, alpha))
+
+
+def prepare_training(agent: Agent, args) -> None:
+    """Freeze what does not train. lora: all but adapters and heads; full: vision and token embeddings.
+
+    Weights in full training are float32 masters. Norm scales in bfloat16 stay frozen: a linear layer follows each of them.
+    """
+    llama = agent.language_model["model"]
+    if args.train == "lora":
+        add_lora(agent, args.lora_rank, args.lora_alpha)
+    else:
+        for trunk in (agent.projector, llama):
+            replace_linear(trunk, MasterLinear)
+        for name, p in agent.named_parameters():
+            frozen = name.startswith("vision_backbone") or "embed_tokens" in name
+            p.requires_grad_(p.dtype == torch.float32 and not frozen)
+    for layer in agent.layers() if args.gradient_checkpointing else ():
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def agent_compile(agent: Agent, args) -> None:
+    """Compile layer by layer: a stack of equal layers is compiled once. Give it sequences of one length."""
+    for layer in agent.layers() if args.torch_compile else ():
+        layer.compile()
+
+
+def parameter_groups(agent: Agent) -> list[dict]:
+    """AdamW's groups: what trains of the policy, and the value head."""
+    trained = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
+    return [{"params": [p for n, p in trained if n.startswith("value_head") == value]} for value in (False, True)]
+
+
+def trained_state(agent: Agent) -> dict:
+    """Tensors that a checkpoint needs on top of the frozen weights."""
+    trained = {name for name, p in agent.named_parameters() if p.requires_grad} | {"adv_std_peak"}
+    return {name: value for name, value in agent.state_dict().items() if name in trained}
+
+
+def load_trained(agent: Agent, state: dict) -> None:
+    """Put back what `trained_state` took; ValueError if it comes from other settings."""
+    if state.keys() != trained_state(agent).keys():
+        raise ValueError("the checkpoint trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
+    agent.load_state_dict(state, strict=False)
+
+
+# -------------------- Checkpoint folders --------------------
+def find_folder(name: str) -> Path:
+    """A local folder, or the download of a hub id; ValueError for what cannot be used."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise ValueError(f"--model {name} is neither a folder nor a hub id such as owner/name")
+        import huggingface_hub
+
+        try:  # small files first, so that a model without discrete actions is refused before 15 GB are here
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "action_head--*.pt"]))
+            if not any(folder.glob("action_head--*.pt")):
+                patterns = ["*.json", "*.py", "*.model", "*.safetensors", "proprio_projector--*.pt"]
+                huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"--model {name} is no local folder and cannot be downloaded ({reason})") from error
+    if any(folder.glob("action_head--*.pt")):
+        raise ValueError(f"{name} has an action head for L1 regression or diffusion: RL needs one trained on action tokens")
+    return folder
+
+
+def stored_tensors(folder: Path):
+    """Yield key and lazy slice of every tensor of a checkpoint, file by file."""
+    index = folder / "model.safetensors.index.json"
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if index.exists():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
+    for name in sorted(files):
+        with safetensors.safe_open(folder / name, "pt") as file:
+            for key in file.keys():
+                yield key, file.get_slice(key)
+
+
+def is_unused(key: str, config: PolicyConfig) -> bool:
+    """Tensors of every checkpoint that never enter the forward pass: last block, final norm and pooling of the towers."""
+    unused = rf"featurizer\.blocks\.{config.dino.depth - 1}|fused_featurizer\.blocks\.{config.siglip.depth - 1}"
+    unused += r"|(fused_)?featurizer\.(norm|attn_pool)"
+    return re.match(rf"vision_backbone\.({unused})\.|.*rotary_emb\.inv_freq", key) is not None
+
+
+def action_rows(key: str, config: PolicyConfig) -> slice:
+    """Rows of a stored tensor that the agent has: 256 of lm_head, all of the others."""
+    return slice(config.first_action_id, config.vocab) if key == "language_model.lm_head.weight" else slice(None)
+
+
+@torch.no_grad()
+def load_weights(agent: Agent, folder: Path) -> str:
+    """Copy a folder's tensors into the agent, one by one; -> a line on what was found. ValueError unless all keys match."""
+    heads = ("value_head", "proprio_projector")
+    wanted = {key: p for key, p in agent.named_parameters() if not key.startswith(heads)}
+    missing, ignored, unexpected = set(wanted), 0, []
+    for key, stored in stored_tensors(folder):
+        if key in wanted:
+            tensor = stored[action_rows(key, agent.config)]
+            if tensor.shape != wanted[key].shape:
+                raise ValueError(f"{folder}: {key} has shape {tuple(tensor.shape)} instead of {tuple(wanted[key].shape)}")
+            wanted[key].copy_(tensor)
+            missing.discard(key)
+        elif is_unused(key, agent.config):
+            ignored += 1
+        else:
+            unexpected.append(key)
+    if missing or unexpected:
+        raise ValueError(f"{folder} does not fit: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+    return f"{len(wanted)} tensors loaded, {ignored} unused ones left out, 0 missing"
+
+
+@torch.no_grad()
+def merge_adapter(agent: Agent, folder: Path) -> str:
+    """Add a peft adapter's alpha / r B A to the weights; layers that never run are left out."""
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    if adapter.get("use_dora") or adapter.get("use_rslora") or adapter.get("modules_to_save"):
+        raise ValueError(f"{folder}: only plain LoRA adapters are implemented, merge this one with peft first")
+    pairs = {}
+    for key, stored in stored_tensors(folder):
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise ValueError(f"{folder} does not fit: unexpected {key}")
+        pairs.setdefault(match[1] + ".weight", {})[match[2]] = stored[:].float().flatten(1)  # flat: one is a convolution's
+    parameters = dict(agent.named_parameters())
+    unexpected = [key for key in pairs if key not in parameters and not is_unused(key, agent.config)]
+    if unexpected:
+        raise ValueError(f"{folder} does not fit: unexpected {sorted(unexpected)}")
+    for key in pairs.keys() & parameters.keys():
+        a, b = pairs[key]["A"], pairs[key]["B"][action_rows(key, agent.config)]
+        p = parameters[key]
+        p.add_((adapter["lora_alpha"] / adapter["r"] * (b.to(p.device) @ a.to(p.device))).view_as(p).to(p.dtype))
+    return f"adapter of {len(pairs)} layers merged"
+
+
+def load_heads(agent: Agent, folder: Path) -> None:
+    """The proprio projector, which is part of the policy, and the value head if this script has trained one."""
+    files = sorted(folder.glob("proprio_projector--*.pt"))
+    if bool(files) != (agent.proprio_projector is not None):
+        raise ValueError(f"{folder} has {len(files)} proprio_projector--*.pt files: use --{'' if files else 'no-'}use-proprio")
+    for head, path in ((agent.proprio_projector, files[-1] if files else None), (agent.value_head, folder / "value_head.pt")):
+        if path is not None and path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            head.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+
+
+def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, dict]:
+    """Folder or hub id -> agent ready to train as args.train says, tokenizer, norm_stats {data set: {action, proprio}}."""
+    folder = base = find_folder(name)
+    adapter = next((f for f in (folder, folder / "lora_adapter") if (f / "adapter_config.json").exists()), None)
+    if adapter is not None and not any(path.name.startswith("model") for path in folder.glob("*.safetensors")):
+        base = find_folder(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    config = config_from_folder(base)
+    agent = build_agent(config, args, device)
+    report = load_weights(agent, base)
+    if base != folder:
+        report += ", " + merge_adapter(agent, adapter)
+    print(f"{name}: {report}", flush=True)
+    load_heads(agent, folder)
+    agent.source_folder = str(base)
+    norm_stats = json.loads((base / "config.json").read_text()).get("norm_stats") or {}
+    if (folder / "dataset_statistics.json").exists():
+        norm_stats |= json.loads((folder / "dataset_statistics.json").read_text())
+    tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    prepare_training(agent, args)
+    return agent, tokenizer, norm_stats
+
+
+def resolve_unnorm_key(norm_stats: dict, suite: str, key: str = "auto") -> str:
+    """Name of the statistics that un-normalise the actions of a suite."""
+    candidates = [suite, f"{suite}_no_noops", f"{suite}_no_noops_trajall"] if key == "auto" else [key]
+    candidates += list(norm_stats) if key == "auto" and len(norm_stats) == 1 else []
+    for candidate in candidates:
+        if candidate in norm_stats:
+            return candidate
+    keys = ", ".join(sorted(norm_stats)) or "none"
+    raise ValueError(f"--unnorm-key {key}: no such statistics for {suite}; the checkpoint has {keys}")
+
+
+def export_tensors(agent: Agent, source: Path | None):
+    """Yield the tensors of the public layout: LoRA merged, all rows of lm_head, the source's own where the agent has none."""
+    modules, dtype = dict(agent.named_modules()), agent.language_model["model"].embed_tokens.weight.dtype
+    own, config = dict(agent.named_parameters()), agent.config
+    own = {k: p for k, p in own.items() if not k.startswith(("value_head", "proprio_projector")) and ".lora_" not in k}
+    for key, stored in stored_tensors(source) if source else ((key, None) for key in own):
+        tensor = own[key].detach() if key in own else stored[:]
+        module = modules.get(key.removesuffix(".weight"))
+        if isinstance(module, LoRALinear):
+            tensor = module.merged().detach()
+        if key == "language_model.lm_head.weight":  # float32, so that reading it back gives the same logits
+            rows = stored[:].float() if source else torch.zeros(config.padded_vocab, config.hidden)
+            rows[action_rows(key, config)] = tensor.cpu()
+            yield key, rows
+        else:
+            yield key, tensor.to("cpu", dtype).contiguous()
+
+
+def write_shards(folder: Path, tensors) -> None:
+    """model-0000i-of-0000n.safetensors and their index."""
+    shards, shard, weight_map = [], {}, {}
+
+    def flush():
+        shards.append(list(shard))
+        safetensors.torch.save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shard.clear()
+
+    total = 0
+    for key, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        shard[key] = tensor
+        total += tensor.nbytes
+    flush()
+    for i, keys in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"{i}.part", folder / name)
+        weight_map |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@torch.no_grad()
+def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, source_folder=None) -> None:
+    """Write a folder that `load_policy` and the public loaders read: the files of the source folder with our weights.
+
+    Beside the public files: value_head.pt, and lora.pt with the unmerged adapters, since merging rounds them to bfloat16.
+    """
+    folder, source = Path(folder), source_folder or agent.source_folder
+    source, config, size = Path(source) if source else None, agent.config, agent.config.image_size
+    new = folder.with_name(folder.name + ".tmp")  # renamed when complete
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    content = {
+        "model_type": "openvla",
+        "architectures": ["OpenVLAForActionPrediction"],
+        "text_config": {"model_type": "llama", "vocab_size": config.padded_vocab, "pad_token_id": config.pad_id},
+        "n_action_bins": config.bins,
+        "pad_token_id": config.pad_id,
+    }
+    normalization = [{"mean": m, "std": s, "inplace": False} for m, s in ((DINO_MEAN, DINO_STD), ([0.5] * 3, [0.5] * 3))]
+    processor = {"input_sizes": [[3, size, size]] * 2, "tvf_normalize_params": normalization}
+    if source:
+        for path in source.iterdir():
+            if path.suffix in (".json", ".model", ".py", ".txt") and path.name != "model.safetensors.index.json":
+                shutil.copyfile(path, new / path.name)
+        content = json.loads((source / "config.json").read_text())
+    else:
+        (new / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    if config != PolicyConfig():
+        content["policy_config"] = dataclasses.asdict(config)
+    tokenizer.save(str(new / "tokenizer.json"))
+    (new / "config.json").write_text(json.dumps(content | {"norm_stats": norm_stats}, indent=2) + "\n")
+    (new / "dataset_statistics.json").write_text(json.dumps(norm_stats, indent=2) + "\n")
+    write_shards(new, export_tensors(agent, source))
+    torch.save(agent.value_head.state_dict(), new / "value_head.pt")
+    if agent.proprio_projector is not None:
+        torch.save(agent.proprio_projector.state_dict(), new / "proprio_projector--latest_checkpoint.pt")
+    lora = {key: p.detach() for key, p in agent.named_parameters() if ".lora_" in key}
+    if lora:
+        torch.save({"base": str(source), "lora": lora}, new / "lora.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
+
+
+# -------------------- Checks and estimates --------------------
+def self_check(agent: Agent, batch: dict, temperature: float = 1.0) -> dict:
+    """ValueError if the policy has a known silent fault; `batch` = arguments of the agent. -> the measured effects.
+
+    1. The last action token's input reaches the first action's logits: attention is not causal. 2. The image reaches the
+    logits. 3. The same tokens have the same log-probs with and without gradient: the ratio on fresh data is 1.
+    """
+    with torch.no_grad():
+        x, real, start = agent.embed(**batch)
+        logits = agent.decode(x, real, start)[0]
+        changed, rows = x.clone(), torch.arange(len(x), device=x.device)
+        changed[rows, start + agent.config.action_tokens] = x[:, 0]
+        backward = (agent.decode(changed, real, start)[0][:, 0] - logits[:, 0]).abs().max() / logits.std()
+        black, white = (agent(**{**batch, "pixel_values": torch.full_like(batch["pixel_values"], v)})[0] for v in (-2.0, 2.0))
+        image = (black - white).abs().max() / logits.std()
+        tokens, old, *_ = agent.get_action_and_logprob(**batch, temperature=temperature)
+    new = agent.get_action_and_logprob(**batch, tokens=tokens, temperature=temperature)[1]
+    ratio = (new.detach() - old).abs().max()
+    result = {"backward_attention": backward.item(), "image_effect": image.item(), "fresh_log_ratio": ratio.item()}
+    if (result["backward_attention"] > 1e-4) == agent.causal:
+        kind = "causal" if result["backward_attention"] <= 1e-4 else "bidirectional"
+        raise ValueError(f"attention is {kind}, against --attention: use the version of transformers in the requirements")
+    if not result["image_effect"] > 1e-4:
+        raise ValueError("a black and a white image give the same action logits: the policy does not see its images")
+    if not result["fresh_log_ratio"] < 1e-2:
+        raise ValueError(f"the log ratio on fresh data is {result['fresh_log_ratio']:.3f}, not 0: rollout and update disagree")
+    return result
+
+
+def flops_per_chunk(config: PolicyConfig, num_images: int, seq: int) -> float:
+    """Floating-point operations of one forward pass for a sequence of `seq` tokens (7B, one image, 345 tokens: 4.9e12)."""
+    total = seq * config.layers * (2 * (4 * config.hidden**2 + 3 * config.hidden * config.ffn) + 4 * seq * config.hidden)
+    for c in (config.dino, config.siglip):
+        n = config.patches + c.prefix_tokens
+        total += num_images * n * (c.depth - 1) * (2 * (4 * c.width**2 + 2 * c.width * c.mlp) + 4 * n * c.width)
+    features, d = config.dino.width + config.siglip.width, config.hidden
+    total += 2 * num_images * config.patches * (4 * features**2 + 4 * features * d + d**2)
+    return float(total + 2 * config.action_tokens * d * config.bins)
+
+
+def memory_plan(agent: Agent, args, micro_batch: int, prompt_length: int = 36) -> str:
+    """One line: weights, optimizer and activations in GiB. Weights are counted, activations estimated per token and layer."""
+    config, gib, width = agent.config, 2**30, 2 if args.dtype == "bfloat16" else 4
+    seq = agent.prefix + prompt_length + config.action_tokens + agent.append_stop
+    weights = sum(p.nbytes for p in agent.parameters())
+    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    layer = width * seq * (11 * config.hidden + 3 * config.ffn)  # what the backward pass of one layer keeps
+    tokens = [(c, (c.depth - 1) * (config.patches + c.prefix_tokens)) for c in (config.dino, config.siglip)]
+    if args.gradient_checkpointing:
+        activations = config.layers * width * seq * config.hidden + layer
+    else:
+        activations = config.layers * layer + args.num_images * width * sum(n * (8 * c.width + 2 * c.mlp) for c, n in tokens)
+    parts = {"weights": weights, "gradients and Adam": 12 * trained, f"{micro_batch} chunks": micro_batch * activations}
+    text = " + ".join(f"{name} {size / gib:.1f}" for name, size in parts.items())
+    tflop = flops_per_chunk(config, args.num_images, seq) / 1e12
+    total = sum(parts.values()) / gib
+    text += f" = {total:.1f} GiB; {trained / 1e6:.1f} M parameters train"
+    return f"memory: {text}; {tflop:.3g} TFLOP per chunk of {seq} tokens"
