@@ -24,6 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+CHUNK = 8  # in the finished file: defined at the top
+
+
 # -------------------- Environment --------------------
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 NOOP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # in LIBERO's units: stand still, gripper open
@@ -87,9 +90,7 @@ def find_assets() -> Path | None:
     if "LIBERO_ASSETS" in os.environ:
         assets = Path(os.environ["LIBERO_ASSETS"]).expanduser()
         if not all((assets / name).is_dir() for name in ASSET_FOLDERS):
-            raise ValueError(
-                f"LIBERO_ASSETS={assets} does not hold LIBERO's assets ({', '.join(ASSET_FOLDERS)}): {ASSETS_HINT}"
-            )
+            raise ValueError(f"LIBERO_ASSETS={assets} does not hold the folders {', '.join(ASSET_FOLDERS)}: {ASSETS_HINT}")
         return assets
     folders = libero_root() / "assets", Path("~/.cache/libero/assets").expanduser()
     return next((f for f in folders if all((f / name).is_dir() for name in ASSET_FOLDERS)), None)
@@ -111,9 +112,8 @@ def ensure_assets() -> Path:
             partial.rename(assets)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"LIBERO's assets are not on this machine and cannot be downloaded ({reason}): {ASSETS_HINT}"
-            ) from None
+            text = f"LIBERO's assets are not on this machine and cannot be downloaded ({reason}): {ASSETS_HINT}"
+            raise ValueError(text) from None
     return assets
 
 
@@ -195,7 +195,10 @@ class LiberoEnv:
         sensor, blank = env._observables[f"{camera}_image"]._sensor, np.zeros((self.args.camera_size,) * 2 + (3,), np.uint8)
 
         def image(obs_cache):
-            return sensor(obs_cache) if self.rendering else blank
+            if not self.rendering:
+                return blank
+            env.sim._render_context_offscreen.gl_ctx.make_current()  # robosuite draws into the newest simulator's instead
+            return sensor(obs_cache)
 
         image.__modality__ = "image"
         return image
@@ -212,10 +215,13 @@ class LiberoEnv:
         if task != self.task:
             self.build(task)
         # The initial state does not hold where cabinets and stoves stand: reset() draws it (within 2 cm) from numpy's global
-        # generator. set_init_state() alone is no reset: the controller would keep its goal and the gripper its state.
+        # generator. set_init_state() alone is no reset: the controller would keep its goal. And robosuite's reset() forgets
+        # what the gripper integrates its commands into: after an episode that ended with it closed, it would close again.
         np.random.seed(init_state)
         self.rendering = False
         self.env.reset()
+        gripper = self.env.robots[0].gripper
+        gripper.current_action = np.zeros(gripper.dof)
         self.env.set_init_state(self.init_states[init_state])
         raw = None
         for i in range(self.args.noop_steps):
@@ -241,10 +247,8 @@ class LiberoEnv:
             raise RuntimeError("the episode is over: call reset")
         actions = np.array(actions, np.float64)
         actions[:, 6] = np.where(actions[:, 6] > 0.5, -1.0, 1.0)  # LIBERO: -1 opens, 1 closes
-        rewards, steps = (
-            np.zeros(max(self.args.chunk, len(actions)), np.float32),
-            min(len(actions), self.max_steps - self.num_steps),
-        )
+        rewards = np.zeros(max(CHUNK, len(actions)), np.float32)
+        steps = min(len(actions), self.max_steps - self.num_steps)
         for i in range(steps):
             self.rendering = self.args.render_every_step or i == steps - 1
             raw, _, success, _ = self.env.step(actions[i])
@@ -367,7 +371,7 @@ class VectorEnv:
             if function is LiberoEnv.reset:
                 answers.append({"obs": answer[0] if answer else self.call(i, function, *arguments)})
             else:
-                values = answer[0] if answer else (self.last_obs[i], np.zeros(self.args.chunk, np.float32), 0, False, True)
+                values = answer[0] if answer else (self.last_obs[i], np.zeros(CHUNK, np.float32), 0, False, True)
                 names = "obs", "rewards", "num_executed", "terminated", "truncated"
                 answers.append(dict(zip(names, values, strict=True)) | ({} if answer else {"restarted": True}))
             self.last_obs[i] = answers[-1]["obs"]

@@ -50,7 +50,9 @@ def env():
 def envs():
     simulators = vla.VectorEnv(make_args())
     yield simulators
+    pids = [process.pid for process in simulators.processes]
     simulators.close()
+    assert not running(pids)
 
 
 def state(env) -> np.ndarray:
@@ -75,15 +77,20 @@ def run_python(code: str, **environment) -> subprocess.CompletedProcess:
 
 
 # -------------------- Without a simulator --------------------
-def test_import_has_no_side_effects():
+def test_import_has_no_side_effects_and_instructions_are_liberos():
     code = """
-import os, threading
+import os, sys, threading
 before = dict(os.environ)
-import gipo_vla_libero, sys
+import gipo_vla_libero as vla
 assert dict(os.environ) == before and threading.active_count() == 1
 assert not [m for m in sys.modules if m.split('.')[0] in ('libero', 'robosuite', 'mujoco')]
+
+vla.setup_libero("/nowhere")
+from libero.libero.benchmark import task_maps
+for suite in vla.MAX_STEPS:
+    assert [vla.instruction(suite, t) for t in range(vla.num_tasks(suite))] == [t.language for t in task_maps[suite].values()]
 """
-    process = run_python(code)
+    process = run_python(code, MUJOCO_GL="osmesa")
     assert process.returncode == 0, process.stderr
 
 
@@ -94,34 +101,28 @@ def test_tasks_and_instructions():
     assert vla.instruction("libero_10", 0) == "put both the alphabet soup and the tomato sauce in the basket"
 
 
-def test_instructions_are_those_of_libero():
-    code = """
-import gipo_vla_libero as vla
-vla.setup_libero("/nowhere")
-from libero.libero.benchmark import task_maps
-for suite in vla.MAX_STEPS:
-    assert [vla.instruction(suite, t) for t in range(vla.num_tasks(suite))] == [t.language for t in task_maps[suite].values()]
-"""
-    process = run_python(code, MUJOCO_GL="osmesa")
-    assert process.returncode == 0, process.stderr
+def test_missing_assets_are_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
+    with pytest.raises(ValueError, match="does not hold the folders"):
+        vla.ensure_assets()
+    monkeypatch.delenv("LIBERO_ASSETS")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if vla.find_assets() is None:  # else the package holds them
+        with pytest.raises(ValueError, match=r"are not on this machine and cannot be downloaded .* set LIBERO_ASSETS"):
+            vla.ensure_assets()
+        assert "downloading" in capsys.readouterr().out and not (tmp_path / ".cache" / "libero" / "assets").exists()
 
 
-def test_missing_assets_are_one_sentence(tmp_path):
-    code = "import gipo_vla_libero as vla; print(vla.find_assets()); vla.ensure_assets()"
-    process = run_python(code, LIBERO_ASSETS=None, HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    if process.stdout.startswith("None"):  # else the package holds the assets
-        assert "ValueError: LIBERO's assets are not on this machine" in process.stderr and "LIBERO_ASSETS" in process.stderr
-        assert "downloading" in process.stdout and not (tmp_path / ".cache" / "libero" / "assets").exists()
-    process = run_python(code, LIBERO_ASSETS=str(tmp_path))
-    assert "does not hold LIBERO's assets" in process.stderr.splitlines()[-1]
-
-
-def test_unusable_renderer_is_one_sentence_or_a_fall_back():
-    code = "import sys, gipo_vla_libero as vla; print(vla.render_variables(sys.argv[1])['MUJOCO_GL'])"
-    process = run_python(code.replace("sys.argv[1]", "'egl'"), MUJOCO_EGL_DEVICE_ID="99")
-    assert "ValueError: --render egl: MuJoCo cannot draw" in process.stderr
-    process = run_python(code.replace("sys.argv[1]", "'auto'"), MUJOCO_EGL_DEVICE_ID="99")
-    assert process.returncode == 0 and process.stdout.splitlines()[-1] == "osmesa"
+def test_unusable_renderer_is_one_sentence_or_a_fall_back(monkeypatch, capsys):
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")
+    vla.render_variables.cache_clear()
+    with pytest.raises(ValueError, match=r"--render egl: MuJoCo cannot draw .*99"):
+        vla.render_variables("egl")
+    monkeypatch.setattr(vla.Path, "exists", lambda path: True)  # as on a machine with an NVIDIA GPU, where EGL goes first
+    assert vla.render_variables("auto")["MUJOCO_GL"] == "osmesa"
+    assert "warning: images are rendered with osmesa" in capsys.readouterr().out
+    vla.render_variables.cache_clear()
 
 
 # -------------------- One simulator --------------------
@@ -195,7 +196,7 @@ def test_two_cameras_and_every_step(env):
     assert obs["images"].shape == (2, 64, 64, 3) and np.array_equal(obs["images"][0], single["images"][0])
     assert np.abs(obs["images"][1].astype(int) - obs["images"][0]).mean() > 10
     actions = random_chunks(2, 1)[0]
-    obs, *rest = other.step(actions)
+    obs, *_ = other.step(actions)
     single, *_ = env.step(actions)
     assert len(other.frames) == 9 and np.array_equal(other.frames[-1], obs["images"][0])
     assert np.array_equal(obs["images"][0], single["images"][0]) and np.array_equal(obs["proprio"], single["proprio"])
@@ -314,7 +315,7 @@ def test_dead_and_stuck_workers_are_replaced(envs, capsys):
 
 @NOTHING_WITHOUT_ASSETS
 def test_workers_ignore_signals_and_leave_no_orphans(tmp_path):
-    """Ctrl-C reaches every process of the terminal: workers go on. They are gone after close, an exit, and a kill -9."""
+    """Ctrl-C reaches every process of the terminal: workers go on. They are gone after an exit and after a kill -9."""
     code = """
 import os, signal, sys, time
 import tests.test_vla_environment as t
@@ -329,11 +330,8 @@ if __name__ == "__main__":
     envs.step_async([0], [t.chunk(t.UP)])
     if sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if sys.argv[1] == "close":
-        envs.close()
-        assert not t.running([pid])
 """
-    for how in ("close", "exit", "kill"):
+    for how in ("exit", "kill"):
         process = run_python(code.replace("sys.argv[1]", repr(how)))
         assert process.returncode == (-signal.SIGKILL if how == "kill" else 0), process.stderr
         first, last = map(int, process.stdout.split()[-2:])
