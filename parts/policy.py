@@ -521,7 +521,7 @@ def add_lora(agent: Agent, rank: int, alpha: float) -> None:
 
 
 def prepare_training(agent: Agent, args) -> None:
-    """Freeze what does not train. lora: all but adapters and heads; full: vision and token embeddings.
+    """Freeze what does not train (lora: all but adapters and heads; full: vision and token embeddings), compile, checkpoint.
 
     Weights in full training are float32 masters. Norm scales in bfloat16 stay frozen: a linear layer follows each of them.
     """
@@ -534,14 +534,11 @@ def prepare_training(agent: Agent, args) -> None:
         for name, p in agent.named_parameters():
             frozen = name.startswith("vision_backbone") or "embed_tokens" in name
             p.requires_grad_(p.dtype == torch.float32 and not frozen)
-    for layer in agent.layers() if args.gradient_checkpointing else ():
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def agent_compile(agent: Agent, args) -> None:
-    """Compile layer by layer: a stack of equal layers is compiled once. Give it sequences of one length."""
-    for layer in agent.layers() if args.torch_compile else ():
-        layer.compile()
+    for layer in agent.layers():
+        if args.torch_compile:  # layer by layer: a stack of equal layers is compiled once
+            layer.forward = torch.compile(layer.forward)
+        if args.gradient_checkpointing:  # outside of the compiled code, or nothing would be compiled
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def parameter_groups(agent: Agent) -> list[dict]:

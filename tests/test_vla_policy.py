@@ -29,6 +29,7 @@ GOLDEN = vla.PolicyConfig(
 
 
 def make_args(**changes):
+    """The arguments the policy reads; a small LoRA."""
     defaults = {
         "suite": "libero_spatial", "unnorm_key": "auto", "num_images": 1, "use_proprio": False, "append_stop": True,
         "attention": "bidirectional", "preprocess": "oft", "jpeg": False, "center_crop": True, "temperature": 1.0,
@@ -429,9 +430,8 @@ def test_sampling_and_temperature(weights):
     agent = golden_agent(weights)
     torch.manual_seed(0)
     tokens, logprobs, entropy, value, logits = agent.get_action_and_logprob(*inputs(), temperature=1.6)
-    assert (
-        tokens.shape == logprobs.shape == entropy.shape == (3, 8, 7) and value.shape == (3,) and logits.shape == (3, 56, 256)
-    )
+    assert tokens.shape == logprobs.shape == entropy.shape == (3, 8, 7)
+    assert value.shape == (3,) and logits.shape == (3, 56, 256)
     assert tokens.dtype == torch.int64 and logprobs.dtype == entropy.dtype == value.dtype == logits.dtype == torch.float32
     reference = torch.distributions.Categorical(logits=logits / 1.6)
     torch.testing.assert_close(logprobs.flatten(1), reference.log_prob(tokens.flatten(1)))
@@ -673,7 +673,7 @@ def test_public_config_is_the_default(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_load_save_reload(weights, tmp_path, capsys, train, dtype):
-    """Public folder -> same logits; train a little, save -> same logits, all public tensors; and the value head comes along."""
+    """Public folder -> same logits; train a little, save -> same logits and all public tensors; the value head comes along."""
     args = make_args(train=train, dtype=dtype)
     agent, tokenizer, norm_stats = vla.load_policy(write_checkpoint(tmp_path / "public", weights), args, "cpu")
     assert "87 tensors loaded, 43 unused ones left out, 0 missing" in capsys.readouterr().out
