@@ -423,8 +423,8 @@ def scripted_expert(env: LiberoEnv, task: int, init_state: int, noise: float, rn
                 move[:2] = 0.0
             elif away <= 0.02:
                 move[2] = -0.03
-        action = np.concatenate([np.clip(move / 0.03, -1.0, 1.0), np.zeros(3), [0.0 if close else 1.0]])
-        steps.append((obs["images"], obs["proprio"], action.astype(np.float32)))
+        action = np.concatenate([np.clip(move / 0.03, -1.0, 1.0), np.zeros(3), [0.0 if close else 1.0]]).astype(np.float32)
+        steps.append((obs["images"], obs["proprio"], action))
         executed = action.copy()
         executed[:3] += rng.normal(0.0, noise, 3)
         obs, _, _, success, _ = env.step(executed[None])
