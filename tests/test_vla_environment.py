@@ -300,7 +300,7 @@ def test_dead_and_stuck_workers_are_replaced(envs, capsys):
     envs.step_async([1], [chunk(UP)])
     start = time.monotonic()
     answers = envs.wait([0, 1])
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # not the 120 s of --env-timeout
     envs.args.env_timeout = 120.0
     assert "its process died" in (output := capsys.readouterr().out) and "no answer within 2 s" in output
     for answer, old in zip(answers, before, strict=True):
