@@ -166,8 +166,7 @@ class LiberoEnv:
         import mujoco
         from libero.libero.envs import OffScreenRenderEnv
 
-        if self.env is not None:
-            self.env.close()
+        self.close()
         name, size = task_names(self.args.suite)[task], self.args.camera_size
         self.env = OffScreenRenderEnv(
             bddl_file_name=str(libero_root() / "bddl_files" / self.args.suite / f"{name}.bddl"),
@@ -265,6 +264,7 @@ class LiberoEnv:
 
     def close(self) -> None:
         if self.env is not None:
+            self.env.sim._render_context_offscreen.gl_ctx.make_current()  # or another simulator's textures are freed
             self.env.close()
         self.env = self.task = None
 

@@ -200,7 +200,9 @@ def test_two_cameras_and_every_step(env):
     single, *_ = env.step(actions)
     assert len(other.frames) == 9 and np.array_equal(other.frames[-1], obs["images"][0])
     assert np.array_equal(obs["images"][0], single["images"][0]) and np.array_equal(obs["proprio"], single["proprio"])
+    before = env.reset(0, 0)["images"]
     other.close()
+    assert np.array_equal(env.reset(0, 0)["images"], before)  # OpenGL objects belong to whichever context is current
 
 
 @NOTHING_WITHOUT_ASSETS
