@@ -1,0 +1,2504 @@
+"""GIPO for a vision-language-action policy: OpenVLA-OFT on the real LIBERO simulator (arXiv 2603.03955), in one file.
+
+    omega = exp(-(l / sigma)^2 / 2)      l = log pi(token | o) - log mu(token | o),  rho = exp(l),  mu = the policy that acted
+    loss  = -mean(omega * rho * A)       over the action tokens of replayed segments; omega is a constant in the backward pass
+
+    python gipo_vla_libero.py --preset tiny                                # a small policy on a CPU, from nothing
+    python gipo_vla_libero.py --model <folder or hub id>                   # one GPU: a public 7B checkpoint, LoRA
+    torchrun --nproc-per-node 8 gipo_vla_libero.py --model ...             # several GPUs
+    python gipo_vla_libero.py --model ... --evaluate ... --eval-episodes 50
+
+What differs from PPO, which is --trust-weight ppo here:
+1. A smooth trust weight replaces the hard clip: every token keeps a gradient, which fades with |log ratio| and is bounded.
+2. A replay buffer keeps segments of many rollouts: simulating and rendering cost as much as the policy does.
+3. Values and advantages of a segment are recomputed with the current critic in every update.
+4. The ratio is one per action token, step or chunk (--ratio); each has a sigma of its own.
+
+Policy: 8 x 7 action tokens in one forward pass with attention in both directions, 256 bins each; see `Agent`.
+Docs: docs/gipo_vla_libero.md.  Method: https://arxiv.org/abs/2603.03955
+"""
+
+import atexit
+import collections
+import contextlib
+import copy
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import operator
+import os
+import platform
+import queue
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import tokenizers
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch.utils.checkpoint import checkpoint
+
+ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
+MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
+CHUNK = 8  # environment steps per decision of the policy
+
+
+@dataclass
+class Args:
+    # ---- experiment
+    preset: Literal["none", "tiny"] = "none"
+    """tiny: the same architecture built small, cloned from a scripted expert, then improved by RL on a CPU; other defaults"""
+    exp_name: str = "gipo"
+    """name of this experiment: the run lives in <run-dir>/{suite}__{exp_name}__{seed}"""
+    seed: int = 1
+    """seed of the networks, the sampling, and the order of tasks and initial states"""
+    run_dir: str = "runs"
+    """parent folder of all runs; <run-dir>/cache holds what the tiny preset collects and clones"""
+    resume: bool = False
+    """continue an interrupted run where its last checkpoint is; the arguments come from its args.json"""
+    overwrite: bool = False
+    """delete an existing run of the same name first"""
+    evaluate: str | None = None
+    """folder or hub id of a policy: evaluate it on --suite as the field does, and do nothing else"""
+    eval_every: int = 100_000
+    """environment steps between evaluations (0: only before the first update and at the end)"""
+    eval_episodes: int = 50
+    """initial states per task and evaluation, from the first one on, at most 50 (0: never evaluate)"""
+    checkpoint_every: int = 50_000
+    """environment steps between checkpoints"""
+    capture_video: bool = False
+    """record the first evaluation episode of every task as mp4 (needs moviepy)"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project: str = "gipo"
+    """Weights & Biases project"""
+
+    # ---- environment
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = "libero_spatial"
+    """LIBERO suite"""
+    tasks: tuple[int, ...] = ()
+    """numbers of the tasks to train and evaluate on (none: all of the suite)"""
+    num_envs: int = 16
+    """N: simulators of this process (each is a process of its own with 1.2 GB of memory)"""
+    env_groups: int = 2
+    """groups that take turns: one simulates while the policy acts for the other"""
+    train_init_states: int = 50
+    """RL starts episodes from the first k of the 50 initial states of a task"""
+    task_sampling: Literal["failure", "uniform"] = "failure"
+    """next task with probability proportional to 1 + its failures in its last 100 episodes, or uniformly"""
+    render: Literal["auto", "egl", "osmesa"] = "auto"
+    """MuJoCo's renderer; auto: EGL on a machine with an NVIDIA GPU, else (or when EGL fails) OSMesa"""
+    camera_size: int = 256
+    """pixels of a rendered image's side; public checkpoints expect 256"""
+    reflections: bool = True
+    """render reflections as LIBERO does; off is 1.6 times faster and changes pixels by 1 of 255 on average"""
+    render_every_step: bool = False
+    """render every step of a chunk instead of the last one, the only one the policy sees: for videos"""
+    max_steps: int = 0
+    """environment steps of an episode (0: the suite's 220 / 280 / 300 / 520 / 400)"""
+    noop_steps: int = 10
+    """steps without action after a reset, while objects settle"""
+    env_timeout: float = 120.0
+    """seconds after which a simulator that does not answer is killed and started anew"""
+
+    # ---- policy
+    model: str = ""
+    """folder or hub id of an OpenVLA-OFT checkpoint with discrete actions (or of its LoRA adapter)"""
+    unnorm_key: str = "auto"
+    """whose action statistics un-normalise the actions; auto: the suite's, with _no_noops or without"""
+    num_images: Literal[1, 2] = 1
+    """1: the third-person camera; 2: with the wrist camera"""
+    use_proprio: bool = False
+    """one token with gripper pose and opening after the image patches"""
+    append_stop: bool = True
+    """</s> after the action tokens, as in OpenVLA-OFT and SimpleVLA-RL (RLinf drops it)"""
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """OpenVLA-OFT attends in both directions over the whole sequence; causal is for comparison only"""
+    preprocess: Literal["oft", "rlinf"] = "oft"
+    """image pipeline of the checkpoint's training"""
+    jpeg: bool = True
+    """JPEG round trip before the resize, as in the training data"""
+    center_crop: bool = True
+    """crop 90 % of the area, for checkpoints trained with random crops"""
+    temperature: float = 1.0
+    """of the sampled actions, in rollouts and in the loss alike (SimpleVLA-RL: 1.6); evaluation is greedy"""
+    train: Literal["lora", "full"] = "lora"
+    """what the policy gradient changes: LoRA adapters and the 256 action rows, or projector and language model in full"""
+    lora_rank: int = 32
+    """r of LoRA"""
+    lora_alpha: int = 16
+    """alpha of LoRA"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of the frozen weights and the matrix products; log-probs, losses, heads and LoRA weights are float32 in any case"""
+
+    # ---- algorithm
+    total_timesteps: int = 1_000_000
+    """environment steps of the whole run over all processes, rounded up to whole rollouts; a decision counts as 8"""
+    num_steps: int = 16
+    """T: action chunks per simulator and rollout; also the length of a replayed segment"""
+    buffer_size: int = 80_000
+    """replay buffer of each process in environment steps, rounded down to whole rollouts; 0: one rollout"""
+    minibatch_size: int = 2_048
+    """environment steps per update and process, a multiple of num_steps times the chunk length"""
+    updates_per_iteration: int = 2
+    """updates after each rollout"""
+    critic_warmup: int = 2
+    """rollouts whose updates train the critic only"""
+    learning_rate: float = 1e-5
+    """AdamW step size of the policy (LoRA: 1e-5 to 1e-4)"""
+    critic_learning_rate: float = 1e-4
+    """AdamW step size of the value head"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """how both step sizes fall to 0 over the run"""
+    lr_warmup: float = 0.02
+    """share of the run over which both step sizes rise linearly to their value"""
+    gamma: float = 0.99
+    """discount factor per chunk"""
+    gae_lambda: float = 0.95
+    """lambda of GAE, per chunk"""
+    recompute_advantages: bool = True
+    """advantages from the current critic for every update; --no-recompute-advantages keeps those of collection time"""
+    ratio: Literal["token", "action", "chunk"] = "token"
+    """importance ratio of one action token, of a step's 7 tokens, or of a whole chunk (raise sigma with it)"""
+    kl_coef: float = 0.0
+    """weight of the penalty KL(mu || pi), estimated by mean(-l) (0 to 0.1)"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus per token"""
+    vf_coef: float = 0.5
+    """weight of the value loss; the value head reads detached features, so it matters only beside weight decay of 0"""
+    reward_scale: float = 1.0
+    """constant factor on the reward, which is 1 at success"""
+    max_grad_norm: float = 1.0
+    """gradient norm limit, for policy and critic apart"""
+    adv_std_floor: float = 0.1
+    """advantages are divided by their standard deviation, but by no less than this share of its largest value so far"""
+
+    # ---- GIPO
+    trust_weight: Literal["gipo", "ppo", "sapo", "none"] = "gipo"
+    """gipo, or what it is compared with: ppo (hard clip), sapo (arXiv 2511.20347), none (plain importance sampling)"""
+    sigma: float = 1.0
+    """sigma: width of the trust weight in units of the log ratio"""
+    sigma_neg_ratio: float = 1.0
+    """sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
+    kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
+    """shape of the trust weight; only the Gaussian bounds omega * rho for every sigma"""
+    trust_side: Literal["both", "outward"] = "both"
+    """outward: an ablation beyond the paper, omega = 1 where the policy moved against the advantage, as in PPO's clip"""
+    clip_coef: float = 0.2
+    """epsilon of PPO's clip"""
+    sapo_tau_pos: float = 1.0
+    """SAPO's temperature for positive advantages"""
+    sapo_tau_neg: float = 1.05
+    """SAPO's temperature for negative advantages"""
+
+    # ---- cloning (tiny preset)
+    demos_per_state: int = 4
+    """demonstrations of the scripted expert per training initial state, with different noise"""
+    demo_noise: float = 0.1
+    """standard deviation of the noise on the executed, not the recorded, translations: clones see recoveries"""
+    clone_updates: int = 3_000
+    """updates of behaviour cloning"""
+    clone_batch: int = 64
+    """samples per update of behaviour cloning"""
+    clone_learning_rate: float = 5e-4
+    """AdamW step size of behaviour cloning, falling to 0 along a cosine"""
+
+    # ---- runtime
+    cuda: bool = True
+    """run the policy on the GPU (one per process); --no-cuda is for the tiny preset"""
+    micro_batch: str = "auto"
+    """chunks per forward and backward pass, or auto: the largest power of two that fits the GPU, 64 on a CPU"""
+    torch_compile: bool = False
+    """compile the language model's layers (sequences are padded to one length)"""
+    torch_threads: int = 0
+    """CPU threads of PyTorch (0: its own choice)"""
+
+
+PRESETS = {
+    "none": {},
+    "tiny": {
+        "tasks": (0,),
+        "num_envs": 4,
+        "env_groups": 2,
+        "train_init_states": 40,
+        "render": "osmesa",
+        "camera_size": 84,
+        "reflections": False,
+        "use_proprio": True,
+        "jpeg": False,
+        "center_crop": False,
+        "train": "full",
+        "dtype": "float32",
+        "total_timesteps": 200_000,
+        "num_steps": 32,
+        "buffer_size": 10_240,
+        "minibatch_size": 1_024,
+        "updates_per_iteration": 4,
+        "learning_rate": 1e-4,
+        "critic_learning_rate": 1e-3,
+        "eval_every": 50_000,
+        "checkpoint_every": 10_000,
+        "cuda": False,
+    },
+}
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args; --preset chooses the defaults, which the other flags override and --help shows."""
+    argv = sys.argv[1:] if argv is None else argv
+    words = " ".join(argv).replace("=", " ").split()
+    preset = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "none"
+    return tyro.cli(Args, default=Args(preset=preset, **PRESETS.get(preset, {})), args=argv)
+
+
+# -------------------- Environment --------------------
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+NOOP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # in LIBERO's units: stand still, gripper open
+ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
+ASSETS_HINT = "set LIBERO_ASSETS to a folder with the contents of libero/libero/assets from the LIBERO repository"
+RENDER_PROBE = """
+import mujoco
+xml = '<mujoco><worldbody><light pos="0 0 3"/><geom type="plane" size="1 1 .1"/></worldbody></mujoco>'
+model = mujoco.MjModel.from_xml_string(xml)
+data, renderer = mujoco.MjData(model), mujoco.Renderer(model, 32, 32)
+mujoco.mj_forward(model, data)
+renderer.update_scene(data)
+from OpenGL import GL
+print(GL.glGetString(GL.GL_RENDERER))
+assert renderer.render().max() > 0, "black image"
+"""
+
+
+@functools.cache
+def render_variables(render: str) -> dict[str, str]:
+    """Variables that a process needs before it imports MuJoCo, found by drawing a small scene in another process.
+
+    EGL fails in many ways: no driver, a device number that is not CUDA's, black images, a hang. Nothing is believed untried.
+    """
+    if render == "inherited":  # by a worker, from the process that started it
+        return {}
+    has_gpu, chosen, failures = Path("/proc/driver/nvidia").exists(), os.environ.get("MUJOCO_EGL_DEVICE_ID"), []
+    order = ["egl", "osmesa"] if has_gpu else ["osmesa", "egl"]  # equally fast without a GPU, and OSMesa has fewer moods
+    for gl in order if render == "auto" else [render]:
+        for device in [chosen or "0"] if chosen or gl == "osmesa" else "01234567":
+            variables = {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl, "MUJOCO_EGL_DEVICE_ID": device}
+            variables["LP_NUM_THREADS"] = "1"  # or Mesa draws with a thread per core in every process
+            try:
+                command = [sys.executable, "-c", RENDER_PROBE]
+                probe = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60)
+                error = (probe.stderr.strip().splitlines() or ["?"])[-1] if probe.returncode else ""
+                if render == "auto" and gl == "egl" and has_gpu and "llvmpipe" in probe.stdout:
+                    error = "EGL finds no GPU (in a container, NVIDIA_DRIVER_CAPABILITIES must contain graphics)"
+            except subprocess.TimeoutExpired:
+                error = "no answer within 60 s"
+            if not error:
+                if failures and has_gpu:
+                    print(f"warning: images are rendered with {gl}, device {device}: {'; '.join(failures)}", flush=True)
+                return variables
+            failures.append(f"{gl}, device {device}: {error}")
+            if "must be an integer between" in error:  # no such device, so no further ones either
+                break
+    raise ValueError(f"--render {render}: MuJoCo cannot draw ({'; '.join(failures)}): apt-get install libosmesa6, or libegl1")
+
+
+def libero_root() -> Path:
+    """Folder of the installed package that holds bddl_files and init_files, found without importing it."""
+    spec = importlib.util.find_spec("libero")
+    if spec is None:
+        raise ValueError("LIBERO is not installed: pip install --no-deps -r requirements-vla.txt")
+    return Path(next(iter(spec.submodule_search_locations))) / "libero"
+
+
+def find_assets() -> Path | None:
+    """Folder of LIBERO's meshes and textures: LIBERO_ASSETS, else inside the package, else where hf-libero downloads them."""
+    if "LIBERO_ASSETS" in os.environ:
+        assets = Path(os.environ["LIBERO_ASSETS"]).expanduser()
+        if not all((assets / name).is_dir() for name in ASSET_FOLDERS):
+            raise ValueError(f"LIBERO_ASSETS={assets} does not hold the folders {', '.join(ASSET_FOLDERS)}: {ASSETS_HINT}")
+        return assets
+    folders = libero_root() / "assets", Path("~/.cache/libero/assets").expanduser()
+    return next((f for f in folders if all((f / name).is_dir() for name in ASSET_FOLDERS)), None)
+
+
+def ensure_assets() -> Path:
+    """`find_assets`, or download them once."""
+    assets = find_assets()
+    if assets is None:
+        assets = Path("~/.cache/libero/assets").expanduser()
+        print(f"downloading LIBERO's assets once from the Hugging Face hub (lerobot/libero-assets) to {assets}", flush=True)
+        try:
+            from huggingface_hub import snapshot_download
+
+            # hf-libero's own function passes an argument that huggingface_hub >= 1 refuses, and takes a broken download for
+            # a complete one. So: the same data to the same place, but under another name until it is complete.
+            partial = assets.with_name("assets.partial")
+            snapshot_download("lerobot/libero-assets", repo_type="dataset", local_dir=partial)
+            partial.rename(assets)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            text = f"LIBERO's assets are not on this machine and cannot be downloaded ({reason}): {ASSETS_HINT}"
+            raise ValueError(text) from None
+    return assets
+
+
+def setup_libero(assets: Path) -> None:
+    """Import LIBERO without its questions: it asks on stdin for a folder when it finds no config file."""
+    with tempfile.TemporaryDirectory() as folder:  # needed during the import only, since we name every path ourselves
+        os.environ["LIBERO_CONFIG_PATH"] = folder
+        keys = "benchmark_root", "bddl_files", "init_states", "datasets", "assets"
+        (Path(folder) / "config.yaml").write_text(json.dumps(dict.fromkeys(keys, str(libero_root()))))  # JSON is YAML
+        # robosuite logs to /tmp/robosuite.log and fails where that belongs to another user, unless this module says otherwise.
+        macros = types.ModuleType("robosuite.macros_private")
+        macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL = None, "ERROR"
+        sys.modules.setdefault("robosuite.macros_private", macros)
+        import libero.libero.envs
+    libero.libero._assets_path_cache = str(assets)  # hf-libero ignores the config's entry and would download
+
+
+@functools.cache
+def task_names(suite: str) -> list[str]:
+    """File names of the tasks of a suite, in LIBERO's order, without importing LIBERO."""
+    return runpy.run_path(str(libero_root() / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"][suite]
+
+
+def num_tasks(suite: str) -> int:
+    return len(task_names(suite))
+
+
+def instruction(suite: str, task: int) -> str:
+    """What the policy is told: made from the file name, as in the training data; the text in the bddl file differs."""
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task_names(suite)[task]).replace("_", " ")
+
+
+class LiberoEnv:
+    """One LIBERO simulator in this process: 1.2 GB, 20 control steps per simulated second.
+
+    Observations are {"images": uint8 (num_images, H, W, 3), turned by 180 degrees as OpenVLA has them (a mirror image of
+    the truth, but what checkpoints know), "proprio": float32 (8,): gripper position (m), axis-angle, two finger joints}.
+    """
+
+    def __init__(self, args):
+        self.args, self.task, self.env, self.done, self.frames = args, None, None, True, []
+        self.max_steps = args.max_steps or MAX_STEPS[args.suite]
+        self.cameras = ["agentview", "robot0_eye_in_hand"][: args.num_images]
+        if "libero.libero.envs" not in sys.modules:  # else it is too late for the variables
+            os.environ.update(render_variables(args.render))
+            setup_libero(ensure_assets())
+
+    def build(self, task: int) -> None:
+        """Compile the scene of a task: 2 to 4 s, so callers had better not switch tasks more often than they must."""
+        import mujoco
+        from libero.libero.envs import OffScreenRenderEnv
+
+        self.close()
+        name, size = task_names(self.args.suite)[task], self.args.camera_size
+        self.env = OffScreenRenderEnv(
+            bddl_file_name=str(libero_root() / "bddl_files" / self.args.suite / f"{name}.bddl"),
+            camera_names=self.cameras,
+            camera_heights=size,
+            camera_widths=size,
+            hard_reset=False,  # the same states to 1e-15 without compiling the scene again
+            ignore_done=True,  # robosuite's own horizon of 1000 steps goes on counting over episodes
+        )
+        path = libero_root() / "init_files" / self.args.suite / f"{name}.pruned_init"
+        self.init_states = torch.load(
+            path, weights_only=False
+        )  # the files are numpy arrays in pickles, and come with the package
+        if not self.args.reflections:
+            flags = self.env.sim._render_context_offscreen.scn.flags
+            flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        # Rendering costs five times a step's physics. A switch inside robosuite's own camera sensors saves the images nobody
+        # sees and leaves the others bit for bit as LIBERO renders them: one physics step (2 ms) before the control step ends.
+        self.rendering = True
+        for camera in self.cameras:
+            self.env.env.modify_observable(f"{camera}_image", "sensor", self._switched(camera, self.env.env))
+        self.task = task
+
+    def _switched(self, camera: str, env):
+        sensor, blank = env._observables[f"{camera}_image"]._sensor, np.zeros((self.args.camera_size,) * 2 + (3,), np.uint8)
+
+        def image(obs_cache):
+            if not self.rendering:
+                return blank
+            env.sim._render_context_offscreen.gl_ctx.make_current()  # robosuite draws into the newest simulator's instead
+            return sensor(obs_cache)
+
+        image.__modality__ = "image"
+        return image
+
+    def _observe(self, raw: dict) -> dict:
+        from robosuite.utils.transform_utils import quat2axisangle
+
+        images = np.stack([raw[f"{camera}_image"][::-1, ::-1] for camera in self.cameras])
+        gripper = raw["robot0_eef_pos"], quat2axisangle(raw["robot0_eef_quat"].copy()), raw["robot0_gripper_qpos"]
+        return {"images": images, "proprio": np.concatenate(gripper).astype(np.float32)}
+
+    def reset(self, task: int, init_state: int) -> dict:
+        """Start the episode of one of the 50 initial states of a task; always the same one for the same numbers."""
+        if task != self.task:
+            self.build(task)
+        # The initial state does not hold where cabinets and stoves stand: reset() draws it (within 2 cm) from numpy's global
+        # generator. set_init_state() alone is no reset: the controller would keep its goal. And robosuite's reset() forgets
+        # what the gripper integrates its commands into: after an episode that ended with it closed, it would close again.
+        np.random.seed(init_state)
+        self.rendering = False
+        self.env.reset()
+        gripper = self.env.robots[0].gripper
+        gripper.current_action = np.zeros(gripper.dof)
+        self.env.set_init_state(self.init_states[init_state])
+        raw = None
+        for i in range(self.args.noop_steps):
+            self.rendering = i == self.args.noop_steps - 1
+            raw = self.env.step(NOOP)[0]
+        self.num_steps, self.done = 0, False
+        obs = self._observe(raw) if raw is not None else self._look()
+        self.frames = [obs["images"][0]] if self.args.render_every_step else []
+        return obs
+
+    def _look(self) -> dict:
+        """The present state, where the last step was not rendered."""
+        self.rendering = True
+        self.env._update_observables(force=True)
+        return self._observe(self.env.env._get_observations())
+
+    def step(self, actions: np.ndarray):
+        """Carry out a chunk of actions (k, 7) in the units of the data: 6 movements in [-1, 1], gripper 0 = close to 1 = open.
+
+        -> obs after the chunk, rewards (chunk,) float32 with 1 at success, number of steps carried out, terminated, truncated.
+        """
+        if self.done:
+            raise RuntimeError("the episode is over: call reset")
+        actions = np.array(actions, np.float64)
+        actions[:, 6] = np.where(actions[:, 6] > 0.5, -1.0, 1.0)  # LIBERO: -1 opens, 1 closes
+        rewards = np.zeros(max(CHUNK, len(actions)), np.float32)
+        steps = min(len(actions), self.max_steps - self.num_steps)
+        for i in range(steps):
+            self.rendering = self.args.render_every_step or i == steps - 1
+            raw, _, success, _ = self.env.step(actions[i])
+            if self.args.render_every_step:
+                self.frames.append(raw["agentview_image"][::-1, ::-1])
+            if success:
+                rewards[i] = 1.0
+                break
+        self.num_steps += i + 1
+        terminated = bool(success)
+        truncated = not terminated and self.num_steps >= self.max_steps
+        self.done = terminated or truncated
+        return self._observe(raw) if self.rendering else self._look(), rewards, i + 1, terminated, truncated
+
+    def close(self) -> None:
+        if self.env is not None:
+            self.env.sim._render_context_offscreen.gl_ctx.make_current()  # or another simulator's textures are freed
+            self.env.close()
+        self.env = self.task = None
+
+
+def env_worker(connection, args, variables: dict) -> None:
+    """A process with one simulator: carry out (function, arguments) until the connection is closed."""
+    os.environ.update(variables)
+    try:
+        env = LiberoEnv(args)
+        while True:
+            function, arguments = connection.recv()
+            connection.send((None, (function(env, *arguments),)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the main process closed the connection, or is gone
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            connection.send((error if isinstance(error, ValueError) else RuntimeError(traceback.format_exc()), None))
+    finally:
+        os._exit(0)  # EGL prints tracebacks in an orderly exit
+
+
+class VectorEnv:
+    """`num_envs` simulators in processes of their own, which are replaced when they die or do not answer in time.
+
+    A replaced simulator's episode counts as truncated, after none of the chunk's steps, with "restarted": True in its answer.
+    Processes are spawned: forked ones would inherit the threads and the GPU of this one.
+    """
+
+    def __init__(self, args, num_envs: int | None = None):
+        # robosuite would take CUDA_VISIBLE_DEVICES for numbers of EGL devices, which differ; workers do not use CUDA.
+        variables = {"LIBERO_ASSETS": str(ensure_assets()), "CUDA_VISIBLE_DEVICES": ""} | render_variables(args.render)
+        self.args, self.variables, self.num_envs = copy.copy(args), variables, num_envs or args.num_envs
+        self.args.render = "inherited"
+        self.processes, self.connections = [None] * self.num_envs, [None] * self.num_envs
+        self.calls, self.deadlines, self.last_obs = [None] * self.num_envs, [0.0] * self.num_envs, [None] * self.num_envs
+        # multiprocessing's own exit handler, which runs after this one, waits for the workers for ever.
+        atexit.register(self.close)
+        for i in range(self.num_envs):
+            self._start(i)
+
+    def _start(self, i: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connections[i], theirs = context.Pipe()
+        self.processes[i] = context.Process(target=env_worker, args=(theirs, self.args, self.variables), daemon=True)
+        resource_tracker.ensure_running()  # it unblocks the signals when it starts
+        # A process keeps the signals blocked that were so at its start: Ctrl-C and SIGTERM are for the main process, which
+        # writes a checkpoint first.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        self.processes[i].start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+    def _kill(self, i: int) -> None:
+        self.connections[i].close()
+        self.processes[i].kill()  # SIGKILL: also works on a process that is stopped or stuck in a driver
+        self.processes[i].join()
+
+    def _send(self, i: int, function, *arguments) -> None:
+        self.calls[i], self.deadlines[i] = (function, arguments), time.monotonic() + self.args.env_timeout
+        with contextlib.suppress(OSError):  # a dead process: `_receive` will notice
+            self.connections[i].send((function, arguments))
+
+    def _receive(self, i: int):
+        """(answer,) of worker i, or None after it had to be replaced."""
+        try:
+            if not self.connections[i].poll(max(0.0, self.deadlines[i] - time.monotonic())):
+                raise TimeoutError(f"no answer within {self.args.env_timeout:g} s (--env-timeout)")
+            error, answer = self.connections[i].recv()
+        except TimeoutError as reason:
+            error = reason
+        except (EOFError, OSError):
+            error = RuntimeError("its process died")
+        if error is None:
+            return answer
+        if isinstance(error, ValueError):  # one of our sentences for the user
+            self.close()
+            raise error
+        print(f"warning: simulator {i} is started anew: {str(error).strip()}", flush=True)
+        self._kill(i)
+        self._start(i)
+        return None
+
+    def call(self, i: int, function, *arguments, attempts: int = 3):
+        """function(env, *arguments) in worker i, again after a restart."""
+        for _ in range(attempts):
+            self._send(i, function, *arguments)
+            if (answer := self._receive(i)) is not None:
+                return answer[0]
+        raise RuntimeError(f"simulator {i} failed {attempts} times in a row")
+
+    def reset_async(self, indices, tasks, init_states) -> None:
+        for i, task, init_state in zip(indices, tasks, init_states, strict=True):
+            self._send(i, LiberoEnv.reset, int(task), int(init_state))
+
+    def step_async(self, indices, actions) -> None:
+        for i, action in zip(indices, actions, strict=True):
+            self._send(i, LiberoEnv.step, np.asarray(action))
+
+    def wait(self, indices) -> list[dict]:
+        """Answers to `reset_async`: {"obs"}; to `step_async`: also "rewards", "num_executed", "terminated", "truncated"."""
+        answers = []
+        for i in indices:
+            (function, arguments), answer = self.calls[i], self._receive(i)
+            if function is LiberoEnv.reset:
+                answers.append({"obs": answer[0] if answer else self.call(i, function, *arguments)})
+            else:
+                values = answer[0] if answer else (self.last_obs[i], np.zeros(CHUNK, np.float32), 0, False, True)
+                names = "obs", "rewards", "num_executed", "terminated", "truncated"
+                answers.append(dict(zip(names, values, strict=True)) | ({} if answer else {"restarted": True}))
+            self.last_obs[i] = answers[-1]["obs"]
+        return answers
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        for i in range(self.num_envs):
+            if self.processes[i] is not None:
+                self._kill(i)
+                self.processes[i] = None
+
+
+# -------------------- Scripted expert --------------------
+def scripted_expert(env: LiberoEnv, task: int, init_state: int, noise: float, rng) -> dict | None:
+    """Put the bowl on the plate (libero_spatial), looking into the simulator: -> a demonstration, or None if that failed.
+
+    A demonstration holds, for each step, the images and proprio before the action, and the action in the data's units. Noise
+    (standard deviation, in units of the action) is added to the movements carried out but not to those recorded. What the
+    expert does depends on the present state alone, so that a policy without memory can learn it.
+    """
+    obs = env.reset(task, init_state)
+    world = env.env.env
+    site, bodies, geoms = world.robots[0].eef_site_id, world.sim.data.body_xpos, world.robots[0].gripper.important_geoms
+    fingers = [geoms["left_finger"], geoms["right_finger"]]
+    bowl_name, plate_name = world.obj_of_interest
+    rim = np.array([0.0, 0.047, 0.03])  # from the bowl's centre; the gripper opens along y
+    steps, was_held = [], False
+    while not env.done:
+        hand, bowl, plate = (
+            world.sim.data.site_xpos[site],
+            bodies[world.obj_body_id[bowl_name]],
+            bodies[world.obj_body_id[plate_name]],
+        )
+        offset, away = hand - bowl - rim, np.linalg.norm((bowl - plate)[:2])
+        held = world._check_grasp(fingers, world.objects_dict[bowl_name])
+        was_held |= held
+        if was_held and np.linalg.norm(offset) > 0.05:  # lost: what follows teaches nothing good, even if it fell on the plate
+            return None
+        if not held:  # over the rim, then down
+            aligned = np.linalg.norm(offset[:2]) < 0.02
+            move, close = -offset, aligned and offset[2] < 0.01
+            move[2] += 0.0 if aligned else 0.10
+        else:  # up, over the plate, down until LIBERO calls it a success
+            move, close = plate - bowl, True
+            if away > 0.02:
+                move[2] += 0.10
+            if away > 0.06 and bowl[2] - plate[2] < 0.05:
+                move[:2] = 0.0
+            elif away <= 0.02:
+                move[2] = -0.03
+        action = np.concatenate([np.clip(move / 0.03, -1.0, 1.0), np.zeros(3), [0.0 if close else 1.0]]).astype(np.float32)
+        steps.append((obs["images"], obs["proprio"], action))
+        executed = action.copy()
+        executed[:3] += rng.normal(0.0, noise, 3)
+        obs, _, _, success, _ = env.step(executed[None])
+    if not success:
+        return None
+    return {
+        key: np.stack(values) for key, values in zip(("images", "proprio", "actions"), zip(*steps, strict=True), strict=True)
+    }
+
+
+def save_npz(path: Path, arrays: dict) -> None:
+    """Written under another name first, so that a file is either complete or not there."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def collect_demonstrations(args, path: Path, tasks, init_states, per_state: int) -> dict[str, np.ndarray]:
+    """Demonstrations of the scripted expert, `per_state` from each initial state; collected once and kept in the file `path`.
+
+    -> images (M, num_images, H, W, 3), proprio (M, 8), actions (M, 7), tasks (M,), init_states (M,), ends (M,): the index
+    after the last step of the episode. Failed ones are left out. What an interrupted run has collected is kept beside `path`.
+    """
+    path, jobs = Path(path), [(t, s, k) for t in tasks for s in init_states for k in range(per_state)]
+    if path.exists():
+        with np.load(path) as file:
+            return dict(file)
+    parts = path.with_suffix(".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    todo = [job for job in jobs if not (parts / "{}-{}-{}.npz".format(*job)).exists()]
+    envs = VectorEnv(args, min(args.num_envs, max(len(todo), 1)))
+    free, start = queue.SimpleQueue(), time.time()
+    for i in range(envs.num_envs):
+        free.put(i)
+
+    def collect(job):
+        i, rng = free.get(), np.random.default_rng([args.seed, *job])
+        demo = envs.call(i, scripted_expert, *job[:2], args.demo_noise, rng)
+        save_npz(parts / "{}-{}-{}.npz".format(*job), demo or {})
+        free.put(i)
+
+    try:
+        with ThreadPoolExecutor(envs.num_envs) as pool:
+            for done, _ in enumerate(pool.map(collect, todo), 1):
+                left = (time.time() - start) / done * (len(todo) - done)
+                print(f"demonstrations: {done}/{len(todo)}, left {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
+    finally:
+        envs.close()
+    demos, ends = [], [0]
+    for task, init_state, k in jobs:
+        with np.load(parts / f"{task}-{init_state}-{k}.npz") as file:
+            demo = dict(file)
+        if demo:  # empty: the expert failed
+            length = len(demo["actions"])
+            ends.append(ends[-1] + length)
+            demo |= {
+                "tasks": np.full(length, task),
+                "init_states": np.full(length, init_state),
+                "ends": np.full(length, ends[-1]),
+            }
+            demos.append(demo)
+    if not demos:
+        raise ValueError(
+            f"the scripted expert failed in all {len(jobs)} episodes: it is made for libero_spatial (measured: --tasks 0 to 3)"
+        )
+    print(f"demonstrations: {len(demos)} of {len(jobs)} episodes succeeded, {ends[-1]} steps", flush=True)
+    save_npz(path, {key: np.concatenate([demo[key] for demo in demos]) for key in demos[0]})
+    shutil.rmtree(parts)
+    with np.load(path) as file:
+        return dict(file)
+
+
+PROMPT = "In: What action should the robot take to {}?\nOut:"
+# preprocessor_config.json holds these bfloat16-rounded numbers, not the usual 0.485, 0.456, 0.406 / 0.229, 0.224, 0.225.
+DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
+CROP_SIDE = math.sqrt(0.9)  # 90 % of the area
+SHARD_BYTES = 4 * 10**9  # largest file of an exported checkpoint
+
+
+# -------------------- Policy configuration --------------------
+@dataclass
+class TowerConfig:
+    """One vision transformer. `depth` counts all blocks of the checkpoint; the last one is never run, so it is not built."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    prefix_tokens: int = 0  # class token and registers in front of the patches
+    layerscale: bool = False
+
+
+@dataclass
+class PolicyConfig:
+    """All that the architecture needs; the defaults are OpenVLA-OFT 7B."""
+
+    dino: TowerConfig = field(default_factory=lambda: TowerConfig(1024, 24, 16, 4096, 5, True))
+    siglip: TowerConfig = field(default_factory=lambda: TowerConfig(1152, 27, 16, 4304))
+    image_size: int = 224
+    patch: int = 14
+    hidden: int = 4096
+    layers: int = 32
+    heads: int = 32
+    ffn: int = 11008
+    vocab: int = 32000  # the tokenizer's; the last 256 ids are the action tokens
+    padded_vocab: int = 32064  # rows of the embedding and of the checkpoint's lm_head
+    rope_theta: float = 1e4
+    rms_eps: float = 1e-6  # what a checkpoint's config.json leaves at the library's default; Llama-2's own file says 1e-5
+    max_positions: int = 2048
+    chunk: int = 8
+    action_dim: int = 7
+    bins: int = 256
+    bos: int = 1
+    eos: int = 2
+    blank: int = 29871  # the lone blank that ends every prompt
+    pad_id: int = 32000
+
+    @property
+    def first_action_id(self) -> int:
+        return self.vocab - self.bins
+
+    @property
+    def action_tokens(self) -> int:
+        return self.chunk * self.action_dim
+
+    @property
+    def patches(self) -> int:  # of one image
+        return (self.image_size // self.patch) ** 2
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        towers = {name: TowerConfig(**values[name]) for name in ("dino", "siglip")}
+        return cls(**{**values, **towers})
+
+
+def tiny_config(vocab_size, image_size=84, hidden=96, layers=3, heads=4, ffn=256, vision=48, depth=3, patch=14):
+    """The same architecture in small, for a tokenizer of `vocab_size` words; `depth` blocks per tower run."""
+    vocab = vocab_size + 256
+    sizes = {"hidden": hidden, "layers": layers, "heads": heads, "ffn": ffn, "max_positions": 512}
+    ids = {"vocab": vocab, "padded_vocab": 64 * (vocab // 64 + 1), "pad_id": vocab, "blank": 3}
+    dino = TowerConfig(vision, depth + 1, 2, 2 * vision, 5, True)
+    siglip = TowerConfig(vision, depth + 1, 2, 2 * vision)
+    return PolicyConfig(dino, siglip, image_size=image_size, patch=patch, **sizes, **ids)
+
+
+def config_from_folder(folder) -> PolicyConfig:
+    """Read config.json of a public checkpoint, whose text_config omits what equals transformers' defaults, or of our own."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no config.json: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
+    content = json.loads(path.read_text())
+    if "policy_config" in content:
+        return PolicyConfig.from_dict(content["policy_config"])
+    expected = {"vision_backbone_id": "dinosiglip-vit-so-224px", "arch_specifier": "no-align+fused-gelu-mlp"}
+    for key, value in (expected | {"n_action_bins": 256}).items():
+        if content.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {content[key]}, but this script implements {value} only")
+    from transformers import LlamaConfig
+
+    text = {key: value for key, value in content["text_config"].items() if key not in ("torch_dtype", "dtype")}
+    llama = LlamaConfig(**text)
+    if (llama.num_key_value_heads, llama.tie_word_embeddings) != (llama.num_attention_heads, False):
+        raise ValueError(f"{path}: grouped keys or tied embeddings are not implemented")
+    return PolicyConfig(
+        hidden=llama.hidden_size,
+        layers=llama.num_hidden_layers,
+        heads=llama.num_attention_heads,
+        ffn=llama.intermediate_size,
+        vocab=llama.vocab_size - content.get("pad_to_multiple_of", 64),
+        padded_vocab=llama.vocab_size,
+        rope_theta=text.get("rope_theta", 1e4),
+        rms_eps=llama.rms_norm_eps,
+        max_positions=llama.max_position_embeddings,
+        pad_id=content.get("pad_token_id", 32000),
+    )
+
+
+# -------------------- Tokens and prompts --------------------
+def token_to_value(k) -> torch.Tensor:
+    """Bin index 0..255 of an action token -> bin centre in (-1, 1); the indices 0 and 1 share the last of 255 centres."""
+    return (2 * (255 - torch.as_tensor(k)).clamp(0, 254).double() + 1) / 255 - 1
+
+
+def value_to_token(x) -> torch.Tensor:
+    """Normalised action -> bin index: 256 edges over [-1, 1], the largest value has index 0."""
+    return torch.as_tensor(256 - np.digitize(np.clip(np.asarray(x), -1.0, 1.0), np.linspace(-1.0, 1.0, 256)))
+
+
+def quantiles(stats: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    low, high = (torch.tensor(stats[key], dtype=torch.float64) for key in ("q01", "q99"))
+    return low, high, torch.tensor(stats.get("mask", [True] * len(low)))
+
+
+def unnormalize(x, stats: dict) -> torch.Tensor:
+    """[-1, 1] -> units of the data set `stats`, by 1 % and 99 % quantiles; the gripper is masked, it stays in [0, 1]."""
+    (low, high, mask), x = quantiles(stats["action"]), torch.as_tensor(x, dtype=torch.float64)
+    return torch.where(mask, 0.5 * (x + 1) * (high - low + 1e-8) + low, x)
+
+
+def normalize(a, stats: dict, kind: str = "action") -> torch.Tensor:
+    """The inverse of `unnormalize`, clipped to [-1, 1]; kind "proprio" for the 8 numbers of the gripper's pose and opening."""
+    (low, high, mask), a = quantiles(stats[kind]), torch.as_tensor(a, dtype=torch.float64)
+    return torch.where(mask, (2 * (a - low) / (high - low + 1e-8) - 1).clamp(-1, 1), a)
+
+
+def encode_prompt(tokenizer, instruction: str, config: PolicyConfig) -> list[int]:
+    """Token ids of the prompt: BOS first (by the tokenizer), the blank last."""
+    ids = tokenizer.encode(PROMPT.format(instruction.lower())).ids
+    if ids[0] != config.bos:
+        raise ValueError("tokenizer.json does not put <s> in front of a prompt: take the one of the checkpoint")
+    return ids if ids[-1] == config.blank else [*ids, config.blank]
+
+
+def pad_prompts(prompts: list[list[int]], config: PolicyConfig, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of ids -> (B, L) int64, padded on the right to the longest or to `width`, and lengths (B,)."""
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    padded = torch.full((len(prompts), max(width, int(lengths.max()))), config.pad_id)
+    for row, ids in zip(padded, prompts, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return padded, lengths
+
+
+def build_word_tokenizer(instructions) -> tokenizers.Tokenizer:
+    """One token per word or punctuation mark of the prompts, <s> in front: what the tiny preset has in place of Llama's."""
+    splitter = tokenizers.pre_tokenizers.Whitespace()
+    words = {word for text in instructions for word, _ in splitter.pre_tokenize_str(PROMPT.format(text.lower()))}
+    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "▁", *sorted(words)])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+# -------------------- Images --------------------
+@functools.cache
+def lanczos_matrix(inputs: int, outputs: int) -> np.ndarray:
+    """(outputs, inputs) weights of TensorFlow's antialiased lanczos3 resize along one axis."""
+    scale = inputs / outputs
+    centre = (np.arange(outputs)[:, None] + 0.5) * scale
+    x = (np.arange(inputs)[None] + 0.5 - centre) / max(scale, 1.0)
+    weights = np.where(np.abs(x) <= 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
+    """Compress and decompress as the training data was. TensorFlow's decoder differs by about one level from Pillow's."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling="4:2:0")
+    return np.asarray(Image.open(buffer))
+
+
+def resize_images(images, config: PolicyConfig, args) -> torch.Tensor:
+    """Camera images (B, n, H, W, 3) uint8, already rotated -> (B, n, s, s, 3) uint8: what the replay buffer stores.
+
+    Pillow's own Lanczos rounds between the two axes, which changes a fifth of the bytes; RLinf trained with plain bicubic.
+    """
+    images, size = np.asarray(images), config.image_size
+    *batch, height, width, _ = images.shape
+    flat = images.reshape(-1, height, width, 3)
+    if args.preprocess == "rlinf":
+        x = torch.from_numpy(flat.astype(np.float32)).permute(0, 3, 1, 2)
+        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+    else:
+        if args.jpeg:
+            flat = np.stack([jpeg_round_trip(image) for image in flat])
+        rows = lanczos_matrix(height, size) @ flat.reshape(len(flat), height, -1).astype(np.float32)
+        x = torch.from_numpy(lanczos_matrix(width, size) @ rows.reshape(len(flat), size, width, 3))
+    return x.round_().clamp_(0, 255).to(torch.uint8).reshape(*batch, size, size, 3)
+
+
+def crop_images(v: torch.Tensor) -> torch.Tensor:
+    """TensorFlow's crop_and_resize of the central 90 % of the area: (..., s, s, 3) float in 0..1 -> the same shape.
+
+    It samples corner-aligned, at o (s - 1) + i sqrt(0.9); cutting out whole pixels is wrong by two levels on average. Index
+    and blend instead of a matrix product, which a GPU may compute in TF32, too coarse for the rounding that follows.
+    """
+    size = v.shape[-2]
+    y = (1 - CROP_SIDE) / 2 * (size - 1) + torch.arange(size, device=v.device, dtype=torch.float64) * CROP_SIDE
+    low, share = y.floor().long(), (y % 1).float()[:, None]
+    high = (low + 1).clamp(max=size - 1)
+    v = torch.lerp(v[..., low, :, :], v[..., high, :, :], share[..., None])
+    return torch.lerp(v[..., low, :], v[..., high, :], share).clamp(0, 1)
+
+
+def normalize_images(images: torch.Tensor, args) -> torch.Tensor:
+    """(B, n, s, s, 3) uint8 -> (B, 6 n, s, s) float32 on the same device; per image 3 channels for DINOv2, 3 for SigLIP."""
+    v = images.float() / 255
+    if args.center_crop and args.preprocess == "oft":  # RLinf's pipeline has no crop
+        v = torch.floor(crop_images(v) * 255.5) / 255
+    mean, std = torch.tensor(DINO_MEAN, device=v.device), torch.tensor(DINO_STD, device=v.device)
+    v = torch.cat([(v - mean) / std, (v - 0.5) / 0.5], -1)
+    return v.permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
+
+
+def preprocess(images, config: PolicyConfig, args, device) -> torch.Tensor:
+    """Camera images -> pixel values, both steps at once."""
+    return normalize_images(resize_images(images, config, args).to(device), args)
+
+
+# -------------------- Agent --------------------
+class VisionAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear layers fc1, fc2, ... with exact (erf) GELU between: HF's SigLIP has the tanh approximation, 2e-3 off."""
+
+    def __init__(self, *widths: int):
+        super().__init__()
+        for i in range(1, len(widths)):
+            setattr(self, f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
+
+    def forward(self, x):
+        for i, layer in enumerate(self.children()):
+            x = layer(F.gelu(x) if i else x)
+        return x
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale_factor = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.scale_factor
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c: TowerConfig):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(c.width, eps=1e-6), nn.LayerNorm(c.width, eps=1e-6)
+        self.attn, self.mlp = VisionAttention(c.width, c.heads), MLP(c.width, c.mlp, c.width)
+        self.ls1, self.ls2 = (LayerScale(c.width) if c.layerscale else nn.Identity() for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class VisionTower(nn.Module):
+    """(B, 3, s, s) -> (B, patches, width): the second-to-last block's output, without final norm and prefix tokens."""
+
+    def __init__(self, c: TowerConfig, image_size: int, patch: int):
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, c.width, patch, patch)})
+        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2, c.width))  # of the patches only
+        self.prefix_tokens = c.prefix_tokens
+        if c.prefix_tokens:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
+            self.reg_token = nn.Parameter(torch.zeros(1, c.prefix_tokens - 1, c.width))
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth - 1))
+
+    def forward(self, x):
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
+        if self.prefix_tokens:
+            x = torch.cat([torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, self.prefix_tokens :]
+
+
+class VisionBackbone(nn.Module):
+    """(B, 6 n, s, s) -> (B, n patches, DINOv2 width + SigLIP width)."""
+
+    def __init__(self, config: PolicyConfig):
+        super().__init__()
+        self.featurizer = VisionTower(config.dino, config.image_size, config.patch)
+        self.fused_featurizer = VisionTower(config.siglip, config.image_size, config.patch)
+
+    def forward(self, pixel_values):
+        images = pixel_values.unflatten(1, (-1, 6)).flatten(0, 1).to(self.featurizer.pos_embed.dtype)
+        features = torch.cat([self.featurizer(images[:, :3]), self.fused_featurizer(images[:, 3:])], -1)
+        return features.view(len(pixel_values), -1, features.shape[-1])
+
+
+class ValueHead(nn.Module):
+    """AcceRL's critic: attention pool over the action hidden states, then an MLP. Float32, and no gradient to the policy."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.pool, self.norm = nn.Linear(width, 1), nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, 1)
+
+    def forward(self, hidden):
+        hidden = hidden.detach().float()
+        pooled = (torch.softmax(self.pool(hidden), 1) * hidden).sum(1)
+        return self.fc2(F.relu(self.fc1(self.norm(pooled)))).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """OpenVLA-OFT with discrete actions and a value head; state-dict keys are those of the public checkpoints.
+
+    Sequence: [BOS] patches (proprio) prompt[1:] 56 zero vectors [</s>] padding. All 56 action tokens come from one forward
+    pass: each is read one position early, the first at the last prompt token. Attention is bidirectional over everything,
+    also the text; a stock causal Llama runs without an error and drops from 97 % success to 50 %.
+    """
+
+    def __init__(self, config, num_images=1, use_proprio=False, append_stop=True, attention="bidirectional", value_hidden=0):
+        from transformers import LlamaConfig, LlamaModel  # here: the simulators' processes import this file, but need none
+
+        super().__init__()
+        self.config, self.append_stop, self.causal = config, append_stop, attention == "causal"
+        self.prefix = num_images * config.patches + use_proprio  # tokens between BOS and the rest of the prompt
+        self.pad_multiple = 1  # sequence lengths are rounded up to a multiple of it: 32 for static, aligned shapes
+        self.source_folder = None  # where the weights came from
+        d, features = config.hidden, config.dino.width + config.siglip.width
+        self.vision_backbone = VisionBackbone(config)
+        self.projector = MLP(features, 4 * features, d, d)
+        llama = LlamaConfig(
+            vocab_size=config.padded_vocab,
+            hidden_size=d,
+            intermediate_size=config.ffn,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            rms_norm_eps=config.rms_eps,
+            rope_theta=config.rope_theta,
+            max_position_embeddings=config.max_positions,
+            pad_token_id=config.pad_id,
+            attn_implementation="sdpa",  # never flash_attention_2: it takes no mask of this shape and would be causal
+        )
+        # Of lm_head only the 256 action rows exist, in float32.
+        self.language_model = nn.ModuleDict({"model": LlamaModel(llama), "lm_head": nn.Linear(d, config.bins, bias=False)})
+        self.value_head = ValueHead(d, value_hidden or d)
+        self.proprio_projector = MLP(8, d, d) if use_proprio else None
+        self.register_buffer("adv_std_peak", torch.zeros(()))  # of the learning loop, saved with the weights
+
+    def embed(self, pixel_values, prompt_ids, prompt_lengths, proprio=None):
+        """-> input embeddings (B, S, d), mask of the real tokens (B, S), start (B,): the position of the last prompt token."""
+        embed_tokens = self.language_model["model"].embed_tokens
+        text, patches = embed_tokens(prompt_ids), self.projector(self.vision_backbone(pixel_values))
+        if self.proprio_projector is not None:
+            weight = self.proprio_projector.fc1.weight
+            token = self.proprio_projector(proprio.to(weight.dtype)).unsqueeze(1).to(patches.dtype)
+            patches = torch.cat([patches, token], 1)
+        front = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
+        length = front.shape[1] + self.config.action_tokens + self.append_stop
+        length = math.ceil(length / self.pad_multiple) * self.pad_multiple
+        position = torch.arange(length, device=front.device).unsqueeze(0)
+        start = self.prefix + prompt_lengths - 1
+        end = (start + 1 + self.config.action_tokens).unsqueeze(1)  # of the action tokens
+        # The placeholders of the action tokens are zero vectors, whatever their id; padding is masked, so it may be zero too.
+        x = F.pad(front, (0, 0, 0, length - front.shape[1])) * (position <= start.unsqueeze(1)).unsqueeze(-1)
+        if self.append_stop:
+            stop = embed_tokens.weight[self.config.eos]
+            x = torch.where((position == end).unsqueeze(-1), stop, x)
+        return x, position < end + self.append_stop, start
+
+    def decode(self, embeddings, real, start):
+        """Embeddings, mask and start of `embed` -> logits (B, 56, 256) float32, hidden states (B, 56, d)."""
+        # A 4-D bool mask is taken as it is. Without one transformers turns causal, and is_causal=False is not reliable.
+        mask = real[:, None, None, :]
+        if self.causal:
+            mask = mask & torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
+        out = self.language_model["model"](inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+        index = start.unsqueeze(1) + torch.arange(self.config.action_tokens, device=start.device)
+        hidden = out.last_hidden_state.gather(1, index.unsqueeze(-1).expand(-1, -1, self.config.hidden))
+        return self.language_model["lm_head"](hidden.float()), hidden
+
+    def forward(self, pixel_values, prompt_ids, prompt_lengths, proprio=None):
+        """(B, 6 n, s, s), right-padded ids (B, L), (B,), (B, 8) or None -> raw logits (B, 56, 256), hidden (B, 56, d)."""
+        return self.decode(*self.embed(pixel_values, prompt_ids, prompt_lengths, proprio))
+
+    def layers(self) -> list[nn.Module]:
+        """All transformer layers."""
+        return [*self.language_model["model"].layers, *(b for tower in self.vision_backbone.children() for b in tower.blocks)]
+
+    def get_value(self, hidden: torch.Tensor) -> torch.Tensor:
+        """V(s) from the detached hidden states of the action tokens: (B, 56, d) -> (B,)."""
+        return self.value_head(hidden)
+
+    def get_action_and_logprob(
+        self, pixel_values, prompt_ids, prompt_lengths, proprio=None, tokens=None, deterministic=False, temperature=1.0
+    ):
+        """Sample a chunk of action tokens, or take one.
+
+        -> tokens (B, chunk, 7) int64 in 0..255, their log-probs and the entropies, both float32 of the tempered distribution
+        and of the same shape, value (B,), raw logits (B, 56, 256).
+        """
+        logits, hidden = self(pixel_values, prompt_ids, prompt_lengths, proprio)
+        logprobs = torch.log_softmax(logits / temperature, -1)
+        shape = (len(logits), self.config.chunk, self.config.action_dim)
+        if tokens is None and deterministic:
+            tokens = logits.argmax(-1).view(shape)
+        elif tokens is None:
+            tokens = torch.multinomial(logprobs.detach().exp().flatten(0, 1), 1).view(shape)
+        chosen = logprobs.gather(-1, tokens.view(len(logits), -1, 1)).view(shape)
+        entropy = -(logprobs.exp() * logprobs).sum(-1).view(shape)
+        return tokens, chosen, entropy, self.get_value(hidden), logits
+
+
+def build_agent(config: PolicyConfig, args, device) -> Agent:
+    """Agent with uninitialised trunk weights in args.dtype and fresh float32 heads; nothing is allocated twice."""
+    with torch.device("meta"):
+        agent = Agent(config, args.num_images, args.use_proprio, args.append_stop, args.attention)
+    for trunk in (agent.vision_backbone, agent.projector, agent.language_model["model"]):
+        trunk.to(getattr(torch, args.dtype))
+    agent.to_empty(device=device)
+    # RoPE frequencies are no part of a checkpoint: computed here, they would otherwise be whatever was in memory.
+    llama = agent.language_model["model"]
+    llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
+    for head in (agent.value_head, agent.proprio_projector):
+        for layer in head.children() if head is not None else ():
+            layer.reset_parameters()
+    agent.adv_std_peak.zero_()
+    agent.pad_multiple = 32 if args.cuda else 1  # GPU kernels want aligned masks
+    return agent
+
+
+def init_random(config: PolicyConfig, args, device) -> Agent:
+    """Random weights: for the tiny preset, and at full size to measure speed and memory without a checkpoint."""
+    agent = build_agent(config, args, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for name, p in agent.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.ndim == 1:  # norms and layer scales
+            nn.init.ones_(p)
+        else:
+            fan_in = p[0].numel() if p.ndim != 3 else 1  # 3: class token, registers, position embedding
+            std = 0.5 if p.ndim == 3 or "embed_tokens" in name else fan_in**-0.5
+            nn.init.normal_(p, std=0.1 * std if "lm_head" in name else std, generator=generator)
+    return agent
+
+
+# -------------------- What trains --------------------
+class LoRALinear(nn.Module):
+    """W x + b + (alpha / r) B A x with W, b frozen and A, B float32; "gaussian" start: A ~ N(0, 1 / r^2), B = 0."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
+        kwargs = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_a = nn.Parameter(torch.randn(rank, base.in_features, **kwargs) / rank)
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **kwargs))
+
+    def forward(self, x):
+        update = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + self.scale * update
+
+    def merged(self) -> torch.Tensor:
+        return (self.weight.float() + self.scale * self.lora_b @ self.lora_a).to(self.weight.dtype)
+
+
+class MasterLinear(nn.Module):
+    """Linear layer whose float32 weights are cast to the input's type: steps of 1e-5 would vanish in bfloat16 weights."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.weight = nn.Parameter(base.weight.float())
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.float())
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def replace_linear(module: nn.Module, build) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, build(child))
+        else:
+            replace_linear(child, build)
+
+
+def add_lora(agent: Agent, rank: int, alpha: float) -> None:
+    """LoRA on every linear layer of the trunk; parameter names stay, `lora_a` and `lora_b` join them."""
+    for trunk in (agent.vision_backbone, agent.projector, agent.language_model["model"]):
+        replace_linear(trunk.requires_grad_(False), lambda layer: LoRALinear(layer, rank, alpha))
+
+
+def prepare_training(agent: Agent, args) -> None:
+    """Freeze what does not train (lora: all but adapters and heads; full: vision and token embeddings), compile, checkpoint.
+
+    Weights in full training are float32 masters. Norm scales in bfloat16 stay frozen: a linear layer follows each of them.
+    """
+    llama = agent.language_model["model"]
+    if args.train == "lora":
+        add_lora(agent, args.lora_rank, args.lora_alpha)
+    else:
+        for trunk in (agent.projector, llama):
+            replace_linear(trunk, MasterLinear)
+        for name, p in agent.named_parameters():
+            frozen = name.startswith("vision_backbone") or "embed_tokens" in name
+            p.requires_grad_(p.dtype == torch.float32 and not frozen)
+    for layer in agent.layers():
+        if args.torch_compile:  # layer by layer: a stack of equal layers is compiled once
+            layer.forward = torch.compile(layer.forward)
+        if args.gradient_checkpointing:  # outside of the compiled code, or nothing would be compiled
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def parameter_groups(agent: Agent) -> list[dict]:
+    """AdamW's groups: what trains of the policy, and the value head."""
+    trained = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
+    return [{"params": [p for n, p in trained if n.startswith("value_head") == value]} for value in (False, True)]
+
+
+def trained_state(agent: Agent) -> dict:
+    """Tensors that a checkpoint needs on top of the frozen weights."""
+    trained = {name for name, p in agent.named_parameters() if p.requires_grad} | {"adv_std_peak"}
+    return {name: value for name, value in agent.state_dict().items() if name in trained}
+
+
+def load_trained(agent: Agent, state: dict) -> None:
+    """Put back what `trained_state` took; ValueError if it comes from other settings."""
+    if state.keys() != trained_state(agent).keys():
+        raise ValueError("the checkpoint trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
+    agent.load_state_dict(state, strict=False)
+
+
+# -------------------- Checkpoint folders --------------------
+def find_folder(name: str) -> Path:
+    """A local folder, or the download of a hub id; ValueError for what cannot be used."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise ValueError(f"--model {name} is neither a folder nor a hub id such as owner/name")
+        import huggingface_hub
+
+        try:  # small files first, so that a model without discrete actions is refused before 15 GB are here
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "action_head--*.pt"]))
+            if not any(folder.glob("action_head--*.pt")):
+                patterns = ["*.json", "*.py", "*.model", "*.safetensors", "proprio_projector--*.pt"]
+                huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"--model {name} is no local folder and cannot be downloaded ({reason})") from error
+    if any(folder.glob("action_head--*.pt")):
+        raise ValueError(f"{name} has an action head for L1 regression or diffusion: RL needs one trained on action tokens")
+    return folder
+
+
+def stored_tensors(folder: Path):
+    """Yield key and lazy slice of every tensor of a checkpoint, file by file."""
+    index = folder / "model.safetensors.index.json"
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if index.exists():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
+    for name in sorted(files):
+        with safetensors.safe_open(folder / name, "pt") as file:
+            for key in file.keys():
+                yield key, file.get_slice(key)
+
+
+def is_unused(key: str, config: PolicyConfig) -> bool:
+    """Tensors of every checkpoint that never enter the forward pass: last block, final norm and pooling of the towers."""
+    unused = rf"featurizer\.blocks\.{config.dino.depth - 1}|fused_featurizer\.blocks\.{config.siglip.depth - 1}"
+    unused += r"|(fused_)?featurizer\.(norm|attn_pool)"
+    return re.match(rf"vision_backbone\.({unused})\.|.*rotary_emb\.inv_freq", key) is not None
+
+
+def action_rows(key: str, config: PolicyConfig) -> slice:
+    """Rows of a stored tensor that the agent has: 256 of lm_head, all of the others."""
+    return slice(config.first_action_id, config.vocab) if key == "language_model.lm_head.weight" else slice(None)
+
+
+@torch.no_grad()
+def load_weights(agent: Agent, folder: Path) -> str:
+    """Copy a folder's tensors into the agent, one by one; -> a line on what was found. ValueError unless all keys match."""
+    heads = ("value_head", "proprio_projector")
+    wanted = {key: p for key, p in agent.named_parameters() if not key.startswith(heads)}
+    missing, ignored, unexpected = set(wanted), 0, []
+    for key, stored in stored_tensors(folder):
+        if key in wanted:
+            tensor = stored[action_rows(key, agent.config)]
+            if tensor.shape != wanted[key].shape:
+                raise ValueError(f"{folder}: {key} has shape {tuple(tensor.shape)} instead of {tuple(wanted[key].shape)}")
+            wanted[key].copy_(tensor)
+            missing.discard(key)
+        elif is_unused(key, agent.config):
+            ignored += 1
+        else:
+            unexpected.append(key)
+    if missing or unexpected:
+        raise ValueError(f"{folder} does not fit: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+    return f"{len(wanted)} tensors loaded, {ignored} unused ones left out, 0 missing"
+
+
+@torch.no_grad()
+def merge_adapter(agent: Agent, folder: Path) -> str:
+    """Add a peft adapter's alpha / r B A to the weights; layers that never run are left out."""
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    if adapter.get("use_dora") or adapter.get("use_rslora") or adapter.get("modules_to_save"):
+        raise ValueError(f"{folder}: only plain LoRA adapters are implemented, merge this one with peft first")
+    pairs = {}
+    for key, stored in stored_tensors(folder):
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise ValueError(f"{folder} does not fit: unexpected {key}")
+        pairs.setdefault(match[1] + ".weight", {})[match[2]] = stored[:].float().flatten(1)  # flat: one is a convolution's
+    parameters = dict(agent.named_parameters())
+    unexpected = [key for key in pairs if key not in parameters and not is_unused(key, agent.config)]
+    if unexpected:
+        raise ValueError(f"{folder} does not fit: unexpected {sorted(unexpected)}")
+    for key in pairs.keys() & parameters.keys():
+        a, b = pairs[key]["A"], pairs[key]["B"][action_rows(key, agent.config)]
+        p = parameters[key]
+        p.add_((adapter["lora_alpha"] / adapter["r"] * (b.to(p.device) @ a.to(p.device))).view_as(p).to(p.dtype))
+    return f"adapter of {len(pairs)} layers merged"
+
+
+def load_heads(agent: Agent, folder: Path) -> None:
+    """The proprio projector, which is part of the policy, and the value head if this script has trained one."""
+    files = sorted(folder.glob("proprio_projector--*.pt"))
+    if bool(files) != (agent.proprio_projector is not None):
+        raise ValueError(f"{folder} has {len(files)} proprio_projector--*.pt files: use --{'' if files else 'no-'}use-proprio")
+    for head, path in ((agent.proprio_projector, files[-1] if files else None), (agent.value_head, folder / "value_head.pt")):
+        if path is not None and path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            head.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+
+
+def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, dict]:
+    """Folder or hub id -> agent ready to train as args.train says, tokenizer, norm_stats {data set: {action, proprio}}."""
+    folder = base = find_folder(name)
+    adapter = next((f for f in (folder, folder / "lora_adapter") if (f / "adapter_config.json").exists()), None)
+    if adapter is not None and not any(path.name.startswith("model") for path in folder.glob("*.safetensors")):
+        base = find_folder(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    config = config_from_folder(base)
+    agent = build_agent(config, args, device)
+    report = load_weights(agent, base)
+    if base != folder:
+        report += ", " + merge_adapter(agent, adapter)
+    print(f"{name}: {report}", flush=True)
+    load_heads(agent, folder)
+    agent.source_folder = str(base)
+    norm_stats = json.loads((base / "config.json").read_text()).get("norm_stats") or {}
+    if (folder / "dataset_statistics.json").exists():
+        norm_stats |= json.loads((folder / "dataset_statistics.json").read_text())
+    tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    prepare_training(agent, args)
+    return agent, tokenizer, norm_stats
+
+
+def resolve_unnorm_key(norm_stats: dict, suite: str, key: str = "auto") -> str:
+    """Name of the statistics that un-normalise the actions of a suite."""
+    candidates = [suite, f"{suite}_no_noops", f"{suite}_no_noops_trajall"] if key == "auto" else [key]
+    candidates += list(norm_stats) if key == "auto" and len(norm_stats) == 1 else []
+    for candidate in candidates:
+        if candidate in norm_stats:
+            return candidate
+    keys = ", ".join(sorted(norm_stats)) or "none"
+    raise ValueError(f"--unnorm-key {key}: no such statistics for {suite}; the checkpoint has {keys}")
+
+
+def export_tensors(agent: Agent, source: Path | None):
+    """Yield the tensors of the public layout: LoRA merged, all rows of lm_head, the source's own where the agent has none."""
+    modules, dtype = dict(agent.named_modules()), agent.language_model["model"].embed_tokens.weight.dtype
+    own, config = dict(agent.named_parameters()), agent.config
+    own = {k: p for k, p in own.items() if not k.startswith(("value_head", "proprio_projector")) and ".lora_" not in k}
+    for key, stored in stored_tensors(source) if source else ((key, None) for key in own):
+        tensor = own[key].detach() if key in own else stored[:]
+        module = modules.get(key.removesuffix(".weight"))
+        if isinstance(module, LoRALinear):
+            tensor = module.merged().detach()
+        if key == "language_model.lm_head.weight":  # float32, so that reading it back gives the same logits
+            rows = stored[:].float() if source else torch.zeros(config.padded_vocab, config.hidden)
+            rows[action_rows(key, config)] = tensor.cpu()
+            yield key, rows
+        else:
+            yield key, tensor.to("cpu", dtype).contiguous()
+
+
+def write_shards(folder: Path, tensors) -> None:
+    """model-0000i-of-0000n.safetensors and their index."""
+    shards, shard, weight_map = [], {}, {}
+
+    def flush():
+        shards.append(list(shard))
+        safetensors.torch.save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shard.clear()
+
+    total = 0
+    for key, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        shard[key] = tensor
+        total += tensor.nbytes
+    flush()
+    for i, keys in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"{i}.part", folder / name)
+        weight_map |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@torch.no_grad()
+def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, source_folder=None) -> None:
+    """Write a folder that `load_policy` and the public loaders read: the files of the source folder with our weights.
+
+    Beside the public files: value_head.pt, and lora.pt with the unmerged adapters, since merging rounds them to bfloat16.
+    """
+    folder, source = Path(folder), source_folder or agent.source_folder
+    source, config, size = Path(source) if source else None, agent.config, agent.config.image_size
+    new = folder.with_name(folder.name + ".tmp")  # renamed when complete
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    content = {
+        "model_type": "openvla",
+        "architectures": ["OpenVLAForActionPrediction"],
+        "text_config": {"model_type": "llama", "vocab_size": config.padded_vocab, "pad_token_id": config.pad_id},
+        "n_action_bins": config.bins,
+        "pad_token_id": config.pad_id,
+    }
+    normalization = [{"mean": m, "std": s, "inplace": False} for m, s in ((DINO_MEAN, DINO_STD), ([0.5] * 3, [0.5] * 3))]
+    processor = {"input_sizes": [[3, size, size]] * 2, "tvf_normalize_params": normalization}
+    if source:
+        for path in source.iterdir():
+            if path.suffix in (".json", ".model", ".py", ".txt") and path.name != "model.safetensors.index.json":
+                shutil.copyfile(path, new / path.name)
+        content = json.loads((source / "config.json").read_text())
+    else:
+        (new / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    if config != PolicyConfig():
+        content["policy_config"] = dataclasses.asdict(config)
+    tokenizer.save(str(new / "tokenizer.json"))
+    (new / "config.json").write_text(json.dumps(content | {"norm_stats": norm_stats}, indent=2) + "\n")
+    (new / "dataset_statistics.json").write_text(json.dumps(norm_stats, indent=2) + "\n")
+    write_shards(new, export_tensors(agent, source))
+    torch.save(agent.value_head.state_dict(), new / "value_head.pt")
+    if agent.proprio_projector is not None:
+        torch.save(agent.proprio_projector.state_dict(), new / "proprio_projector--latest_checkpoint.pt")
+    lora = {key: p.detach() for key, p in agent.named_parameters() if ".lora_" in key}
+    if lora:
+        torch.save({"base": str(source), "lora": lora}, new / "lora.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
+
+
+# -------------------- Checks and estimates --------------------
+def self_check(agent: Agent, batch: dict, temperature: float = 1.0) -> dict:
+    """ValueError if the policy has a known silent fault; `batch` = arguments of the agent. -> the measured effects.
+
+    1. The last action token's input reaches the first action's logits: attention is not causal. 2. The image reaches the
+    logits. 3. The same tokens have the same log-probs with and without gradient: the ratio on fresh data is 1.
+    """
+    with torch.no_grad():
+        x, real, start = agent.embed(**batch)
+        logits = agent.decode(x, real, start)[0]
+        changed, rows = x.clone(), torch.arange(len(x), device=x.device)
+        changed[rows, start + agent.config.action_tokens] = x[:, 0]
+        backward = (agent.decode(changed, real, start)[0][:, 0] - logits[:, 0]).abs().max() / logits.std()
+        black, white = (agent(**{**batch, "pixel_values": torch.full_like(batch["pixel_values"], v)})[0] for v in (-2.0, 2.0))
+        image = (black - white).abs().max() / logits.std()
+        tokens, old, *_ = agent.get_action_and_logprob(**batch, temperature=temperature)
+    new = agent.get_action_and_logprob(**batch, tokens=tokens, temperature=temperature)[1]
+    ratio = (new.detach() - old).abs().max()
+    result = {"backward_attention": backward.item(), "image_effect": image.item(), "fresh_log_ratio": ratio.item()}
+    if (result["backward_attention"] > 1e-4) == agent.causal:
+        kind = "causal" if result["backward_attention"] <= 1e-4 else "bidirectional"
+        raise ValueError(f"attention is {kind}, against --attention: use the version of transformers in the requirements")
+    if not result["image_effect"] > 1e-4:
+        raise ValueError("a black and a white image give the same action logits: the policy does not see its images")
+    if not result["fresh_log_ratio"] < 1e-2:
+        raise ValueError(f"the log ratio on fresh data is {result['fresh_log_ratio']:.3f}, not 0: rollout and update disagree")
+    return result
+
+
+def flops_per_chunk(config: PolicyConfig, num_images: int, seq: int) -> float:
+    """Floating-point operations of one forward pass for a sequence of `seq` tokens (7B, one image, 345 tokens: 4.9e12)."""
+    total = seq * config.layers * (2 * (4 * config.hidden**2 + 3 * config.hidden * config.ffn) + 4 * seq * config.hidden)
+    for c in (config.dino, config.siglip):
+        n = config.patches + c.prefix_tokens
+        total += num_images * n * (c.depth - 1) * (2 * (4 * c.width**2 + 2 * c.width * c.mlp) + 4 * n * c.width)
+    features, d = config.dino.width + config.siglip.width, config.hidden
+    total += 2 * num_images * config.patches * (4 * features**2 + 4 * features * d + d**2)
+    return float(total + 2 * config.action_tokens * d * config.bins)
+
+
+def memory_plan(agent: Agent, args, micro_batch: int, prompt_length: int = 36) -> str:
+    """One line: weights, optimizer and activations in GiB. Weights are counted, activations estimated per token and layer."""
+    config, gib, width = agent.config, 2**30, 2 if args.dtype == "bfloat16" else 4
+    seq = agent.prefix + prompt_length + config.action_tokens + agent.append_stop
+    weights = sum(p.nbytes for p in agent.parameters())
+    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    layer = width * seq * (11 * config.hidden + 3 * config.ffn)  # what the backward pass of one layer keeps
+    tokens = [(c, (c.depth - 1) * (config.patches + c.prefix_tokens)) for c in (config.dino, config.siglip)]
+    if args.gradient_checkpointing:
+        activations = config.layers * width * seq * config.hidden + layer
+    else:
+        activations = config.layers * layer + args.num_images * width * sum(n * (8 * c.width + 2 * c.mlp) for c, n in tokens)
+    parts = {"weights": weights, "gradients and Adam": 12 * trained, f"{micro_batch} chunks": micro_batch * activations}
+    text = " + ".join(f"{name} {size / gib:.1f}" for name, size in parts.items())
+    tflop = flops_per_chunk(config, args.num_images, seq) / 1e12
+    total = sum(parts.values()) / gib
+    text += f" = {total:.1f} GiB; {trained / 1e6:.1f} M parameters train"
+    return f"memory: {text}; {tflop:.3g} TFLOP per chunk of {seq} tokens"
+
+
+# -------------------- Advantages and objective --------------------
+def discounted_sum(deltas, decays):
+    """x[t] = deltas[t] + decays[t] * x[t + 1], backwards from zero; time first."""
+    sums, last = [], torch.zeros_like(deltas[0])
+    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind()), strict=True):
+        last = torch.addcmul(delta, decay, last)
+        sums.append(last)
+    return torch.stack(sums[::-1])
+
+
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalised advantage estimation (arXiv 1506.02438); every argument and the result (T, ...), time first.
+
+    Two masks: a termination has no future value; a done (termination or truncation) only ends the trace. `next_values` is
+    V of the real next observation: the episode's own last one where it is done, never the next episode's first.
+    """
+    deltas = rewards + gamma * (1.0 - terminations) * next_values - values
+    return discounted_sum(deltas, gamma * gae_lambda * (1.0 - dones))
+
+
+def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
+    """log omega: the kernel's closed form, in log space so that no product of a huge ratio and a tiny weight is formed."""
+    x = logratio.detach() / torch.where(advantages > 0, sigma_pos, sigma_neg)
+    if kernel == "gaussian":
+        return -0.5 * x**2
+    if kernel == "laplacian":
+        return -x.abs()
+    return -torch.log1p(x**2)  # cauchy
+
+
+def gipo_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
+    """Trust weight omega in (0, 1], detached (eq. 5 of arXiv 2603.18464).
+
+    `logratio` has shape (B,) or (B, d), `advantages` one that broadcasts to it; sigma_pos applies where A > 0.
+    """
+    return gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel).exp()
+
+
+def policy_objective(logratio, advantages, args):
+    """Per-sample surrogate to maximise, and its detached trust: d surrogate / d logratio = trust * ratio * advantage."""
+    ratio = torch.exp(logratio.clamp(max=MAX_LOG_COEF))
+    if args.trust_weight == "ppo":
+        clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
+        trust = torch.where(advantages > 0, ratio <= 1.0 + args.clip_coef, ratio >= 1.0 - args.clip_coef)
+        return torch.minimum(ratio * advantages, clipped * advantages), trust.float()
+    if args.trust_weight == "sapo":
+        tau = torch.where(advantages > 0, args.sapo_tau_pos, args.sapo_tau_neg)
+        gate = torch.sigmoid(tau * (ratio - 1.0))
+        return 4.0 / tau * gate * advantages, (4.0 * gate * (1.0 - gate)).detach()
+    log_trust = torch.zeros_like(logratio)
+    if args.trust_weight == "gipo":
+        log_trust = gipo_log_weight(logratio, advantages, args.sigma, args.sigma * args.sigma_neg_ratio, args.kernel)
+    if args.trust_side == "outward":
+        log_trust = torch.where(logratio.detach() * advantages > 0, log_trust, 0.0)
+    return torch.exp((logratio + log_trust.detach()).clamp(max=MAX_LOG_COEF)) * advantages, log_trust.exp()
+
+
+def group_logratio(logratio, executed, ratio):
+    """Token log-ratios (B, chunk, 7) -> those of the units of `--ratio`, and a mask: (B, chunk, 7), (B, chunk) or (B, 1).
+
+    Only the first `executed` (B,) steps of a chunk count: what comes after success was never seen by the simulator.
+    """
+    steps = torch.arange(logratio.shape[1], device=logratio.device) < executed[:, None]
+    if ratio == "token":
+        return logratio, steps.unsqueeze(-1).expand_as(logratio)
+    if ratio == "action":
+        return logratio.sum(-1), steps
+    return (logratio.sum(-1) * steps).sum(-1, keepdim=True), steps.any(-1, keepdim=True)
+
+
+# -------------------- Many processes --------------------
+def sum_over_ranks(*values: torch.Tensor) -> list[torch.Tensor]:
+    """Each tensor summed over all processes of torchrun (as it is, without torchrun)."""
+    if dist.is_initialized():
+        for value in values:
+            dist.all_reduce(value)
+    return list(values)
+
+
+def average_gradients(parameters) -> None:
+    """Sum the gradients of all processes: every loss is divided by the number of samples of all of them already."""
+    if dist.is_initialized():
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+
+
+# -------------------- Policy and simulators together --------------------
+@dataclass
+class Interface:
+    """What stands between simulator and policy: prompts, statistics, preprocessing."""
+
+    prompt_ids: torch.Tensor  # (tasks, longest), right-padded
+    prompt_lengths: torch.Tensor  # (tasks,)
+    stats: dict  # action and proprio quantiles of the checkpoint's data set
+    config: PolicyConfig
+    args: Args
+    device: torch.device
+
+    def inputs(self, images, proprio, tasks) -> dict:
+        """Stored observations (B, n, H, W, 3) uint8, (B, 8), task numbers (B,) -> arguments of the policy, on its device."""
+        lengths = self.prompt_lengths[tasks]
+        longest = self.prompt_lengths.max() if self.args.torch_compile else lengths.max()
+        return {
+            "pixel_values": normalize_images(images.to(self.device), self.args),
+            "prompt_ids": self.prompt_ids[tasks, :longest].to(self.device),
+            "prompt_lengths": lengths.to(self.device),
+            "proprio": normalize(proprio, self.stats, "proprio").float().to(self.device) if self.args.use_proprio else None,
+        }
+
+    def actions(self, tokens) -> np.ndarray:
+        """Tokens (B, chunk, 7) -> actions in the checkpoint's units, as the simulator's `step` takes them."""
+        return unnormalize(token_to_value(tokens.cpu()), self.stats).numpy()
+
+
+def make_interface(agent, tokenizer, norm_stats, args, device) -> Interface:
+    """Encode the prompts of all tasks of the suite, and pick the statistics."""
+    prompts = [encode_prompt(tokenizer, instruction(args.suite, t), agent.config) for t in range(num_tasks(args.suite))]
+    stats = norm_stats[resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)]
+    return Interface(*pad_prompts(prompts, agent.config), stats, agent.config, args, device)
+
+
+class Simulators:
+    """The episodes of N simulators: which task and initial state each one runs, what it sees now, and how to go back there.
+
+    `obs` holds each simulator's newest observation as the buffer stores it. Where `ended` is set it is the last one of a
+    finished episode: it gets a row of its own, on which no action is taken while the simulator resets. So the value of a row
+    always bootstraps from the next row, and a slow reset never holds up the others.
+    """
+
+    def __init__(self, args, config, num_envs: int):
+        self.envs, self.args, self.config = VectorEnv(args, num_envs), args, config
+        self.groups = [g.tolist() for g in np.array_split(np.arange(num_envs), min(args.env_groups, num_envs))]
+        size = config.image_size
+        self.images = torch.zeros(num_envs, args.num_images, size, size, 3, dtype=torch.uint8)
+        self.proprio = torch.zeros(num_envs, 8)
+        self.tasks = torch.zeros(num_envs, dtype=torch.long)
+        self.ended = torch.zeros(num_envs, dtype=torch.bool)
+        self.episodes = [{} for _ in range(num_envs)]  # task, init_state, actions so far, return, length
+
+    def observe(self, indices, observations) -> None:
+        """Keep what simulators `indices` see now."""
+        images = np.stack([obs["images"] for obs in observations])
+        self.images[indices] = resize_images(images, self.config, self.args)
+        self.proprio[indices] = torch.as_tensor(np.stack([obs["proprio"] for obs in observations]), dtype=torch.float32)
+
+    def start(self, i: int, task: int, init_state: int) -> None:
+        """Begin an episode on simulator i; `wait` has its first observation."""
+        self.episodes[i] = {"task": task, "init_state": init_state, "actions": [], "return": 0.0, "length": 0}
+        self.tasks[i], self.ended[i] = task, False
+        self.envs.reset_async([i], [task], [init_state])
+
+    def act(self, indices, actions) -> None:
+        """Send one chunk (chunk, 7) to each of the simulators."""
+        for i, action in zip(indices, actions, strict=True):
+            self.episodes[i]["actions"].append(action)
+        self.envs.step_async(indices, actions)
+
+    def wait(self, indices) -> dict:
+        """Until all have answered: -> outcome of their chunk (zeros after a reset), arrays over `indices`."""
+        answers = self.envs.wait(indices)
+        self.observe(indices, [a["obs"] for a in answers])
+        outcome = {key: np.zeros(len(indices), np.float32) for key in ("rewards", "terminations", "dones", "executed")}
+        for k, (i, a) in enumerate(zip(indices, answers, strict=True)):
+            if "rewards" in a:
+                outcome["rewards"][k], outcome["executed"][k] = a["rewards"].sum(), a["num_executed"]
+                outcome["terminations"][k] = a["terminated"]
+                outcome["dones"][k] = self.ended[i] = a["terminated"] or a["truncated"]
+                self.episodes[i]["return"] += float(a["rewards"].sum())
+                self.episodes[i]["length"] += int(a["num_executed"])
+        return outcome
+
+    def snapshot(self) -> list[dict]:
+        """The episodes in flight as plain types: simulators are deterministic, so actions are all it takes to return."""
+        return [{**e, "actions": torch.tensor(np.array(e["actions"], np.float32))} for e in self.episodes]
+
+    def restore(self, snapshot: list[dict]) -> None:
+        """Play the episodes of a snapshot again up to where they were."""
+        for i, saved in enumerate(snapshot):
+            self.start(i, saved["task"], saved["init_state"])
+        everyone = list(range(len(snapshot)))
+        self.wait(everyone)
+        for t in range(max(len(e["actions"]) for e in snapshot)):
+            alive = [i for i in everyone if t < len(snapshot[i]["actions"])]
+            self.act(alive, [snapshot[i]["actions"][t].numpy() for i in alive])
+            self.wait(alive)
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def sample_task(failures: dict, args, rng) -> tuple[int, int]:
+    """The next episode's task, by its recent failures, and one of the initial states for training."""
+    weights = np.array([1.0 + (sum(failures[t]) if args.task_sampling == "failure" else 0.0) for t in args.tasks])
+    return int(rng.choice(args.tasks, p=weights / weights.sum())), int(rng.integers(args.train_init_states))
+
+
+@torch.no_grad()
+def evaluate(agent, interface, simulators, args, stop_signals=()) -> dict:
+    """Greedy policy on the first `eval_episodes` initial states of every task, shared among all processes.
+
+    -> success_rate, return_mean, episodes, success_by_task {task: rate}, successes [[task, init_state, 0 or 1], ...]. The
+    training episodes in flight are played again afterwards.
+    """
+    before = simulators.snapshot() if simulators.episodes[0] else None
+    todo = collections.deque([(t, k) for t in args.tasks for k in range(args.eval_episodes)])
+    if dist.is_initialized():
+        todo = collections.deque(list(todo)[dist.get_rank() :: dist.get_world_size()])
+    results, running, groups = [], set(), simulators.groups
+    for i in [i for group in groups for i in group][: len(todo)]:
+        simulators.start(i, *todo.popleft())
+        running.add(i)
+    while running and not stop_signals:
+        for group in groups:
+            members = [i for i in group if i in running]
+            if not members:
+                continue
+            simulators.wait(members)
+            acting = []
+            for i in members:
+                if not simulators.ended[i]:
+                    acting.append(i)
+                    continue
+                episode = simulators.episodes[i]
+                results.append([episode["task"], episode["init_state"], float(episode["return"] > 0)])
+                if todo:
+                    simulators.start(i, *todo.popleft())
+                else:
+                    running.remove(i)
+            if acting:
+                inputs = interface.inputs(simulators.images[acting], simulators.proprio[acting], simulators.tasks[acting])
+                tokens = agent.get_action_and_logprob(**inputs, deterministic=True)[0]
+                simulators.act(acting, interface.actions(tokens))
+    if running:  # stopped by a signal: the simulators still owe an answer
+        simulators.wait(sorted(running))
+    if before is not None:
+        simulators.restore(before)
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, results)
+        results = [r for share in shares for r in share]
+    results.sort()
+    by_task = {t: [s for task, _, s in results if task == t] for t in args.tasks}
+    success = float(np.mean([s for *_, s in results])) if results else None
+    return {
+        "success_rate": success,
+        "return_mean": success,
+        "episodes": len(results),
+        "success_by_task": {str(t): float(np.mean(s)) for t, s in by_task.items() if s},
+        "successes": results,
+    }
+
+
+def record_videos(agent, interface, args, folder: Path) -> None:
+    """First evaluation episode of every task as mp4, every step rendered, not mirrored as the policy sees it."""
+    from moviepy import ImageSequenceClip
+
+    simulators = Simulators(dataclasses.replace(args, render_every_step=True), interface.config, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in args.tasks:
+        evaluate(agent, interface, simulators, dataclasses.replace(args, tasks=(task,), eval_episodes=1))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            frames = [frame[:, ::-1] for frame in simulators.envs.call(0, operator.attrgetter("frames"))]
+            ImageSequenceClip(frames, fps=20).write_videofile(str(folder / f"task{task}.mp4"), logger=None)
+    simulators.close()
+
+
+# -------------------- Update --------------------
+def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_policy: bool = True) -> dict:
+    """One gradient step on a minibatch of whole segments -> scalars, equal on all processes.
+
+    `mb`, time first: images, proprio, tasks and stored values of T + 1 rows; tokens, logprobs, rewards, executed, valid,
+    terminations, dones and lag (in rollouts) of T rows. Segments pass the network in pieces of `micro_batch` chunks, once
+    without gradient for the values that the advantages need, once with it; gradients add up over pieces and processes, and
+    every mean is one over all of them, so the step does not depend on how the minibatch is cut up.
+    """
+    (length, segments), device = mb["rewards"].shape, interface.device
+    flat = {key: value.flatten(0, 1) for key, value in mb.items()}
+
+    def inputs(index):
+        return interface.inputs(flat["images"][index], flat["proprio"][index], flat["tasks"][index])
+
+    with torch.no_grad():
+        if args.recompute_advantages:
+            rows = torch.arange((length + 1) * segments).split(micro_batch)
+            values = torch.cat([agent.get_value(agent(**inputs(index))[1]).cpu() for index in rows]).view(length + 1, segments)
+        else:
+            values = mb["values"]
+        gae_args = mb["rewards"] * args.reward_scale, values[:-1], values[1:], mb["terminations"], mb["dones"]
+        advantages = compute_gae(*gae_args, args.gamma, args.gae_lambda)
+        returns = (advantages + values[:-1]).flatten()
+        index = mb["valid"].flatten().nonzero().squeeze(-1)  # rows on which an action was taken
+        a = advantages.flatten()[index].double()
+        sums = torch.stack([a.new_tensor(len(a)), a.sum(), (a**2).sum()])
+        units = group_logratio(flat["logprobs"], flat["executed"], args.ratio)[1][index].sum().double()
+        (sums, units) = [x.cpu() for x in sum_over_ranks(sums.to(device), units.to(device))]
+        count, mean = sums[0].item(), (sums[1] / sums[0]).item()
+        std = max((sums[2] / sums[0]).item() - mean**2, 0.0) ** 0.5
+        agent.adv_std_peak.fill_(max(agent.adv_std_peak.item(), std))
+        std = max(std, args.adv_std_floor * agent.adv_std_peak.item())
+        normalized = ((advantages.flatten() - mean) / (std + 1e-8)).to(device)
+
+    totals, extremes = collections.defaultdict(float), {"gipo/trust_min": 1.0, "gipo/logratio_max": 0.0}
+    optimizer.zero_grad()
+    for piece in index.split(micro_batch):
+        tokens = flat["tokens"][piece].to(device)
+        _, newlogprob, entropy, newvalue, _ = agent.get_action_and_logprob(
+            **inputs(piece), tokens=tokens, temperature=args.temperature
+        )
+        logratio, mask = group_logratio(
+            newlogprob - flat["logprobs"][piece].to(device), flat["executed"][piece].to(device), args.ratio
+        )
+        adv = normalized[piece].view(-1, *[1] * (logratio.dim() - 1))
+        objective, trust = policy_objective(logratio, adv, args)
+        steps = group_logratio(entropy, flat["executed"][piece].to(device), "token")[1]
+        pg_loss = -(objective * mask).sum() / units
+        entropy_loss = (entropy * steps).sum() / units
+        behavior_kl = -(logratio * mask).sum() / units  # KL(mu || pi), since the samples are mu's
+        v_loss = 0.5 * ((newvalue - returns[piece].to(device)) ** 2).sum() / count
+        loss = args.vf_coef * v_loss
+        if train_policy:
+            loss = loss + pg_loss - args.ent_coef * entropy_loss + args.kl_coef * behavior_kl
+        loss.backward()
+        with torch.no_grad():
+            log_r = logratio[mask]
+            ratio = torch.exp(log_r.clamp(max=MAX_LOG_COEF))
+            coef = trust[mask] * ratio
+            value_error = returns[piece].to(device) - newvalue
+            for name, value in {
+                "policy_loss": pg_loss * units,
+                "entropy": entropy_loss * units,
+                "approx_kl": ((ratio - 1) - log_r).sum(),
+                "clipfrac": ((ratio - 1).abs() > 0.2).sum(),
+                "trust": trust[mask].sum(),
+                "coef": coef.sum(),
+                "coef2": (coef**2).sum(),
+                "used": (coef > 1e-3).sum(),
+                "l": log_r.sum(),
+                "l2": (log_r**2).sum(),
+                "value_loss": v_loss * count,
+                "error": value_error.sum(),
+                "error2": (value_error**2).sum(),
+                "lag": flat["lag"][piece].sum(),
+                "returns": returns[piece].sum(),
+                "returns2": (returns[piece] ** 2).sum(),
+            }.items():
+                totals[name] += value.double().cpu()
+            extremes["gipo/trust_min"] = min(extremes["gipo/trust_min"], trust[mask].min().item())
+            extremes["gipo/logratio_max"] = max(extremes["gipo/logratio_max"], log_r.abs().max().item())
+    grad_norms = []
+    for group in optimizer.param_groups:
+        average_gradients(group["params"])
+        grad_norms.append(nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm).item())
+    optimizer.step()
+
+    names = list(totals)
+    (sums,) = sum_over_ranks(torch.stack([torch.as_tensor(totals[name]) for name in names]).to(device))
+    mean_unit = {name: (value / units).item() for name, value in zip(names, sums.cpu(), strict=True)}
+    mean_row = {name: (value / count).item() for name, value in zip(names, sums.cpu(), strict=True)}
+    returns_var = max(mean_row["returns2"] - mean_row["returns"] ** 2, 1e-12)
+    return extremes | {
+        "losses/policy_loss": mean_unit["policy_loss"],
+        "losses/value_loss": mean_row["value_loss"],
+        "losses/entropy": mean_unit["entropy"],
+        "losses/approx_kl": mean_unit["approx_kl"],
+        "losses/clipfrac": mean_unit["clipfrac"],
+        "losses/explained_variance": 1 - (mean_row["error2"] - mean_row["error"] ** 2) / returns_var,
+        "losses/grad_norm": grad_norms[0],
+        "gipo/trust_mean": mean_unit["trust"],
+        "gipo/effective_sample_size": mean_unit["coef"] ** 2 / max(mean_unit["coef2"], 1e-12),
+        "gipo/utilization": mean_unit["used"],
+        "gipo/logratio_std": max(mean_unit["l2"] - mean_unit["l"] ** 2, 0.0) ** 0.5,
+        "gipo/policy_lag": mean_row["lag"],
+    }
+
+
+# -------------------- Files and arguments --------------------
+def sample_segments(num_filled: int, args, chunk: int) -> torch.Tensor:
+    """Indices of each update's segments, (updates, S), in shuffled passes: none is drawn again before all others were."""
+    segments = args.minibatch_size // (args.num_steps * chunk)
+    draws = args.updates_per_iteration * segments
+    passes = [torch.randperm(num_filled) for _ in range(math.ceil(draws / num_filled))]
+    return torch.cat(passes)[:draws].view(-1, segments)
+
+
+def lr_share(schedule: str, progress: float, warmup: float) -> float:
+    """Factor on a step size after the share `progress` of the run, in [0, 1)."""
+    if progress < warmup:
+        return progress / warmup
+    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
+    return decay[schedule]
+
+
+def find_micro_batch(agent, interface, args) -> int:
+    """Largest power of two of chunks, up to 512, whose two passes fit the GPU beside Adam's moments; 64 on a CPU."""
+    if not args.cuda:
+        return 64
+    image_shape = (args.num_images, agent.config.image_size, agent.config.image_size, 3)
+    limit = 0.9 * torch.cuda.get_device_properties(interface.device).total_memory
+    limit -= 8 * sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    largest = 1
+    for size in [2**k for k in range(10)]:
+        rows = torch.zeros(size, dtype=torch.long)
+        inputs = interface.inputs(torch.zeros(size, *image_shape, dtype=torch.uint8), torch.zeros(size, 8), rows)
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            _, logprob, _, value, _ = agent.get_action_and_logprob(**inputs)
+            (logprob.sum() + value.sum()).backward()
+            fits = torch.cuda.max_memory_allocated() < limit
+        except torch.OutOfMemoryError:
+            fits = False
+        agent.zero_grad()
+        torch.cuda.empty_cache()
+        if not fits:
+            break
+        largest = size
+    return largest
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write tensors and plain types so that the file is complete or absent, whenever the process dies."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, device="cpu") -> dict:
+    """Read what save_checkpoint wrote; ValueError if the file is missing or damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"cannot read {path} ({type(error).__name__}): give a .pt file written by this script") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def git_commit() -> str | None:
+    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository."""
+    command, folder = "git describe --always --dirty --abbrev=40 --exclude=*", Path(__file__).resolve().parent
+    try:
+        return subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save_models(run_folder: Path, agent, tokenizer, norm_stats: dict, evaluations: list) -> None:
+    """Write model/, and best_model/ if the last evaluation beats all others: folders in the public layout."""
+    save_policy(run_folder / "model", agent, tokenizer, norm_stats)
+    if evaluations[-1]["success_rate"] > max([e["success_rate"] for e in evaluations[:-1]], default=-1.0):
+        save_policy(run_folder / "best_model", agent, tokenizer, norm_stats)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any process of torchrun, so that all of them stop or save together."""
+    if not dist.is_initialized():
+        return flag
+    (total,) = sum_over_ranks(torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu"))
+    return total.item() > 0
+
+
+def check_args(args) -> None:
+    """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
+    rollout = args.num_envs * args.num_steps * CHUNK
+    buffer = max(args.buffer_size, rollout)
+    positive = "total_timesteps num_envs env_groups train_init_states camera_size env_timeout temperature lora_rank lora_alpha"
+    positive += " num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate reward_scale max_grad_norm"
+    positive += " sigma sigma_neg_ratio clip_coef sapo_tau_pos sapo_tau_neg demos_per_state clone_batch clone_learning_rate"
+    positive += " checkpoint_every"
+    limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
+    limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
+    not_negative = "seed buffer_size eval_every eval_episodes max_steps noop_steps critic_warmup kl_coef ent_coef vf_coef"
+    not_negative += " adv_std_floor demo_noise clone_updates torch_threads"
+    limits |= dict.fromkeys(not_negative.split(), (0, math.inf, "0 or more"))
+    for name, (low, high, words) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+    for name in ("eval_episodes", "train_init_states"):
+        if getattr(args, name) > 50:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{flag} must be 50 or fewer: a task has 50 initial states")
+    for task in args.tasks:
+        if not 0 <= task < num_tasks(args.suite):
+            raise ValueError(f"--tasks {task} must be below {num_tasks(args.suite)}, the number of tasks of {args.suite}")
+    if args.preset == "none" and not (args.model or args.evaluate):
+        raise ValueError("--model is missing: name a checkpoint folder or hub id, or start small with --preset tiny")
+    if 0 < args.buffer_size < rollout:
+        raise ValueError(f"--buffer-size {args.buffer_size} must be 0 or at least num_envs * num_steps * {CHUNK} = {rollout}")
+    if args.minibatch_size > buffer:
+        raise ValueError(f"--minibatch-size {args.minibatch_size} must not exceed the buffer of {buffer} steps")
+    if args.minibatch_size % (args.num_steps * CHUNK):
+        segment = f"num_steps * {CHUNK} = {args.num_steps * CHUNK}"
+        raise ValueError(f"--minibatch-size {args.minibatch_size} must be a multiple of {segment}, whole segments")
+    if args.micro_batch != "auto" and not (args.micro_batch.isdigit() and int(args.micro_batch) > 0):
+        raise ValueError(f"--micro-batch {args.micro_batch} must be auto or a positive number of chunks")
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda: PyTorch sees no GPU here; install a CUDA build of torch, or use --preset tiny on the CPU")
+    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+
+
+def saved_args(args, run_folder: Path):
+    """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
+    if not run_folder.exists():
+        raise ValueError(f"--resume: there is no {run_folder}; check the flags that name it, or drop --resume")
+    if not (run_folder / "args.json").exists():
+        return args
+    saved = json.loads((run_folder / "args.json").read_text())
+    saved["tasks"] = tuple(saved["tasks"])
+    if set(saved) != set(vars(args)):
+        raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
+    default = Args(preset=args.preset, **PRESETS[args.preset])
+    for name in sorted(set(saved) - {"run_dir", "resume", "overwrite"}):
+        given = getattr(args, name)
+        if given != getattr(default, name) and given != saved[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[name]}: drop the flag")
+    return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
+
+
+# -------------------- Cloning (tiny preset) --------------------
+def clone(agent, demos: dict, interface, args, path: Path, stop_signals) -> None:
+    """Behaviour cloning: cross-entropy of the 56 tokens of every demonstrated step's next chunk; state kept in `path`.
+
+    `demos`: images (M, n, H, W, 3), proprio (M, 8), actions (M, 7), tasks (M,), ends (M,): where each step's episode ends.
+    """
+    chunk = agent.config.chunk
+    targets = np.arange(len(demos["ends"]))[:, None] + np.arange(chunk)
+    known = torch.as_tensor(targets < demos["ends"][:, None])  # a chunk may reach beyond the end of its episode
+    targets = np.minimum(targets, demos["ends"][:, None] - 1)
+    tokens = value_to_token(normalize(torch.as_tensor(demos["actions"]), interface.stats))[targets]  # (M, chunk, 7)
+    images = resize_images(demos["images"], agent.config, args)
+    proprio, tasks = torch.as_tensor(demos["proprio"]).float(), torch.as_tensor(demos["tasks"]).long()
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.clone_learning_rate, weight_decay=0.01)
+    done, state = 0, path.with_suffix(".part.pt")
+    if state.exists():
+        saved = load_checkpoint(state, interface.device)
+        agent.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["updates"]
+    start, first, losses = time.time(), done, []
+    generator = torch.Generator().manual_seed(args.seed)
+    while done < args.clone_updates:
+        generator.manual_seed(args.seed * 1_000_003 + done)  # so that a resumed cloning draws the same samples
+        index = torch.randint(len(tokens), (args.clone_batch,), generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = args.clone_learning_rate * 0.5 * (1 + math.cos(math.pi * done / args.clone_updates))
+        inputs = interface.inputs(images[index], proprio[index], tasks[index])
+        logprob = agent.get_action_and_logprob(**inputs, tokens=tokens[index].to(interface.device))[1]
+        loss = -(logprob * known[index].unsqueeze(-1).to(interface.device)).sum() / (7 * known[index].sum())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        done += 1
+        if done % 100 == 0 or done == args.clone_updates:
+            left = (time.time() - start) / (done - first) * (args.clone_updates - done)
+            line = f"cloning: update {done:,}  loss {np.mean(losses[-100:]):.3f}"
+            print(f"{line}  left {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
+        if done % 500 == 0 or stop_signals:
+            save_checkpoint(state, {"model": agent.state_dict(), "optimizer": optimizer.state_dict(), "updates": done})
+        if stop_signals:
+            raise KeyboardInterrupt
+    state.unlink(missing_ok=True)
+
+
+def tiny_policy(args, device, stop_signals):
+    """The tiny preset's start: demonstrations, then a policy cloned from them; both are cached under <run-dir>/cache."""
+    cache = Path(args.run_dir) / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    fields = "suite tasks train_init_states demos_per_state demo_noise camera_size num_images reflections max_steps noop_steps"
+    settings = json.dumps({name: getattr(args, name) for name in fields.split()})
+    demos_path = cache / f"demos-{zlib.crc32(settings.encode()):08x}.npz"
+    demos = collect_demonstrations(args, demos_path, args.tasks, range(args.train_init_states), args.demos_per_state)
+    tokenizer = build_word_tokenizer([instruction(args.suite, t) for t in range(num_tasks(args.suite))])
+    config = tiny_config(tokenizer.get_vocab_size(), image_size=args.camera_size)
+    norm_stats = {args.suite: demonstration_statistics(demos)}
+    fields += " use_proprio append_stop attention preprocess jpeg center_crop"
+    fields += " clone_updates clone_batch clone_learning_rate seed"
+    settings = json.dumps({name: getattr(args, name) for name in fields.split()} | {"config": dataclasses.asdict(config)})
+    folder = cache / f"clone-{zlib.crc32(settings.encode()):08x}"
+    if not (folder / "config.json").exists():
+        agent = init_random(config, args, device)
+        interface = make_interface(agent, tokenizer, norm_stats, args, device)
+        clone(agent, demos, interface, args, folder.with_suffix(".pt"), stop_signals)
+        save_policy(folder, agent, tokenizer, norm_stats)
+    return load_policy(str(folder), args, device)
+
+
+def demonstration_statistics(demos: dict) -> dict:
+    """norm_stats entry of a data set: 1 % and 99 % quantiles of actions and proprioception; the gripper stays as it is."""
+    stats = {}
+    for key in ("actions", "proprio"):
+        low, high = np.quantile(demos[key], [0.01, 0.99], axis=0)
+        stats[key.removesuffix("s")] = {"q01": low.tolist(), "q99": high.tolist()}
+    stats["action"]["mask"] = [True] * 6 + [False]
+    return stats
+
+
+# -------------------- Main --------------------
+def main(args: Args) -> dict:
+    """Train, and return what result.json holds. ValueError on bad arguments, before anything is written."""
+    # ==================== SETUP ====================
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    run_folder = Path(args.run_dir) / f"{args.suite}__{args.exp_name}__{args.seed}"
+    if args.resume:
+        args = saved_args(args, run_folder)
+    elif run_folder.exists() and not (args.overwrite or args.evaluate or rank):
+        raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+    args = dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(num_tasks(args.suite))))
+    check_args(args)
+    if args.resume and (run_folder / "result.json").exists():
+        print(f"{run_folder} is finished already: nothing to resume")
+        return json.loads((run_folder / "result.json").read_text())
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(hours=6))  # cloning may take hours
+        if rank == 0 and run_folder.exists() and args.overwrite:
+            shutil.rmtree(run_folder)
+        dist.barrier()
+    torch.manual_seed(args.seed)
+
+    stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    if rank:
+        dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
+    if args.evaluate or args.model:
+        agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
+    else:
+        agent, tokenizer, norm_stats = tiny_policy(args, device, stop_signals)
+    if world > 1 and not rank:
+        dist.barrier()
+    config = agent.config
+    interface = make_interface(agent, tokenizer, norm_stats, args, device)
+    if args.evaluate:
+        simulators = Simulators(args, config, args.num_envs)
+        result = evaluate(agent, interface, simulators, args, stop_signals)
+        simulators.close()
+        names = "suite max_steps noop_steps camera_size num_images preprocess jpeg center_crop append_stop attention dtype"
+        result["settings"] = {name: getattr(args, name) for name in names.split()}
+        result["settings"]["unnorm_key"] = resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)
+        if args.capture_video:
+            record_videos(agent, interface, args, Path(args.run_dir) / "videos")
+        print(json.dumps({k: v for k, v in result.items() if k != "successes"}, indent=2))
+        return result
+
+    chunk = config.chunk
+    micro_batch = find_micro_batch(agent, interface, args) if args.micro_batch == "auto" else int(args.micro_batch)
+    if rank == 0:
+        print(memory_plan(agent, args, micro_batch), flush=True)
+    optimizer = torch.optim.AdamW(parameter_groups(agent), lr=0.0, weight_decay=0.0)
+
+    # Replay of whole segments, time first: rb[key][:, j] is segment j, one simulator's part of one rollout, (T, S, ...).
+    rollout_size = args.num_envs * args.num_steps * chunk * world
+    num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * chunk), 1) * args.num_envs
+    length, size = args.num_steps, config.image_size
+    rb = {
+        "images": torch.zeros(length + 1, num_segments, args.num_images, size, size, 3, dtype=torch.uint8),
+        "proprio": torch.zeros(length + 1, num_segments, 8),
+        "tasks": torch.zeros(length + 1, num_segments, dtype=torch.long),
+        "values": torch.zeros(length + 1, num_segments),  # of collection time; used with --no-recompute-advantages
+        "tokens": torch.zeros(length, num_segments, chunk, 7, dtype=torch.long),
+        "logprobs": torch.zeros(length, num_segments, chunk, 7),  # log mu of every token at the rollout's temperature
+        "executed": torch.zeros(length, num_segments),  # steps of the chunk that the simulator carried out
+        "rewards": torch.zeros(length, num_segments),  # summed over the chunk, not scaled
+        "terminations": torch.zeros(length, num_segments),
+        "dones": torch.zeros(length, num_segments),
+        "valid": torch.zeros(length, num_segments, dtype=torch.bool),  # False: an episode's last observation, no action
+        "versions": torch.zeros(length, num_segments),  # iteration whose policy acted
+    }
+    num_iterations, iteration = math.ceil(args.total_timesteps / rollout_size), 0
+    seconds = {"env": 0.0, "policy": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
+    recent_returns, recent_lengths = collections.deque(maxlen=100), collections.deque(maxlen=100)
+    failures = {t: collections.deque(maxlen=100) for t in args.tasks}
+    evaluations = []
+    rng = np.random.default_rng([args.seed, rank])
+    torch.manual_seed(args.seed * 1000 + rank)  # equal networks, different actions
+    simulators = Simulators(args, config, args.num_envs)
+    everyone = [i for group in simulators.groups for i in group]
+    has_checkpoint = args.resume and (run_folder / f"checkpoint-{rank}.pt").exists()
+    if has_checkpoint:
+        checkpoint = load_checkpoint(run_folder / f"checkpoint-{rank}.pt")
+        trained = load_checkpoint(run_folder / "checkpoint.pt", device)
+        if trained["iteration"] != checkpoint["iteration"]:
+            raise ValueError(f"--resume: the checkpoint files of {run_folder} differ in age; start anew with --overwrite")
+        load_trained(agent, trained["model"])
+        optimizer.load_state_dict(trained["optimizer"])
+        for key, value in checkpoint["replay"].items():
+            rb[key][:, : value.shape[1]] = value
+        iteration, seconds, evaluations = checkpoint["iteration"], checkpoint["seconds"], checkpoint["evaluations"]
+        recent_returns.extend(checkpoint["recent_returns"])
+        recent_lengths.extend(checkpoint["recent_lengths"])
+        for task, values in checkpoint["failures"].items():
+            failures[task].extend(values)
+        rng.bit_generator.state = checkpoint["numpy_rng"]
+        simulators.restore(checkpoint["episodes"])
+        torch.set_rng_state(checkpoint["rng"])
+        if args.cuda:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+    else:
+        for i in everyone:
+            simulators.start(i, *sample_task(failures, args, rng))
+        simulators.wait(everyone)
+    self_check(agent, interface.inputs(simulators.images, simulators.proprio, simulators.tasks), args.temperature)
+
+    config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
+    writer = None
+    if rank == 0:
+        if not args.resume:
+            shutil.rmtree(run_folder, ignore_errors=True)
+            run_folder.mkdir(parents=True)
+        write_json(run_folder / "args.json", config_json)
+        from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
+
+        if args.track:
+            import wandb
+
+            name = run_folder.name
+            settings = {"name": name, "id": name, "resume": "allow", "config": config_json, "sync_tensorboard": True}
+            wandb.init(project=args.wandb_project, **settings)
+        writer = SummaryWriter(str(run_folder), purge_step=iteration * rollout_size + 1 if args.resume else None)
+    global_step, last_print, tty = iteration * rollout_size, time.time(), sys.stdout.isatty()
+    start_time = time.time() - seconds["wall"]
+    if rank == 0:
+        print(f"{run_folder}: {num_iterations * rollout_size:,} steps of {args.suite}, from step {global_step:,}", flush=True)
+
+    def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
+        return every > 0 and global_step // every > (global_step - rollout_size) // every
+
+    while True:
+        # ==================== EVAL ====================
+        # Before collecting more, so that a run which died here evaluates again when resumed; first the policy RL starts from.
+        finished = iteration == num_iterations
+        stop = any_rank(bool(stop_signals))
+        if args.eval_episodes > 0 and not stop and (finished or iteration == 0 or passed(args.eval_every)):
+            if not evaluations or evaluations[-1]["step"] < global_step:
+                evaluation = evaluate(agent, interface, simulators, args, stop_signals)
+                stop = any_rank(bool(stop_signals))
+                if not stop:
+                    evaluations.append({"step": global_step} | evaluation)
+                    if rank == 0:
+                        save_models(run_folder, agent, tokenizer, norm_stats, evaluations)
+                        writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
+                        writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+                        line = f"success {evaluation['success_rate']:.1%} of {evaluation['episodes']} episodes"
+                        print(f"\neval at {global_step:,}: {line}" if tty else f"eval at {global_step:,}: {line}", flush=True)
+                    if args.capture_video:
+                        record_videos(agent, interface, args, run_folder / "videos" / str(global_step))
+        if finished or stop:
+            break
+        iteration += 1
+        iteration_start = time.perf_counter()
+        share = lr_share(args.lr_schedule, (iteration - 1) / num_iterations, args.lr_warmup)
+        for group, lr in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate), strict=True):
+            group["lr"] = lr * share
+
+        # ==================== ROLLOUT ====================
+        # T chunks of every simulator, into the oldest N segments of the ring; row T is what the last chunk led to.
+        slot = (iteration - 1) * args.num_envs % num_segments
+        for t in range(length + 1):
+            for group in simulators.groups:
+                columns = torch.tensor([slot + i for i in group])
+                if t > 0:
+                    t0 = time.perf_counter()
+                    for key, value in simulators.wait(group).items():
+                        rb[key][t - 1, columns] = torch.as_tensor(value)
+                    seconds["env"] += time.perf_counter() - t0
+                    for i in [i for i in group if simulators.ended[i] and rb["valid"][t - 1, slot + i]]:
+                        episode = simulators.episodes[i]
+                        recent_returns.append(episode["return"])
+                        recent_lengths.append(episode["length"])
+                        failures[episode["task"]].append(float(episode["return"] == 0))
+                t0 = time.perf_counter()
+                for key in ("images", "proprio", "tasks"):
+                    rb[key][t, columns] = getattr(simulators, key)[group]
+                if t < length or not args.recompute_advantages:
+                    inputs = interface.inputs(simulators.images[group], simulators.proprio[group], simulators.tasks[group])
+                    with torch.no_grad():
+                        tokens, logprobs, _, values, _ = agent.get_action_and_logprob(**inputs, temperature=args.temperature)
+                    rb["values"][t, columns] = values.cpu()
+                if t < length:
+                    rb["tokens"][t, columns], rb["logprobs"][t, columns] = tokens.cpu(), logprobs.cpu()
+                    rb["valid"][t, columns] = ~simulators.ended[group]
+                    actions = interface.actions(tokens)
+                    for i, action in zip(group, actions, strict=True):
+                        if simulators.ended[i]:
+                            simulators.start(i, *sample_task(failures, args, rng))
+                        else:
+                            simulators.act([i], [action])
+                seconds["policy"] += time.perf_counter() - t0
+        new = slice(slot, slot + args.num_envs)
+        rb["versions"][:, new] = iteration
+        global_step += rollout_size
+
+        # ==================== ADVANTAGES ====================
+        # In `update`, of the minibatch's segments. Here only: the update's forward pass must give the rollout's log-probs.
+        with torch.no_grad():
+            rows = rb["valid"][:, slot].nonzero().squeeze(-1)[:micro_batch]
+            inputs = interface.inputs(rb["images"][rows, slot], rb["proprio"][rows, slot], rb["tasks"][rows, slot])
+            fresh = agent.get_action_and_logprob(
+                **inputs, tokens=rb["tokens"][rows, slot].to(device), temperature=args.temperature
+            )[1]
+            log_ratio_max = (fresh.cpu() - rb["logprobs"][rows, slot]).abs().max().item()
+
+        # ==================== UPDATE ====================
+        t0 = time.perf_counter()
+        num_filled, stats = min(iteration * args.num_envs, num_segments), collections.defaultdict(list)
+        for mb_inds in sample_segments(num_filled, args, chunk):
+            mb = {key: value[:, mb_inds] for key, value in rb.items()}
+            mb["lag"] = iteration - mb.pop("versions")
+            mb_stats = update(agent, optimizer, mb, interface, args, micro_batch, iteration > args.critic_warmup)
+            for name, value in mb_stats.items():
+                stats[name].append(value)
+        seconds["update"] += time.perf_counter() - t0
+
+        # ==================== LOG ====================
+        scalars = {name: float(np.mean(values)) for name, values in stats.items()}
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                last_good = run_folder / "checkpoint.pt" if (run_folder / "checkpoint.pt").exists() else "none yet"
+                raise FloatingPointError(f"{name} is {value} at step {global_step:,}; last good checkpoint: {last_good}")
+        seconds["training"] += time.perf_counter() - iteration_start
+        sps = global_step / seconds["training"]
+        updates = iteration * args.updates_per_iteration / max(seconds["update"], 1e-9)
+        scalars |= {"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        scalars |= {"charts/chunks_per_second": sps / chunk, "charts/updates_per_second": updates}
+        scalars["gipo/log_ratio_max"] = log_ratio_max
+        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
+        if recent_returns:
+            scalars["charts/episodic_return"] = scalars["charts/episodic_success"] = float(np.mean(recent_returns))
+            scalars["charts/episodic_length"] = float(np.mean(recent_lengths))
+        if rank == 0:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, global_step)
+            if tty or time.time() - last_print > 10 or iteration == num_iterations:
+                left = (num_iterations - iteration) * rollout_size / sps
+                line = f"step {global_step:>9,}  success {np.mean(recent_returns) if recent_returns else math.nan:4.0%}"
+                line += f"  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s  left {left // 60:.0f}m{left % 60:02.0f}s"
+                print(f"\r{line} " if tty else line, end="" if tty else "\n", flush=True)
+                last_print = time.time()
+
+        # ==================== CHECKPOINT ====================
+        # Also before every evaluation, and when asked to stop: one file of trained weights, one of each process's own data.
+        seconds["wall"] = time.time() - start_time
+        due = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every)
+        if any_rank(due or bool(stop_signals)):
+            if rank == 0:
+                trained = {"model": trained_state(agent), "optimizer": optimizer.state_dict(), "iteration": iteration}
+                save_checkpoint(run_folder / "checkpoint.pt", trained)
+            state = {
+                "replay": {key: value[:, :num_filled] for key, value in rb.items()},
+                "iteration": iteration,
+                "seconds": seconds,
+                "evaluations": evaluations,
+                "recent_returns": list(recent_returns),
+                "recent_lengths": list(recent_lengths),
+                "failures": {t: list(values) for t, values in failures.items()},
+                "episodes": simulators.snapshot(),
+                "rng": torch.get_rng_state(),
+                "numpy_rng": rng.bit_generator.state,
+                "cuda_rng": torch.cuda.get_rng_state(device) if args.cuda else None,
+            }
+            save_checkpoint(run_folder / f"checkpoint-{rank}.pt", state)
+            if rank == 0:
+                writer.flush()
+
+    simulators.close()
+    if writer:
+        writer.close()
+    if stop:
+        if rank == 0:
+            print(f"\nstopped at step {global_step:,}; continue with the same command and --resume", flush=True)
+        sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
+    seconds["wall"] = time.time() - start_time
+    last = evaluations[-1] if evaluations else {"success_rate": None, "return_mean": None, "episodes": 0}
+    result = {
+        "env_id": args.suite,
+        "exp_name": args.exp_name,
+        "seed": args.seed,
+        "total_timesteps": global_step,
+        "eval_success_rate": last["success_rate"],
+        "eval_return_mean": last["return_mean"],
+        "eval_episodes": last["episodes"],
+        "evaluations": evaluations,
+        "train_return_mean": float(np.mean(recent_returns)) if recent_returns else None,
+        "train_success_rate": float(np.mean(recent_returns)) if recent_returns else None,
+        "sps": global_step / seconds["training"],
+        "wall_seconds": seconds["wall"],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "mujoco", "hf-libero")},
+        "args": config_json,
+    }
+    if rank == 0:
+        write_json(run_folder / "result.json", result)
+        shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
+        print(f"finished in {seconds['wall']:.0f} s, {result['sps'] / chunk:.1f} chunks/s ({shares})")
+        print(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

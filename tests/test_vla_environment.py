@@ -1,0 +1,379 @@
+"""gipo_vla_libero.py, the environment: real LIBERO simulators, in this process and in workers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+REQUIRED = os.environ.get("GIPO_REQUIRE_ALL") == "1"
+for module in ("libero", "transformers"):
+    if not REQUIRED:
+        pytest.importorskip(module, reason="pip install --no-deps -r requirements-vla.txt")
+import gipo_vla_libero as vla  # noqa: E402
+
+UP = np.array([[0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]])  # one action: up, gripper open
+NOTHING_WITHOUT_ASSETS = pytest.mark.skipif(
+    "LIBERO_ASSETS" not in os.environ and not REQUIRED, reason="LIBERO_ASSETS does not name a folder with LIBERO's assets"
+)
+
+
+def make_args(**changes):
+    fields = {"suite": "libero_spatial", "render": "auto", "camera_size": 64, "num_images": 1, "render_every_step": False}
+    fields |= {
+        "reflections": False,
+        "chunk": 8,
+        "max_steps": 0,
+        "noop_steps": 10,
+        "env_timeout": 120.0,
+        "seed": 1,
+        "num_envs": 2,
+    }
+    return SimpleNamespace(**fields | {"demo_noise": 0.3} | changes)
+
+
+@pytest.fixture(scope="module")
+def env():
+    """One simulator for all tests; those that change its args put them back."""
+    simulator = vla.LiberoEnv(make_args())
+    yield simulator
+    simulator.close()
+
+
+@pytest.fixture(scope="module")
+def envs():
+    simulators = vla.VectorEnv(make_args())
+    yield simulators
+    pids = [process.pid for process in simulators.processes]
+    simulators.close()
+    assert not running(pids)
+
+
+def state(env) -> np.ndarray:
+    return env.env.get_sim_state()
+
+
+def chunk(*actions, length=8) -> np.ndarray:
+    return np.concatenate([np.repeat(np.atleast_2d(a), length // len(actions), 0) for a in actions])
+
+
+def random_chunks(seed: int, number: int) -> np.ndarray:
+    return np.random.default_rng(seed).uniform([-1] * 6 + [0], 1, (number, 8, 7))
+
+
+def run_python(code: str, **environment) -> subprocess.CompletedProcess:
+    """Run code in a fresh process with no stdin; None removes a variable."""
+    env = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
+    root, quiet = Path(vla.__file__).parent, subprocess.DEVNULL
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=root, stdin=quiet, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+# -------------------- Without a simulator --------------------
+def test_import_has_no_side_effects_and_instructions_are_liberos():
+    code = """
+import os, sys, threading
+before = dict(os.environ)
+import gipo_vla_libero as vla
+assert dict(os.environ) == before and threading.active_count() == 1
+assert not [m for m in sys.modules if m.split('.')[0] in ('libero', 'robosuite', 'mujoco')]
+
+vla.setup_libero("/nowhere")
+from libero.libero.benchmark import task_maps
+for suite in vla.MAX_STEPS:
+    assert [vla.instruction(suite, t) for t in range(vla.num_tasks(suite))] == [t.language for t in task_maps[suite].values()]
+"""
+    process = run_python(code, MUJOCO_GL="osmesa")
+    assert process.returncode == 0, process.stderr
+
+
+def test_tasks_and_instructions():
+    assert [vla.num_tasks(suite) for suite in vla.MAX_STEPS] == [10, 10, 10, 10, 90]
+    expected = "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    assert vla.instruction("libero_spatial", 0) == expected
+    assert vla.instruction("libero_10", 0) == "put both the alphabet soup and the tomato sauce in the basket"
+
+
+def test_missing_assets_are_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
+    with pytest.raises(ValueError, match="does not hold the folders"):
+        vla.ensure_assets()
+    monkeypatch.delenv("LIBERO_ASSETS")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if vla.find_assets() is None:  # else the package holds them
+        with pytest.raises(ValueError, match=r"are not on this machine and cannot be downloaded .* set LIBERO_ASSETS"):
+            vla.ensure_assets()
+        assert "downloading" in capsys.readouterr().out and not (tmp_path / ".cache" / "libero" / "assets").exists()
+
+
+def test_unusable_renderer_is_one_sentence_or_a_fall_back(monkeypatch, capsys):
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")
+    vla.render_variables.cache_clear()
+    with pytest.raises(ValueError, match=r"--render egl: MuJoCo cannot draw .*99"):
+        vla.render_variables("egl")
+    monkeypatch.setattr(vla.Path, "exists", lambda path: True)  # as on a machine with an NVIDIA GPU, where EGL goes first
+    assert vla.render_variables("auto")["MUJOCO_GL"] == "osmesa"
+    assert "warning: images are rendered with osmesa" in capsys.readouterr().out
+    vla.render_variables.cache_clear()
+
+
+# -------------------- One simulator --------------------
+@NOTHING_WITHOUT_ASSETS
+def test_no_questions_at_the_first_start(tmp_path):
+    """LIBERO asks on stdin where its data should go, and dies with EOFError where nobody answers."""
+    code = """
+import tests.test_vla_environment as t
+env = t.vla.LiberoEnv(t.make_args(camera_size=32))
+obs = env.reset(0, 0)
+assert obs["images"].shape == (1, 32, 32, 3)
+"""
+    process = run_python(code, HOME=str(tmp_path), LIBERO_CONFIG_PATH=None)
+    assert process.returncode == 0, process.stderr
+    assert not (tmp_path / ".libero").exists()
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_reset_is_reproducible(env):
+    """Whatever happened before: other states, a finished episode, commands to arm and gripper that a controller remembers."""
+    first, start = env.reset(0, 3), state(env)
+    cabinet = env.env.sim.model.body_pos.copy()
+    obs, *_ = env.step(random_chunks(0, 1)[0])
+    path = state(env)
+    env.reset(0, 7)
+    assert not np.allclose(env.env.sim.model.body_pos, cabinet)  # fixtures stand elsewhere in every initial state
+    env.step(chunk([1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 0.0]))
+    again = env.reset(0, 3)
+    assert np.array_equal(state(env)[1:], start[1:]) and np.array_equal(again["images"], first["images"])
+    assert np.array_equal(env.env.sim.model.body_pos, cabinet)
+    again, *_ = env.step(random_chunks(0, 1)[0])
+    assert np.array_equal(state(env)[1:], path[1:]) and np.array_equal(again["images"], obs["images"])
+
+    env.env.env.hard_reset = True
+    env.reset(0, 3)
+    env.env.env.hard_reset = False
+    assert np.allclose(state(env)[1:], start[1:], atol=1e-12)
+    env.step(random_chunks(0, 1)[0])
+    assert np.allclose(state(env)[1:], path[1:], atol=1e-9)
+    env.task = None  # built anew for the tests that follow: a hard reset drops the camera switch
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_images_are_liberos_turned_by_180_degrees(env):
+    """Bit for bit what LIBERO's own step returns, rendered once per chunk only."""
+    obs = env.reset(0, 0)
+    actions = random_chunks(1, 1)[0]
+    after, *_ = env.step(actions)
+    assert obs["images"].std() > 10 and obs["images"].dtype == np.uint8
+    assert np.abs(after["images"].astype(int) - obs["images"]).mean() > 0.5  # the robot moved
+
+    env.reset(0, 0)
+    env.rendering = True
+    for action in actions:
+        raw, *_ = env.env.step(np.append(action[:6], -1.0 if action[6] > 0.5 else 1.0))
+    assert np.array_equal(raw["agentview_image"][::-1, ::-1], after["images"][0])
+    assert np.allclose(raw["robot0_eef_pos"], after["proprio"][:3]) and np.allclose(
+        raw["robot0_gripper_qpos"], after["proprio"][6:]
+    )
+    # Upright: the robot's base is at the far end of the table, so the top of the picture changes when the arm moves up.
+    env.reset(0, 0)
+    moved = np.abs(env.step(chunk(UP))[0]["images"].astype(int) - obs["images"])[0].mean((1, 2))
+    assert moved[:32].sum() > moved[32:].sum()
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_two_cameras_and_every_step(env):
+    """The wrist camera comes second; with every step rendered a video gets all frames and the result stays the same."""
+    other = vla.LiberoEnv(make_args(num_images=2, render_every_step=True))
+    obs, single = other.reset(0, 0), env.reset(0, 0)
+    assert obs["images"].shape == (2, 64, 64, 3) and np.array_equal(obs["images"][0], single["images"][0])
+    assert np.abs(obs["images"][1].astype(int) - obs["images"][0]).mean() > 10
+    actions = random_chunks(2, 1)[0]
+    obs, *_ = other.step(actions)
+    single, *_ = env.step(actions)
+    assert len(other.frames) == 9 and np.array_equal(other.frames[-1], obs["images"][0])
+    assert np.array_equal(obs["images"][0], single["images"][0]) and np.array_equal(obs["proprio"], single["proprio"])
+    before = env.reset(0, 0)["images"]
+    other.close()
+    assert np.array_equal(env.reset(0, 0)["images"], before)  # OpenGL objects belong to whichever context is current
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_gripper_sign(env):
+    """1 opens, 0 closes, as in the data; LIBERO has it the other way round."""
+    env.reset(0, 0)
+    still = [0.0] * 6
+    width = [np.abs(env.step(chunk([*still, g], length=12))[0]["proprio"][6:]).sum() for g in (1.0, 0.0, 0.9, 0.1)]
+    assert width[0] > 0.07 and width[1] < 0.01 and width[2] > 0.07 and width[3] < 0.01
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_truncation(env):
+    env.max_steps = 20
+    env.reset(0, 0)
+    results = [env.step(chunk(UP))[1:] for _ in range(3)]
+    env.max_steps = vla.MAX_STEPS["libero_spatial"]
+    assert [r[1] for r in results] == [8, 8, 4] and [r[3] for r in results] == [False, False, True]
+    assert not any(r[2] for r in results) and not any(r[0].any() for r in results)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(chunk(UP))
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_more_than_robosuites_horizon(env):
+    """robosuite refuses to go on after 1000 steps, and its count would survive LIBERO's set_init_state."""
+    env.max_steps = 1100
+    env.reset(0, 0)
+    env.env.env.timestep = 995
+    assert env.step(chunk(UP, length=16))[1:][1] == 16
+    env.max_steps = vla.MAX_STEPS["libero_spatial"]
+    env.reset(0, 0)
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_expert_and_success(env):
+    """The expert solves initial states 0 to 2; its actions as chunks solve them too, which stop at success with reward 1."""
+    for init_state in range(3):
+        demo = vla.scripted_expert(env, 0, init_state, 0.0, np.random.default_rng(0))
+        assert demo is not None and len(demo["actions"]) == len(demo["images"]) == len(demo["proprio"]) < 120
+    actions, total, executed = demo["actions"], 0.0, 0
+    assert set(actions[:, 6]) == {0.0, 1.0} and np.abs(actions).max() <= 1.0
+    env.reset(0, 2)
+    chunks = [np.concatenate([actions, actions[-1:].repeat(8, 0)])[i : i + 8] for i in range(0, len(actions), 8)]
+    for i, part in enumerate(chunks):
+        obs, rewards, number, terminated, truncated = env.step(part)
+        total, executed = total + rewards.sum(), executed + number
+        assert rewards.shape == (8,) and rewards.dtype == np.float32 and terminated == (i == len(chunks) - 1) and not truncated
+    assert executed == len(actions) and total == 1.0 and rewards[number - 1] == 1.0
+    assert obs["images"].std() > 10  # rendered although the chunk ended early
+    env.reset(0, 2)
+    assert env.step(chunk(UP))[1:][1] == 8  # an episode after success
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_noise_is_executed_but_not_recorded(env):
+    clean = vla.scripted_expert(env, 0, 0, 0.0, np.random.default_rng(0))
+    noisy = vla.scripted_expert(env, 0, 0, 0.3, np.random.default_rng(0))
+    assert np.array_equal(clean["actions"][0], noisy["actions"][0])  # the first state is the same
+    assert not np.allclose(clean["proprio"][1], noisy["proprio"][1])
+
+
+# -------------------- Workers --------------------
+def stop_for_ever(env):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def running(pids) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_workers_equal_the_serial_simulator(env, envs):
+    envs.reset_async([0, 1], [0, 0], [0, 1])
+    answers = [envs.wait([1, 0])[::-1]]
+    for actions in random_chunks(3, 2):
+        envs.step_async([0, 1], [actions, -actions])
+        answers.append(envs.wait([0, 1]))
+    for i, sign in enumerate((1, -1)):
+        expected = [env.reset(0, i)] + [env.step(sign * actions)[0] for actions in random_chunks(3, 2)]
+        for obs, answer in zip(expected, answers, strict=True):
+            assert np.array_equal(obs["images"], answer[i]["obs"]["images"])
+            assert np.array_equal(obs["proprio"], answer[i]["obs"]["proprio"])
+    assert answers[1][0]["num_executed"] == 8 and not answers[1][0]["terminated"] and not answers[1][0]["truncated"]
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_dead_and_stuck_workers_are_replaced(envs, capsys):
+    envs.reset_async([0, 1], [0, 0], [0, 1])
+    before = envs.wait([0, 1])
+    pids = [process.pid for process in envs.processes]
+    envs.args.env_timeout = 2.0
+    envs.step_async([0], [chunk(UP)])
+    os.kill(pids[0], signal.SIGKILL)
+    envs.processes[0].join()
+    os.kill(pids[1], signal.SIGSTOP)
+    envs.step_async([1], [chunk(UP)])
+    start = time.monotonic()
+    answers = envs.wait([0, 1])
+    assert time.monotonic() - start < 60  # not the 120 s of --env-timeout
+    envs.args.env_timeout = 120.0
+    assert "its process died" in (output := capsys.readouterr().out) and "no answer within 2 s" in output
+    for answer, old in zip(answers, before, strict=True):
+        assert answer["restarted"] and answer["truncated"] and not answer["terminated"] and answer["num_executed"] == 0
+        assert np.array_equal(answer["obs"]["images"], old["obs"]["images"])
+    envs.reset_async([0, 1], [0, 0], [0, 1])
+    os.kill(envs.processes[0].pid, signal.SIGKILL)  # now in a reset, which is simply done again
+    after = envs.wait([0, 1])
+    assert all(np.array_equal(a["obs"]["images"], b["obs"]["images"]) for a, b in zip(after, before, strict=True))
+    assert not running(pids)
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_workers_ignore_signals_and_leave_no_orphans(tmp_path):
+    """Ctrl-C reaches every process of the terminal: workers go on. They are gone after an exit and after a kill -9."""
+    code = """
+import os, signal, sys, time
+import tests.test_vla_environment as t
+if __name__ == "__main__":
+    envs = t.vla.VectorEnv(t.make_args(num_envs=1, camera_size=32))
+    envs.reset_async([0], [0], [0])
+    pid = envs.processes[0].pid
+    os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGTERM)
+    envs.wait([0])
+    print(pid, envs.processes[0].pid, flush=True)
+    envs.step_async([0], [t.chunk(t.UP)])
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    for how in ("exit", "kill"):
+        process = run_python(code.replace("sys.argv[1]", repr(how)))
+        assert process.returncode == (-signal.SIGKILL if how == "kill" else 0), process.stderr
+        first, last = map(int, process.stdout.split()[-2:])
+        assert first == last
+        deadline = time.monotonic() + 20
+        while running([first]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not running([first]), how
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_errors_of_the_user_reach_the_user(envs, tmp_path):
+    """A worker's ValueError is raised in the main process; other errors restart it three times at most."""
+    with pytest.raises(RuntimeError, match="3 times in a row"):
+        envs.call(0, vla.LiberoEnv.reset, 0, 999)
+    envs.reset_async([0], [0], [0])
+    assert envs.wait([0])[0]["obs"]["images"].std() > 10
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_collect_demonstrations(tmp_path, capsys):
+    args = make_args(num_envs=1, camera_size=32)
+    demos = vla.collect_demonstrations(args, tmp_path / "demos.npz", (0,), range(1), 2)
+    assert capsys.readouterr().out.count("demonstrations:") == 3
+    steps = len(demos["actions"])
+    assert demos["images"].shape == (steps, 1, 32, 32, 3) and demos["proprio"].shape == (steps, 8)
+    assert demos["actions"].shape == (steps, 7) and set(demos["tasks"]) == {0}
+    assert np.unique(demos["ends"])[-1] == steps and demos["ends"].shape == (steps,)
+    assert [path.name for path in tmp_path.iterdir()] == ["demos.npz"]
+    start = time.monotonic()
+    again = vla.collect_demonstrations(args, tmp_path / "demos.npz", (0,), range(1), 2)
+    assert time.monotonic() - start < 5 and all(np.array_equal(demos[key], again[key]) for key in demos)
+
+
+@NOTHING_WITHOUT_ASSETS
+@pytest.mark.parametrize("suite", ["libero_object", "libero_goal", "libero_10"])
+def test_other_suites(suite):
+    simulator = vla.LiberoEnv(make_args(suite=suite, camera_size=32))
+    obs = simulator.reset(3, 1)
+    assert simulator.max_steps == vla.MAX_STEPS[suite] and obs["images"].std() > 10
+    obs, rewards, number, terminated, truncated = simulator.step(chunk(UP))
+    assert number == 8 and not terminated and not truncated and not rewards.any() and np.isfinite(obs["proprio"]).all()
+    simulator.close()

@@ -1,0 +1,320 @@
+"""The learning part of gipo_vla_libero.py: masks, ratios, and an update that is the same however its minibatch is cut."""
+
+import ast
+import dataclasses
+import math
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import gipo_continuous as gipo
+import gipo_vla_libero as vla
+import ppo_baseline as ppo
+
+T, SEGMENTS, CHUNK = 4, 4, 8
+
+
+def tiny_args(**flags):
+    settings = dict(preset="tiny", **vla.PRESETS["tiny"]) | {"tasks": (0, 1), "camera_size": 28, "num_steps": T, "seed": 3}
+    return vla.Args(**settings | flags)
+
+
+def tiny_agent(args):
+    """A random policy of a few thousand weights, and its interface; no simulator."""
+    tokenizer = vla.build_word_tokenizer(["pick up the bowl", "open the top drawer of it"])
+    config = vla.tiny_config(
+        tokenizer.get_vocab_size(), image_size=28, hidden=32, layers=1, heads=2, ffn=48, vision=16, depth=1
+    )
+    torch.manual_seed(args.seed)
+    agent = vla.init_random(config, args, torch.device("cpu"))
+    vla.prepare_training(agent, args)
+    prompts = [vla.encode_prompt(tokenizer, text, config) for text in ("pick up the bowl", "open the top drawer of it")]
+    stats = {"q01": [-1.0] * 8, "q99": [1.0] * 8}
+    action = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+    stats = {"proprio": stats, "action": action}
+    return agent, vla.Interface(*vla.pad_prompts(prompts, config), stats, config, args, torch.device("cpu"))
+
+
+def random_minibatch(agent, interface, args, seed=0, segments=SEGMENTS):
+    """Segments as a rollout stores them, with an episode's end, its extra row and a chunk cut short by success."""
+    g, shape = torch.Generator().manual_seed(seed), (T, segments)
+    rows = (T + 1, segments)
+    mb = {
+        "images": torch.randint(0, 256, (*rows, 1, 28, 28, 3), generator=g, dtype=torch.uint8),
+        "proprio": torch.rand(*rows, 8, generator=g),
+        "tasks": torch.randint(0, 2, (1, segments), generator=g).expand(rows).clone(),
+        "values": torch.randn(rows, generator=g),
+        "tokens": torch.randint(0, 256, (*shape, CHUNK, 7), generator=g),
+        "executed": torch.full(shape, 8.0),
+        "rewards": torch.zeros(shape),
+        "terminations": torch.zeros(shape),
+        "dones": torch.zeros(shape),
+        "valid": torch.ones(shape, dtype=torch.bool),
+        "lag": torch.randint(0, 9, shape, generator=g).float(),
+    }
+    mb["rewards"][1, 0], mb["terminations"][1, 0], mb["dones"][1, 0], mb["executed"][1, 0] = 1.0, 1.0, 1.0, 3.0
+    mb["valid"][2, 0], mb["executed"][2, 0] = False, 0.0
+    mb["dones"][0, 1], mb["valid"][1, 1], mb["executed"][1, 1] = 1.0, False, 0.0
+    flat = {key: value[:T].flatten(0, 1) for key, value in mb.items()}
+    with torch.no_grad():
+        inputs = interface.inputs(flat["images"], flat["proprio"], flat["tasks"])
+        logprobs = agent.get_action_and_logprob(**inputs, tokens=flat["tokens"], temperature=args.temperature)[1]
+    mb["logprobs"] = logprobs.view(*shape, CHUNK, 7) + 0.3 * torch.randn(*shape, CHUNK, 7, generator=g)
+    return mb
+
+
+def optimizer_of(agent, args):
+    groups = vla.parameter_groups(agent)
+    return torch.optim.SGD([{**groups[0], "lr": 1.0}, {**groups[1], "lr": 1.0}])
+
+
+def gradients_after(agent, mb, interface, args, micro_batch=64, **kwargs):
+    """Gradients, as the optimizer got them, and scalars of one update."""
+    stats = vla.update(agent, optimizer_of(agent, args), mb, interface, args, micro_batch, **kwargs)
+    trained = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}, stats
+
+
+def assert_close(a, b, tolerance=1e-5):
+    assert a.keys() == b.keys()
+    for key in a:
+        scale = max(float(torch.as_tensor(a[key]).abs().max()), 1e-3)
+        assert float((torch.as_tensor(a[key]) - torch.as_tensor(b[key])).abs().max()) <= tolerance * scale, key
+
+
+def parsed(module, name):
+    """Syntax tree of a function: equal for equal code, whatever its comments."""
+    tree = ast.parse(Path(module.__file__).read_text())
+    return ast.dump(next(node for node in tree.body if getattr(node, "name", None) == name))
+
+
+COPIED = (
+    "discounted_sum compute_gae gipo_log_weight gipo_weight lr_share save_checkpoint load_checkpoint write_json git_commit"
+)
+
+
+@pytest.mark.parametrize("name", COPIED.split())
+def test_copied_functions_stay_those_of_gipo_continuous(name):
+    assert parsed(vla, name) == parsed(gipo, name)
+
+
+@pytest.mark.parametrize("method", ["gipo", "sapo", "none", "ppo"])
+@pytest.mark.parametrize("side", ["both", "outward"])
+def test_objective_equals_the_other_scripts(method, side):
+    """Values, trust and gradient, from far below to far above ratio 1."""
+    logratio = torch.linspace(-30, 30, 121, dtype=torch.float64)
+    for advantage in (2.0, -0.5):
+        adv = torch.full_like(logratio, advantage)
+        mine, theirs = logratio.clone().requires_grad_(), logratio.clone().requires_grad_()
+        objective, trust = vla.policy_objective(mine, adv, vla.Args(trust_weight=method, trust_side=side, sigma=0.7))
+        script, flags = (ppo, {}) if method == "ppo" else (gipo, {"trust_weight": method, "trust_side": side, "sigma": 0.7})
+        objective2, trust2 = script.policy_objective(theirs, adv, script.Args(**flags))
+        assert torch.equal(objective, objective2)
+        assert torch.equal(trust.double(), trust2.double())
+        gradients = [torch.autograd.grad(o.sum(), x)[0] for o, x in ((objective, mine), (objective2, theirs))]
+        assert torch.equal(*gradients)
+
+
+def test_group_logratio():
+    g = torch.Generator().manual_seed(0)
+    logs, executed = torch.randn(3, CHUNK, 7, generator=g), torch.tensor([8.0, 3.0, 0.0])
+    token, mask = vla.group_logratio(logs, executed, "token")
+    assert torch.equal(token, logs)
+    assert mask.sum((1, 2)).tolist() == [56, 21, 0]
+    assert mask[1, :3].all()  # the first steps, not the last
+    action, mask = vla.group_logratio(logs, executed, "action")
+    assert torch.allclose(action, logs.sum(-1))
+    assert mask.sum(1).tolist() == [8, 3, 0]
+    chunk, mask = vla.group_logratio(logs, executed, "chunk")
+    assert torch.allclose(chunk[:, 0], torch.stack([logs[0].sum(), logs[1, :3].sum(), torch.tensor(0.0)]), atol=1e-5)
+    assert mask[:, 0].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("ratio", ["token", "action", "chunk"])
+def test_update_does_not_depend_on_the_micro_batch(train, ratio):
+    args = tiny_args(train=train, ratio=ratio, max_grad_norm=1e9, ent_coef=0.01, kl_coef=0.1, sigma=1.5)
+    results = []
+    for micro_batch in (64, 3):
+        agent, interface = tiny_agent(args)
+        results.append(gradients_after(agent, random_minibatch(agent, interface, args), interface, args, micro_batch))
+    assert_close(results[0][0], results[1][0])
+    assert_close(results[0][1], results[1][1], 1e-4)
+    assert max(float(g.abs().max()) for g in results[0][0].values()) > 1e-6
+
+
+def rank_worker(rank, world, port, args, out):
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    agent, interface = tiny_agent(args)
+    mb = random_minibatch(agent, interface, args)
+    share = SEGMENTS // world
+    part = {key: value[:, rank * share : (rank + 1) * share] for key, value in mb.items()}
+    gradients, stats = gradients_after(agent, part, interface, args, 5)
+    torch.save({"gradients": gradients, "stats": stats}, f"{out}/{world}-{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_two_processes_make_the_update_of_one_on_the_joined_batch(tmp_path, train):
+    """gloo: the segment halves differ in length of episodes, so advantage statistics and token counts must be joint."""
+    args = tiny_args(train=train, max_grad_norm=0.05)
+    rank_worker(0, 1, 0, args, tmp_path)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(rank_worker, (2, port, args, tmp_path), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert_close(one["gradients"], first["gradients"])
+    assert_close(first["gradients"], second["gradients"], 1e-7)
+    sums = {key: value for key, value in one["stats"].items() if key not in ("gipo/trust_min", "gipo/logratio_max")}
+    assert_close(sums, {key: first["stats"][key] for key in sums}, 1e-4)
+
+
+def test_what_was_not_executed_has_no_influence():
+    """Tokens after success, and rows that only hold an episode's last observation."""
+    args = tiny_args(max_grad_norm=1e9, ent_coef=0.01, kl_coef=0.1)
+    agent, interface = tiny_agent(args)
+    mb = random_minibatch(agent, interface, args)
+    changed = {key: value.clone() for key, value in mb.items()}
+    changed["tokens"][1, 0, 3:] = 255 - changed["tokens"][1, 0, 3:]
+    changed["logprobs"][1, 0, 3:] -= 2.0
+    changed["tokens"][2, 0] = 0
+    changed["logprobs"][2, 0] += 3.0
+    changed["tokens"][1, 1] = 0
+    a, _ = gradients_after(agent, mb, interface, args)
+    b, _ = gradients_after(tiny_agent(args)[0], changed, interface, args)
+    assert_close(a, b, 1e-7)
+    changed["tokens"][1, 0, 2] = 255 - changed["tokens"][1, 0, 2]  # an executed one matters
+    c, _ = gradients_after(tiny_agent(args)[0], changed, interface, args)
+    assert max(float((a[k] - c[k]).abs().max()) for k in a) > 1e-6
+
+
+def test_an_episode_bootstraps_from_its_own_last_observation():
+    """Truncated at row 0 of segment 1: the value of row 1, the final observation, counts, that of row 2 does not."""
+    args = tiny_args(recompute_advantages=False, max_grad_norm=1e9, adv_std_floor=0.0)
+    agent, interface = tiny_agent(args)
+    base = random_minibatch(agent, interface, args)
+
+    def moved(row, segment):
+        mb = {key: value.clone() for key, value in base.items()}
+        mb["values"][row, segment] += 5.0
+        advantages = []
+
+        def record(*a):
+            advantages.append(vla_compute_gae(*a))
+            return advantages[-1]
+
+        vla_compute_gae, vla.compute_gae = vla.compute_gae, record
+        try:
+            vla.update(tiny_agent(args)[0], optimizer_of(agent, args), mb, interface, args, 64)
+        finally:
+            vla.compute_gae = vla_compute_gae
+        return advantages[0]
+
+    plain = moved(0, 3) * 0 + moved(T, 3)  # a change elsewhere: segment 1 is as it was
+    assert abs(float(moved(1, 1)[0, 1] - plain[0, 1]) - 5 * args.gamma) < 1e-4
+    assert float(moved(2, 1)[0, 1] - plain[0, 1]) == 0.0
+    assert float(moved(2, 0)[1, 0] - plain[1, 0]) == 0.0  # after success there is no future
+    assert abs(float(moved(T, 2)[T - 1, 2] - plain[T - 1, 2]) - 5 * args.gamma) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["gipo", "ppo"])
+def test_policy_gradient_on_fresh_data(method):
+    """At ratio 1 the update is the plain policy gradient, whatever the objective."""
+    args = tiny_args(trust_weight=method, max_grad_norm=1e9, vf_coef=0.0)
+    agent, interface = tiny_agent(args)
+    mb = random_minibatch(agent, interface, args)
+    flat = {key: value[:T].flatten(0, 1) for key, value in mb.items()}
+    inputs = interface.inputs(flat["images"], flat["proprio"], flat["tasks"])
+    with torch.no_grad():
+        logprobs = agent.get_action_and_logprob(**inputs, tokens=flat["tokens"])[1]
+        values = torch.cat([agent.get_value(agent(**inputs)[1]), torch.zeros(0)]).view(T, SEGMENTS)
+        last = interface.inputs(mb["images"][T], mb["proprio"][T], mb["tasks"][T])
+        values = torch.cat([values, agent.get_value(agent(**last)[1])[None]])
+    mb["logprobs"] = logprobs.view(T, SEGMENTS, CHUNK, 7)
+    advantages = vla.compute_gae(
+        mb["rewards"], values[:-1], values[1:], mb["terminations"], mb["dones"], args.gamma, args.gae_lambda
+    )
+    chosen = advantages[mb["valid"]]
+    normalized = (advantages - chosen.mean()) / (chosen.std(correction=0) + 1e-8)
+    steps = (torch.arange(CHUNK) < mb["executed"].unsqueeze(-1)) & mb["valid"].unsqueeze(-1)
+    logp = agent.get_action_and_logprob(**inputs, tokens=flat["tokens"])[1].view(T, SEGMENTS, CHUNK, 7)
+    loss = -(logp * steps.unsqueeze(-1) * normalized[..., None, None]).sum() / (7 * steps.sum())
+    names = [name for name, p in agent.named_parameters() if p.requires_grad and not name.startswith("value_head")]
+    parameters = dict(agent.named_parameters())
+    expected = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
+    got, stats = gradients_after(agent, mb, interface, args)
+    for name, gradient in zip(names, expected, strict=True):
+        gradient = torch.zeros_like(got[name]) if gradient is None else gradient
+        assert float((got[name] - gradient).abs().max()) <= 1e-5 * max(float(gradient.abs().max()), 1e-2), name
+    assert stats["gipo/utilization"] == 1.0
+    assert abs(stats["gipo/effective_sample_size"] - 1) < 1e-5
+    assert stats["gipo/logratio_max"] < 1e-4
+
+
+def test_critic_warmup_leaves_the_policy_alone():
+    args = tiny_args(max_grad_norm=1e9)
+    agent, interface = tiny_agent(args)
+    gradients, _ = gradients_after(agent, random_minibatch(agent, interface, args), interface, args, train_policy=False)
+    moved = {name.startswith("value_head") for name, g in gradients.items() if float(g.abs().max()) > 0}
+    assert moved == {True}
+
+
+def test_tasks_that_fail_are_drawn_more_often():
+    failures = {0: [1.0] * 9, 1: [0.0] * 9}
+    args, rng = SimpleNamespace(tasks=(0, 1), task_sampling="failure", train_init_states=40), np.random.default_rng(0)
+    draws = [vla.sample_task(failures, args, rng) for _ in range(4000)]
+    share = np.mean([task == 0 for task, _ in draws])
+    assert abs(share - 10 / 11) < 0.02
+    assert {state for _, state in draws} == set(range(40))
+    args.task_sampling = "uniform"
+    assert abs(np.mean([vla.sample_task(failures, args, rng)[0] for _ in range(4000)]) - 0.5) < 0.03
+
+
+def test_segments_are_drawn_in_passes():
+    args = SimpleNamespace(num_steps=4, minibatch_size=2 * 4 * 8, updates_per_iteration=6)
+    drawn = vla.sample_segments(5, args, 8)
+    assert drawn.shape == (6, 2)
+    assert sorted(drawn.flatten()[:5].tolist()) == sorted(drawn.flatten()[5:10].tolist()) == list(range(5))
+
+
+def test_presets_are_defaults_that_flags_override():
+    args = vla.parse_args(["--preset", "tiny", "--sigma", "0.5", "--num-envs=2"])
+    assert (args.preset, args.sigma, args.num_envs, args.train, args.cuda) == ("tiny", 0.5, 2, "full", False)
+    assert vla.parse_args([]).num_envs == vla.Args().num_envs
+    assert {f.name for f in dataclasses.fields(vla.Args)} >= set(vla.PRESETS["tiny"])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"model": ""}, "--model"),
+        ({"sigma": -1.0}, "--sigma"),
+        ({"minibatch_size": 100}, "--minibatch-size"),
+        ({"minibatch_size": 10**9}, "--minibatch-size"),
+        ({"buffer_size": 8}, "--buffer-size"),
+        ({"tasks": (10,)}, "--tasks"),
+        ({"eval_episodes": 51}, "--eval-episodes"),
+        ({"micro_batch": "some"}, "--micro-batch"),
+        ({"gamma": 1.5}, "--gamma"),
+    ],
+)
+def test_bad_arguments_are_named(flags, words):
+    args = dataclasses.replace(vla.Args(model="x/y", cuda=False), **flags)
+    with pytest.raises(ValueError, match=words):
+        vla.check_args(args)
+    assert math.isfinite(args.gamma)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_is_named():
+    with pytest.raises(ValueError, match="--cuda"):
+        vla.check_args(vla.Args(model="x/y"))

@@ -1,0 +1,168 @@
+"""gipo_vla_libero.py from end to end, as a user starts it, in the real simulator: a very small tiny preset."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_script, start_script
+
+import gipo_vla_libero as vla
+
+NAME = "gipo_vla_libero"
+SMALL = """--preset tiny --seed 1 --num-envs 2 --num-steps 2 --minibatch-size 32 --buffer-size 64 --micro-batch 5
+--train-init-states 2 --demos-per-state 1 --clone-updates 20 --clone-batch 16 --eval-episodes 2 --max-steps 80
+--camera-size 42 --critic-warmup 1 --torch-threads 1 --total-timesteps 192 --updates-per-iteration 1
+--checkpoint-every 64""".split()
+
+
+def require_assets():
+    try:
+        available = vla.find_assets() is not None
+    except ValueError:
+        available = False
+    if not available and not os.environ.get("GIPO_REQUIRE_ALL"):
+        pytest.skip("LIBERO's assets are not here: set LIBERO_ASSETS")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six rollouts that nothing interrupted."""
+    require_assets()
+    run_dir = tmp_path_factory.mktemp("vla")
+    process, _ = run_script(NAME, run_dir, *SMALL)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return run_dir, run_dir / "libero_spatial__gipo__1", process.stdout
+
+
+def test_run_folder_and_result(finished):
+    _, folder, output = finished
+    assert {"args.json", "checkpoint.pt", "checkpoint-0.pt", "model", "best_model", "result.json"} <= set(os.listdir(folder))
+    result = read_json(folder / "result.json")
+    keys = "env_id exp_name seed total_timesteps eval_success_rate eval_return_mean eval_episodes train_return_mean sps"
+    keys += " train_success_rate wall_seconds peak_memory_mb git_commit versions args"
+    assert set(keys.split()) <= set(result)
+    assert (result["total_timesteps"], result["eval_episodes"], len(result["evaluations"])) == (192, 2, 2)
+    assert result["evaluations"][-1]["success_by_task"].keys() == {"0"}
+    for word in ("demonstrations:", "cloning:", "memory:", "eval at 0:", "eval at 192:", "chunks/s"):
+        assert word in output
+
+
+def test_scalars(finished):
+    scalars = read_scalars(finished[1])
+    names = "charts/SPS charts/chunks_per_second charts/learning_rate losses/policy_loss losses/value_loss losses/entropy"
+    names += " losses/approx_kl losses/clipfrac losses/explained_variance losses/grad_norm gipo/trust_mean gipo/trust_min"
+    names += " gipo/effective_sample_size gipo/utilization gipo/logratio_std gipo/policy_lag gipo/log_ratio_max"
+    names += " eval/success_rate eval/return_mean time/env time/policy time/update"
+    assert set(names.split()) <= set(scalars)
+    assert [step for step, _ in scalars["losses/entropy"]] == [32, 64, 96, 128, 160, 192]
+    assert max(value for _, value in scalars["gipo/log_ratio_max"]) < 1e-4  # rollout and update agree
+    assert scalars["gipo/policy_lag"][0][1] == 0.0
+    assert scalars["gipo/policy_lag"][-1][1] <= 1.0  # two rollouts in the buffer
+    assert 0 < scalars["losses/entropy"][0][1] < 5.55  # log 256
+
+
+def test_interrupted_run_continues_exactly(finished):
+    """SIGTERM in the middle: exit code 143, and the resumed run ends with the weights and replay of the uninterrupted one."""
+    run_dir, folder, _ = finished
+    flags = [*SMALL, "--exp-name", "stopped"]
+    process = start_script(NAME, run_dir, *flags)
+    stopped = run_dir / "libero_spatial__stopped__1"
+    deadline = time.time() + 300
+    while not (stopped / "checkpoint-0.pt").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 143, output
+    assert "--resume" in output
+    assert not (stopped / "result.json").exists()
+    again, _ = run_script(NAME, run_dir, *flags, "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    for name in ("checkpoint.pt", "checkpoint-0.pt"):
+        one, two = read_pt(folder / name), read_pt(stopped / name)
+        for state in (one, two):
+            state.pop("seconds", None)
+        assert differences(one, two) == []
+    steps = [step for step, _ in read_scalars(stopped)["losses/entropy"]]
+    assert sorted(set(steps)) == [32, 64, 96, 128, 160, 192]
+
+
+def test_clone_and_demonstrations_are_made_once(finished):
+    run_dir, _, _ = finished
+    before = {path.name: path.stat().st_mtime_ns for path in (run_dir / "cache").iterdir()}
+    process, _ = run_script(NAME, run_dir, *SMALL, "--exp-name", "second", "--total-timesteps", 32, "--eval-episodes", 0)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "cloning:" not in process.stdout
+    assert before == {path.name: path.stat().st_mtime_ns for path in (run_dir / "cache").iterdir()}
+
+
+def test_saved_model_evaluates_as_in_the_run(finished):
+    run_dir, folder, _ = finished
+    process, _ = run_script(NAME, run_dir, *SMALL, "--evaluate", folder / "model")
+    assert process.returncode == 0, process.stdout + process.stderr
+
+    printed = json.loads(process.stdout[process.stdout.index("{") :])
+    result = read_json(folder / "result.json")
+    assert printed["success_rate"] == result["eval_success_rate"]
+    assert printed["settings"]["max_steps"] == 80
+    assert printed["settings"]["unnorm_key"] == "libero_spatial"
+
+
+def test_existing_folder_needs_a_decision(finished):
+    process, _ = run_script(NAME, finished[0], *SMALL)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert "--resume" in process.stderr
+    assert "--overwrite" in process.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--no-cuda"], ["--model", "--preset tiny"]),
+        (["--no-cuda", "--model", "nowhere/else/x"], ["--model", "neither a folder nor a hub id"]),
+        (["--preset", "tiny", "--sigma", "0"], ["--sigma"]),
+        (["--preset", "tiny", "--resume"], ["--resume", "there is no"]),
+        (["--model", "x/y"], ["--cuda"]),
+    ],
+)
+def test_errors_are_one_sentence(tmp_path, flags, words):
+    process, _ = run_script(NAME, tmp_path, *flags)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
+    assert all(word in process.stderr for word in words)
+
+
+def test_two_processes_train_together(finished, tmp_path):
+    """torchrun with gloo: each process has simulators of its own, one folder, one result."""
+    run_dir, _, _ = finished
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        str(ROOT / f"{NAME}.py"),
+    ]
+    command += [*SMALL, "--run-dir", str(run_dir), "--exp-name", "pair", "--num-envs", "1", "--minibatch-size", "16"]
+    command += ["--buffer-size", "32"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stdout + process.stderr
+    folder = Path(run_dir) / "libero_spatial__pair__1"
+    assert read_json(folder / "result.json")["eval_episodes"] == 2
+    one, two = (read_pt(folder / f"checkpoint-{rank}.pt") for rank in (0, 1))
+    assert one["iteration"] == two["iteration"] == 6
+    assert not (one["replay"]["tokens"] == two["replay"]["tokens"]).all()
+
+
+def test_importing_does_nothing():
+    code = "import os, sys, threading; before = dict(os.environ); import gipo_vla_libero; "
+    code += "assert before == dict(os.environ); assert 'libero' not in sys.modules and 'robosuite' not in sys.modules; "
+    code += "assert threading.active_count() == 1"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
