@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 REQUIRED = os.environ.get("GIPO_REQUIRE_ALL") == "1"
 for module in ("libero", "transformers"):
     if not REQUIRED:
