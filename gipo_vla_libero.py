@@ -2103,7 +2103,7 @@ def saved_args(args, run_folder: Path):
 
 
 # -------------------- Cloning (tiny preset) --------------------
-def clone(agent, demos: dict, interface, args, path: Path, stop_signals) -> None:
+def clone(agent, demos: dict, interface, args, path: Path) -> None:
     """Behaviour cloning: cross-entropy of the 56 tokens of every demonstrated step's next chunk; state kept in `path`.
 
     `demos`: images (M, n, H, W, 3), proprio (M, 8), actions (M, 7), tasks (M,), ends (M,): where each step's episode ends.
@@ -2143,14 +2143,12 @@ def clone(agent, demos: dict, interface, args, path: Path, stop_signals) -> None
             left = (time.time() - start) / (done - first) * (args.clone_updates - done)
             line = f"cloning: update {done:,}  loss {np.mean(losses[-100:]):.3f}"
             print(f"{line}  left {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
-        if done % 500 == 0 or stop_signals:
+        if done % 500 == 0:
             save_checkpoint(state, {"model": agent.state_dict(), "optimizer": optimizer.state_dict(), "updates": done})
-        if stop_signals:
-            raise KeyboardInterrupt
     state.unlink(missing_ok=True)
 
 
-def tiny_policy(args, device, stop_signals):
+def tiny_policy(args, device):
     """The tiny preset's start: demonstrations, then a policy cloned from them; both are cached under <run-dir>/cache."""
     cache = Path(args.run_dir) / "cache"
     cache.mkdir(parents=True, exist_ok=True)
@@ -2168,7 +2166,7 @@ def tiny_policy(args, device, stop_signals):
     if not (folder / "config.json").exists():
         agent = init_random(config, args, device)
         interface = make_interface(agent, tokenizer, norm_stats, args, device)
-        clone(agent, demos, interface, args, folder.with_suffix(".pt"), stop_signals)
+        clone(agent, demos, interface, args, folder.with_suffix(".pt"))
         save_policy(folder, agent, tokenizer, norm_stats)
     return load_policy(str(folder), args, device)
 
@@ -2201,6 +2199,8 @@ def main(args: Args) -> dict:
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    if args.cuda:
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(hours=6))  # cloning may take hours
         if rank == 0 and run_folder.exists() and args.overwrite:
@@ -2208,18 +2208,18 @@ def main(args: Args) -> dict:
         dist.barrier()
     torch.manual_seed(args.seed)
 
-    stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
-
     if rank:
         dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
     if args.evaluate or args.model:
         agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
     else:
-        agent, tokenizer, norm_stats = tiny_policy(args, device, stop_signals)
+        agent, tokenizer, norm_stats = tiny_policy(args, device)
     if world > 1 and not rank:
         dist.barrier()
+    stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
     config = agent.config
     interface = make_interface(agent, tokenizer, norm_stats, args, device)
     if args.evaluate:
@@ -2231,7 +2231,8 @@ def main(args: Args) -> dict:
         result["settings"]["unnorm_key"] = resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)
         if args.capture_video:
             record_videos(agent, interface, args, Path(args.run_dir) / "videos")
-        print(json.dumps({k: v for k, v in result.items() if k != "successes"}, indent=2))
+        if rank == 0:
+            print(json.dumps({k: v for k, v in result.items() if k != "successes"}, indent=2))
         return result
 
     chunk = config.chunk
@@ -2291,7 +2292,8 @@ def main(args: Args) -> dict:
         for i in everyone:
             simulators.start(i, *sample_task(failures, args, rng))
         simulators.wait(everyone)
-    self_check(agent, interface.inputs(simulators.images, simulators.proprio, simulators.tasks), args.temperature)
+    with torch.random.fork_rng([device] if args.cuda else []):  # so that a resumed run draws what an uninterrupted one does
+        self_check(agent, interface.inputs(simulators.images, simulators.proprio, simulators.tasks), args.temperature)
 
     config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
     writer = None
@@ -2500,5 +2502,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command continues, with --resume if the run folder exists", file=sys.stderr)
         sys.exit(130)
