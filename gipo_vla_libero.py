@@ -1749,7 +1749,7 @@ class Simulators:
 
     def snapshot(self) -> list[dict]:
         """The episodes in flight as plain types: simulators are deterministic, so actions are all it takes to return."""
-        return [{**e, "actions": torch.tensor(np.array(e["actions"], np.float32))} for e in self.episodes]
+        return [{**e, "actions": torch.tensor(np.array(e["actions"], np.float64))} for e in self.episodes]
 
     def restore(self, snapshot: list[dict]) -> None:
         """Play the episodes of a snapshot again up to where they were."""
