@@ -182,7 +182,7 @@ def with_choices(text: str, choices: list[str]) -> str:
 
 
 def solution_length(walls, player: int, boxes: int, targets: int, moves, limit: int) -> int | None:
-    """Steps of the shortest solution by breadth-first search; None if there is none within `limit`. Sets of cells are bitmasks."""
+    """Steps of the shortest solution by breadth-first search; None beyond `limit`. Sets of cells are bitmasks."""
     frontier, seen = [(player, boxes)], {(player, boxes)}
     for length in range(limit + 1):
         following = []
@@ -582,9 +582,9 @@ def standardise(values, groups, divide_by_std: bool = True, eps: float = 1e-6) -
 
 
 def graph_distances(sources, targets, costs=None) -> dict:
-    """Cost of the cheapest way to SUCCESS along observed edges, for every state that has one (Dijkstra, backwards).
+    """Cost of the cheapest way to SUCCESS along observed edges, by state (Dijkstra, backwards); {} without a success.
 
-    Edge i leads from sources[i] to targets[i]; of parallel edges the cheapest counts; costs are 1 by default. {} without success.
+    Edge i leads from sources[i] to targets[i]; of parallel edges the cheapest counts; costs are 1 by default.
     """
     incoming = collections.defaultdict(dict)
     for source, target, cost in zip(sources, targets, itertools.repeat(1) if costs is None else costs, strict=False):
@@ -604,7 +604,7 @@ def graph_advantage(
     sources, targets, distances, omega, r_succ=10.0, costs=1.0, penalties=0.0, unreachable="dmax+1", normalize_distance=False,
     divide_by_std=True,
 ):  # fmt: skip
-    """A^G of every step of one group (eq. 4 and 5): r_succ * omega^(d(s') + c), standardised over the steps leaving the same s.
+    """A^G of every step of one group: r_succ * omega^(d(s') + c), standardised over the steps that leave the same state.
 
     Without a success there is no direction: the rewards are 0, and only penalties (for invalid actions) tell steps apart.
     """
@@ -674,60 +674,59 @@ def plot_graph(path: Path, sources, targets, distances, credits, draw=None, titl
     for source, target, credit in zip(sources, targets, credits, strict=True):
         edges[source, target].append(credit)
     states, start = list(dict.fromkeys([*sources, *targets])), sources[0]
-    far = int(max(distances.values(), default=0)) + 1
+    far = int(max(distances.values(), default=0))
     column = {state: far - distances[state] for state in states if state in distances}
-    lost = [state for state in states if state not in distances]
-    tall = max(6, *collections.Counter(column.values()).values(), math.ceil(len(lost) / 4)) if column else 8
-    column |= {state: -1 - i // tall for i, state in enumerate(lost)}  # no way to success: several columns on the left
-    columns = collections.defaultdict(list)
+    lost = [state for state in states if state not in distances]  # packed into columns at the left
+    tall = max(4, *collections.Counter([*column.values(), -1, -1]).values(), math.ceil(len(lost) / 4))
+    column |= {state: -1.5 - i // tall for i, state in enumerate(lost)}
+    columns, height, neighbours = collections.defaultdict(list), dict.fromkeys(states, 0.0), collections.defaultdict(list)
     for state in states:
         columns[column[state]].append(state)
-    height, neighbours = {}, collections.defaultdict(list)
     for source, target in edges:
         neighbours[source].append(target)
         neighbours[target].append(source)
     for _ in range(10):  # order every column by the mean height of its neighbours: fewer crossings
         for members in columns.values():
-            members.sort(key=lambda s: np.mean([height.get(n, 0.0) for n in neighbours[s]]))
-            for i, state in enumerate(members):
-                height[state] = (i + 0.5) / len(members) * tall
-    left, right = min(columns), far
-    fig, axis = plt.subplots(figsize=(1.25 * (right - left + 1.2), 0.78 * tall + 1.3))
+            members.sort(key=lambda s: np.mean([height[n] for n in neighbours[s]]))
+            height |= {state: (i + 0.5) / len(members) * tall for i, state in enumerate(members)}
     place = {state: np.array([column[state], height[state]]) for state in states}
-    blue, orange, strongest = np.array([0, 114, 178]) / 255, np.array([213, 94, 0]) / 255, max(np.abs(credits).max(), 1e-9)
+
+    left, right, grey = min([-0.0, *columns]) - 0.6, max(far, 5) + 0.6, "#666666"
+    fig, axis = plt.subplots(figsize=(1.25 * (right - left), 0.78 * (tall + 2.6)))
+    axis.set(xlim=(left, right), ylim=(-1.1, tall + 1.5))
+    axis.axis("off")
+    good, bad, strongest = np.array([0, 114, 178]) / 255, np.array([213, 94, 0]) / 255, max(np.abs(credits).max(), 1e-9)
     for (source, target), values in edges.items():
-        strength = abs(values[0]) / strongest  # equal for all steps of an edge
-        color = (1 - strength) * np.array([0.8, 0.8, 0.8]) + strength * (blue if values[0] > 0 else orange)
-        style = {"color": color, "linewidth": 0.8 + 0.7 * math.sqrt(len(values)), "zorder": 1 + strength}
-        if source == target:  # a step that changed nothing, such as one into a wall
-            axis.annotate("", place[source] + [0.14, 0.28], place[source] + [-0.14, 0.28],
-                          arrowprops={"arrowstyle": "-|>", "connectionstyle": "arc3,rad=-1.3", "shrinkA": 0, "shrinkB": 0, **style})  # fmt: skip
-        else:
-            bend = "arc3,rad=0.3" if column[source] == column[target] else "arc3,rad=0.12"
-            axis.annotate("", place[target], place[source],
-                          arrowprops={"arrowstyle": "-|>", "connectionstyle": bend, "shrinkA": 15, "shrinkB": 15, **style})  # fmt: skip
-    for state in states:
-        frame = {"edgecolor": "#CC79A7" if state == start else "#666666", "linewidth": 3 if state == start else 0.6}
+        strength, begin, end, bend, gap = abs(values[0]) / strongest, place[source], place[target], 0.12, 15
+        if source == target:  # a step that changed nothing, such as one into a wall: a loop above the state
+            begin, end, bend, gap = begin + np.array([0.14, 0.28]), end + np.array([-0.14, 0.28]), 1.3, 0
+        elif begin[0] == end[0]:
+            bend = 0.3
+        arrow = {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bend}", "shrinkA": gap, "shrinkB": gap}
+        arrow["color"] = (1 - strength) * np.array([0.8, 0.8, 0.8]) + strength * (good if values[0] > 0 else bad)
+        arrow |= {"linewidth": 0.8 + 0.7 * math.sqrt(len(values)), "zorder": 1 + strength}
+        axis.annotate("", end, begin, arrowprops=arrow)
+    for state, spot in place.items():
+        frame = {"edgecolor": "#CC79A7" if state == start else grey, "linewidth": 3 if state == start else 0.6}
         if state == SUCCESS:
-            axis.text(*place[state], "success", ha="center", va="center", fontsize=10, zorder=5,
-                      bbox={"boxstyle": "round", "facecolor": "#009E73", "edgecolor": "none", "alpha": 0.85})  # fmt: skip
+            box = {"boxstyle": "round", "facecolor": "#009E73", "edgecolor": "none"}
+            axis.text(*spot, SUCCESS, ha="center", va="center", color="white", zorder=5, bbox=box)
         elif draw is None:
-            axis.scatter(*place[state], s=160, facecolor="white", zorder=5, **frame)
+            axis.scatter(*spot, s=200, facecolor="white", zorder=5, **frame)
         else:
             image = OffsetImage(draw(state), zoom=30 / len(draw(state)), interpolation="nearest")
-            axis.add_artist(AnnotationBbox(image, place[state], pad=0.15, bboxprops=frame, zorder=5))
-    for x in range(far + 1) if distances else ():
-        axis.text(x, -0.35, f"{far - x}", ha="center", fontsize=10)
+            axis.add_artist(AnnotationBbox(image, spot, pad=0.15, bboxprops=frame, zorder=5))
+    for distance in range(far + 1 if distances else 0):
+        axis.text(far - distance, -0.45, str(distance), ha="center")
     if distances:
-        axis.text(far / 2, -0.8, "distance to success, in observed steps", ha="center", fontsize=10)
+        axis.text(far / 2, -0.95, "distance to success along observed steps", ha="center")
     if lost:
-        axis.text((left - 1) / 2, -0.8, f"no observed way to success ({len(lost)} states)", ha="center", fontsize=10)
-    for text, color, y in (("credit above its state's mean", blue, 0.55), ("below", orange, 0.2)):
-        axis.text(right + 0.55, tall + y, text, ha="right", color=color, fontsize=10)
-    axis.text(left - 0.55, tall + 0.55, title, fontsize=11)
-    axis.text(left - 0.55, tall + 0.2, "pink frame: start; width: how often", fontsize=9, color="#666666")
-    axis.set(xlim=(left - 0.6, right + 0.6), ylim=(-1.0, tall + 0.9))
-    axis.axis("off")
+        axis.text((left - 0.9) / 2, -0.95, f"{len(lost)} states, no way observed", ha="center")
+    axis.text(left + 0.1, tall + 1.1, title, fontsize=12)
+    words = [("credit of a step: better than its state's mean", good), ("worse", bad), ("equal", "#999999")]
+    words.append(("thicker: more often      pink frame: start", grey))
+    for (text, color), x in zip(words, (0, 3.4, 3.95, 4.5), strict=True):
+        axis.text(left + 0.1 + x, tall + 0.65, text, fontsize=9, color=color)
     fig.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(fig)
 
@@ -1026,7 +1025,7 @@ def main(args: Args) -> dict:
         # ==================== ADVANTAGES ====================
         t0 = time.perf_counter()
         credit_step, credit_episode, found = np.zeros(num_steps), np.zeros(num_steps), collections.defaultdict(list)
-        pictured, balance = None, 0
+        pictured, richest = None, (False, 0)
         for group in range(args.num_groups):
             inds = np.flatnonzero(rows // args.group_size == group)
             start, trajectories = group * args.group_size, rows[inds] % args.group_size
@@ -1045,8 +1044,9 @@ def main(args: Args) -> dict:
             for name, value in graph_diagnostics(s, s_next, distances, successes[rows[inds]]).items():
                 found[name].append(value)
             won = int(successes[start : start + args.group_size].sum())
-            if distances and min(won, args.group_size - won) >= balance:  # the group with the most even outcome
-                pictured, balance = (s, s_next, distances, credit, start, won), min(won, args.group_size - won)
+            worth = (won < args.group_size, len(set(s)))  # mixed outcomes first, then many states
+            if distances and worth > richest:
+                pictured, richest = (s, s_next, distances, credit, start, won), worth
         advantages = args.beta_graph * credit_step + args.beta_episode * credit_episode
         advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).unsqueeze(
             -1
