@@ -388,7 +388,8 @@ class TextWorld:
     """N text games that TextWorld generates on this machine; the graph's states are the game's sets of facts."""
 
     def __init__(self, args, num_envs: int):
-        import textworld
+        import textworld.challenges
+        import textworld.generator
 
         self.args, self.textworld, self.max_steps = args, textworld, args.max_steps or 50
         self.num_envs, self.optimal, self.folder = num_envs, np.full(num_envs, np.nan), tempfile.TemporaryDirectory()
@@ -490,10 +491,11 @@ class LanguageAgent(nn.Module):
 
         self.args = args
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+            self.tokenizer = AutoTokenizer.from_pretrained(args.model)
             self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         except Exception as error:  # no such name, no network, an incomplete folder, ...
             raise ValueError(f"--model {args.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        self.tokenizer.padding_side = "left"  # answers follow the prompts directly
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         ends = self.model.generation_config.eos_token_id
         self.ends = [ends] if isinstance(ends, int) else list(ends or []) or [self.tokenizer.eos_token_id]
