@@ -215,7 +215,7 @@ class Sokoban:
         self.border[1:-1, 1:-1] = False
         self.inner = np.flatnonzero(~self.border.ravel())
         self.obs_dim, self.num_actions, self.num_envs = 4 * len(self.inner), len(self.names), num_envs
-        self.held_out = frozenset()
+        self.held_out, self.made = frozenset(), {}
 
     def make_level(self, level: tuple) -> tuple:
         """-> walls, boxes, targets (cells,) bool, player, shortest solution. Training levels are never held-out ones."""
@@ -240,11 +240,12 @@ class Sokoban:
         """Keep these levels, the held-out ones, out of every later reset()."""
         made = [self.make_level(level) for level in levels]
         masks = [[sum(1 << int(cell) for cell in np.flatnonzero(cells)) for cells in m[1:3]] for m in made]
+        self.made = {}
         self.held_out = frozenset((m[0].tobytes(), m[3], *mask) for m, mask in zip(made, masks, strict=True))
 
     def reset(self, levels: list[tuple]) -> None:
-        made = {level: self.make_level(level) for level in dict.fromkeys(levels)}
-        columns = zip(*(made[level] for level in levels), strict=True)
+        self.made = {level: self.made.get(level) or self.make_level(level) for level in dict.fromkeys(levels)}
+        columns = zip(*(self.made[level] for level in levels), strict=True)
         self.walls, self.boxes, self.targets, self.player, self.optimal = (np.array(column) for column in columns)
         self.t, self.rng = 0, np.random.default_rng([3, *levels[0]])  # the generator of --slippery
 

@@ -4,11 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+
 from graphgpo_sokoban import SUCCESS, Args, TextWorld, graph_distances, held_out_levels, make_env
 
 ROWS = np.arange(8)
 LEVELS = [(1, seed, 1, 0) for seed in range(8)]
-BOTH = pytest.mark.parametrize("flags", [{}, {"num_boxes": 2, "room_size": 7, "max_solution": 12}], ids=["6x6", "7x7, 2 boxes"])
+BOTH = pytest.mark.parametrize(
+    "flags", [{}, {"num_boxes": 2, "room_size": 7, "max_solution": 12}], ids=["6x6", "7x7, 2 boxes"]
+)
 KEYED = ("Sokoban", "MiniGrid-DoorKey-5x5-v0", "MiniGrid-FourRooms-v0", "BabyAI-GoToObj-v0")
 
 

@@ -1,4 +1,4 @@
-"""The credit functions of graphgpo_sokoban.py against values computed by hand, independent algorithms, and their invariances."""
+"""The credit functions of graphgpo_sokoban.py against hand-computed values, independent algorithms, and invariances."""
 
 import itertools
 import math
@@ -8,6 +8,9 @@ import pytest
 import scipy.sparse
 import scipy.sparse.csgraph
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from graphgpo_sokoban import (
     SUCCESS,
     episode_advantage,
@@ -17,8 +20,6 @@ from graphgpo_sokoban import (
     standardise,
     step_return_advantage,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 OMEGAS = pytest.mark.parametrize("omega", [0.1, 0.5, 0.8, 0.95])
 INF = math.inf
@@ -178,7 +179,7 @@ def test_a_group_without_success_gets_nothing(paths):
 
 def test_all_succeed_alike():
     paths = ["s", "a", SUCCESS], ["s", "b", SUCCESS]
-    sources, targets, trajectories = edges(*paths)
+    sources, _, trajectories = edges(*paths)
     assert not any(credit(*paths).values())
     assert not episode_advantage([1.0, 1.0], trajectories).any()
     assert not step_return_advantage(sources, trajectories, [0.0, 1.0, 0.0, 1.0], 0.95).any()

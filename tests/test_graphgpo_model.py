@@ -1,4 +1,4 @@
-"""`--model` with a tiny, randomly initialised Qwen2 and a tokenizer of its own, saved to a folder: no download, the real path."""
+"""`--model` with a tiny, randomly initialised Qwen2 and a tokenizer of its own in a folder: no download, the real path."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import differences, read_json, read_pt, read_scalars, run_script
+
 from graphgpo_sokoban import Args, LanguageAgent, main, make_env
 
 WORDS = "<pad> <end> <unk> # . O X P <think> </think> <action> </action> up down left right".split()
@@ -18,7 +19,7 @@ FLAGS |= {"max_solution": 5, "microbatch_size": 8}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder like one from the hub: config, weights, tokenizer with chat template, and sampling defaults that must not act."""
+    """A folder like one from the hub: config, weights, tokenizer, chat template, and sampling defaults that must not act."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
     path = tmp_path_factory.mktemp("model")
@@ -32,7 +33,9 @@ def folder(tmp_path_factory):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(WORDS), **sizes, **heads, eos_token_id=1, pad_token_id=0))
-    model.generation_config = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=2.0, temperature=0.1, eos_token_id=1)
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=1, repetition_penalty=2.0, temperature=0.1, eos_token_id=1
+    )
     model.save_pretrained(path)
     return path
 
@@ -93,7 +96,10 @@ def test_the_models_own_sampling_defaults_do_not_act(agent):
     obs, choices = prompts(200)
     torch.manual_seed(0)
     _, tokens, _, logprobs = agent.act(obs, choices)
-    share = torch.bincount(tokens.flatten(), minlength=len(WORDS))[[WORDS.index(word) for word in ('up', 'down', 'left')]] / tokens.numel()
+    share = (
+        torch.bincount(tokens.flatten(), minlength=len(WORDS))[[WORDS.index(word) for word in ("up", "down", "left")]]
+        / tokens.numel()
+    )
     assert (share - torch.tensor([0.25, 0.25, 0.5])).abs().max() < 0.04
     assert logprobs.exp().unique().round(decimals=3).unique().tolist() == [0.25, 0.5]
     _, tokens, *_ = agent.act(obs[:20], choices[:20], temperature=0.0)
@@ -125,7 +131,14 @@ def test_chat_template_and_prompt(agent):
 
 def test_a_run_learns_to_answer(folder, tmp_path):
     """Only the penalty for impossible answers and rare successes to learn from: most answers become valid actions."""
-    flags = {"learning_rate": 3e-3, "kl_coef": 0.0, "max_new_tokens": 3, "num_groups": 8, "group_size": 8, "minibatch_size": 64}
+    flags = {
+        "learning_rate": 3e-3,
+        "kl_coef": 0.0,
+        "max_new_tokens": 3,
+        "num_groups": 8,
+        "group_size": 8,
+        "minibatch_size": 64,
+    }
     args = Args(model=str(folder), run_dir=str(tmp_path), **FLAGS | flags | {"total_episodes": 64 * 25, "microbatch_size": 64})
     main(args)
     invalid = [value for _, value in read_scalars(tmp_path / "Sokoban__graphgpo__1")["charts/invalid_actions"]]
@@ -136,7 +149,13 @@ def test_run_and_resume(folder, tmp_path, monkeypatch):
     """The run folder of a language model, with the KL penalty to the initial one; resumed after a crash it is the same run."""
     import graphgpo_sokoban
 
-    settings = FLAGS | {"model": str(folder), "total_episodes": 24, "learning_rate": 1e-3, "ent_coef": 0.1, "checkpoint_every": 6}
+    settings = FLAGS | {
+        "model": str(folder),
+        "total_episodes": 24,
+        "learning_rate": 1e-3,
+        "ent_coef": 0.1,
+        "checkpoint_every": 6,
+    }
     result = main(Args(run_dir=str(tmp_path / "a"), **settings))
     assert result["eval_episodes"] == 2 and 0 <= result["eval_success_rate"] <= 1 and result["total_episodes"] == 24
     assert "transformers" in result["versions"]
@@ -187,7 +206,9 @@ def test_a_model_that_is_not_there(tmp_path):
 def test_text_games_with_a_model(folder, tmp_path):
     """TextWorld end to end, choices that change from step to step."""
     settings = FLAGS | {"num_groups": 1, "group_size": 2, "eval_episodes": 1, "max_steps": 3}
-    args = Args(env_id="tw-coin_collector", model=str(folder), game_level=1, total_episodes=2, run_dir=str(tmp_path), **settings)
+    args = Args(
+        env_id="tw-coin_collector", model=str(folder), game_level=1, total_episodes=2, run_dir=str(tmp_path), **settings
+    )
     result = main(args)
     assert result["total_timesteps"] == 6 and "textworld" in result["versions"]
 
