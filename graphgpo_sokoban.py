@@ -317,11 +317,9 @@ class MiniGrid:
 
     def __init__(self, args, num_envs: int):
         import gymnasium
-        import minigrid
+        import minigrid  # noqa: F401 (registers its environments)
         from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_COLOR, IDX_TO_OBJECT, OBJECT_TO_IDX, STATE_TO_IDX
 
-        if args.env_id not in gymnasium.registry:
-            minigrid.register_minigrid_envs()
         self.envs = [gymnasium.make(args.env_id, disable_env_checker=True).unwrapped for _ in range(num_envs)]
         self.max_steps = args.max_steps or self.envs[0].max_steps
         self.names = tuple(action.name for action in self.envs[0].actions)

