@@ -393,7 +393,7 @@ def graphgpo_report(args: Args) -> str:
         others = sorted(name for t, name in by_method if t == total and name not in main_methods)
         methods = {name: by_method[total, name] for name in [*main_methods, *others]}
         rows = ["| method | seeds | area under training success | IQM | P(larger area than GRPO) | held-out success, end |"]
-        rows[0] += " P(more than GRPO) | credit's share of the time |\n" + "|---" * 8 + "|"
+        rows[0] += " P(more than GRPO) | credit's share of time |\n" + "|---" * 8 + "|"
         baseline = list(methods.get("grpo", {}).values())
         for name, runs in methods.items():
             runs = list(runs.values())
@@ -407,14 +407,8 @@ def graphgpo_report(args: Args) -> str:
             areas = [area(run) for run in runs]
             row = [name, len(runs), mean_and_interval(areas), f"{interquartile_mean([areas]):.3f}", better[0]]
             row += [mean_and_interval([final(run) for run in runs]), better[1]]
-            seconds = [run["credit_seconds"] for run in runs]
-            rows.append(
-                "| "
-                + " | ".join(
-                    map(str, [*row, f"{np.mean(seconds):.1f} s of {np.mean([r['wall_seconds'] for r in runs]):.0f} s"])
-                )
-                + " |"
-            )
+            share = np.sum([run["credit_seconds"] for run in runs]) / np.sum([run["wall_seconds"] for run in runs])
+            rows.append("| " + " | ".join(map(str, [*row, f"{share:.0%}"])) + " |")
         parts += [f"## {total:,} episodes", "\n".join(rows)]
         differences = []
         for better, worse in (("graphgpo", "gigpo"), ("gigpo", "grpo"), ("graphgpo-step", "gigpo-step")):
@@ -426,6 +420,13 @@ def graphgpo_report(args: Args) -> str:
         if differences:
             parts.append("Differences on the same seeds, hence the same levels:")
             parts.append("| difference | seeds | area | held-out success, end |\n|---|---|---|---|\n" + "\n".join(differences))
+        shown = list(GRAPHGPO_CURVES)[2:]
+        parts.append("Means over the run and the seeds (docs/graphgpo_sokoban.md explains them):")
+        rows = ["| method | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 1) + "|"]
+        for name, runs in methods.items():
+            curves = [[v for run in runs.values() for v in run["curves"].get(curve, []) if v is not None] for curve in shown]
+            rows.append(f"| {name} | " + " | ".join(f"{np.mean(v):.3f}" if v else "-" for v in curves) + " |")
+        parts.append("\n".join(rows))
         if not args.check:
             plot_graphgpo(methods, Path(args.results) / "graphgpo_sokoban" / f"curves-{total}.png")
     machines = sorted({run["machine"] for runs in by_method.values() for run in runs.values()})
@@ -453,7 +454,8 @@ def plot_graphgpo(methods: dict, path: Path) -> None:
                           va="center", fontsize=9, fontweight="bold")  # fmt: skip
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("thousand rollouts", fontsize=9)
-        axis.set_xlim(0, axis.get_xlim()[1] * 1.14)
+        axis.set_xlim(0, episodes[-1] * 1.2)
+        axis.set_xticks(np.linspace(0, episodes[-1], 5))
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
