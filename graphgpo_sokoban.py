@@ -886,6 +886,8 @@ def evaluate_saved_model(args) -> dict:
     own = {name: getattr(args, name) for name in ("eval_episodes", "eval_temperature", "torch_threads", "cuda")}
     args = dataclasses.replace(type(args)(**saved["args"]), **own, track=False)
     check_args(args)
+    if not args.eval_episodes:
+        raise ValueError("--eval-episodes 0 leaves nothing to evaluate: give 1 or more")
     torch.set_num_threads(args.torch_threads)
     envs = build_envs(args, args.eval_episodes)
     agent = make_agent(args, envs).to("cuda" if args.cuda else "cpu")

@@ -125,6 +125,10 @@ def test_evaluate_gives_the_number_of_the_run(finished, capsys):
     assert found["success_rate"] == result["eval_success_rate"] and found["spl"] == result["eval_spl"]
     assert json.loads(capsys.readouterr().out) == found
     assert main(Args(evaluate=str(folder / "best_model.pt"), eval_episodes=9))["episodes"] == 9
+    with pytest.raises(ValueError, match="--eval-episodes 0 leaves nothing to evaluate"):
+        main(Args(evaluate=str(folder / "model.pt"), eval_episodes=0))
+    with pytest.raises(ValueError, match="is no model of this script"):
+        main(Args(evaluate=str(folder / "checkpoint.pt")))
 
 
 def test_evaluation_leaves_training_alone(tmp_path):
