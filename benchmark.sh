@@ -85,8 +85,9 @@ graphgpo_flags() { # method -> flags of graphgpo_sokoban.py
         *-step) echo "$(graphgpo_flags "${1%-step}") --beta-episode 0" ;;
         *-steps-norm) echo "$(graphgpo_flags "${1%-steps-norm}") --episode-norm steps" ;;
         graphgpo-omega-*) echo "--advantage graphgpo --omega ${1#graphgpo-omega-}" ;;
+        *-entropy-*) echo "$(graphgpo_flags "${1%-entropy-*}") --ent-coef ${1##*-entropy-}" ;;
         graphgpo-inf) echo "--advantage graphgpo --unreachable-distance inf" ;;
-        *) die "--methods: unknown method '$1', choose from grpo gigpo graphgpo, with -step or -steps-norm, graphgpo-omega-X, graphgpo-inf" ;;
+        *) die "--methods: unknown method '$1', choose from grpo gigpo graphgpo, with -step, -steps-norm or -entropy-X, graphgpo-omega-X, graphgpo-inf" ;;
     esac
 }
 

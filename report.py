@@ -441,6 +441,7 @@ def plot_graphgpo(methods: dict, path: Path) -> None:
     labels = {"grpo": "GRPO", "gigpo": "GiGPO", "graphgpo": "GraphGPO"}
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, curve, title in zip(axes, ("success", "held_out_success"), ("training levels", "held-out levels"), strict=True):
+        ends = []
         for name, marker in zip(shown, "so^", strict=False):
             runs = list(methods[name].values())
             values = np.array([run["curves"][curve] for run in runs], dtype=float)
@@ -450,8 +451,12 @@ def plot_graphgpo(methods: dict, path: Path) -> None:
             color = {"grpo": COLORS[7], "gigpo": COLORS[4], "graphgpo": COLORS[0]}[name]
             axis.plot(episodes, values.mean(0), color=color, marker=marker, markersize=3, linewidth=1.5)
             axis.fill_between(episodes, *bands.T, color=color, alpha=0.2, linewidth=0)
-            axis.annotate(labels[name], (episodes[-1], values.mean(0)[-1]), (5, 0), textcoords="offset points", color=color,
-                          va="center", fontsize=9, fontweight="bold")  # fmt: skip
+            ends.append((values.mean(0)[-1], name, color))
+        height = 0.0
+        for end, name, color in sorted(ends):  # labels at the lines' ends, pushed apart where they would overlap
+            height = max(end, height + 0.05 * axis.get_ylim()[1])
+            text = {"color": color, "va": "center", "fontsize": 9, "fontweight": "bold"}
+            axis.annotate(labels[name], (episodes[-1], height), (6, 0), textcoords="offset points", **text)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("thousand rollouts", fontsize=9)
         axis.set_xlim(0, episodes[-1] * 1.2)
