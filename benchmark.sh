@@ -4,6 +4,7 @@
 #   ./benchmark.sh quick        PPO and GIPO, 2 tasks, 2 seeds; then the tables and plots (about 10 minutes on 2 cores)
 #   ./benchmark.sh main         the ten tasks of MT10, five seeds, all methods in the regimes fresh, recent, stale, very-stale
 #   ./benchmark.sh sweep        GIPO's sigma x sigma-neg-ratio x buffer size
+#   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh throughput   steps per second against the stock environment, and where the time goes
 #
 # Options: --tasks "a b"  --seeds "1 2"  --methods "ppo gipo"  --regimes "fresh stale"  --steps N  --workers N  --dry-run  --slurm
@@ -24,8 +25,9 @@ case "$suite" in
     quick) tasks="reach-v3 button-press-topdown-v3" seeds="1 2" methods="ppo gipo" regimes="recent" steps=200000 ;;
     main) tasks="$TEN" seeds="1 2 3 4 5" methods="ppo ppo-clip gipo sapo none $GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
     sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
+    graphgpo) methods="grpo gigpo graphgpo" seeds="1 2 3 4 5 6 7 8 9 10" steps=32000 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo or throughput"; exit 0 ;;
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc) dry_run="" slurm=""
@@ -77,8 +79,31 @@ script_of() { # method, regime -> script and flags
     esac
 }
 
+graphgpo_flags() { # method -> flags of graphgpo_sokoban.py
+    case $1 in
+        grpo | gigpo | graphgpo) echo "--advantage $1" ;;
+        *-step) echo "$(graphgpo_flags "${1%-step}") --beta-episode 0" ;;
+        *-steps-norm) echo "$(graphgpo_flags "${1%-steps-norm}") --episode-norm steps" ;;
+        graphgpo-omega-*) echo "--advantage graphgpo --omega ${1#graphgpo-omega-}" ;;
+        *-entropy-*) echo "$(graphgpo_flags "${1%-entropy-*}") --ent-coef ${1##*-entropy-}" ;;
+        graphgpo-inf) echo "--advantage graphgpo --unreachable-distance inf" ;;
+        *) die "--methods: unknown method '$1', choose from grpo gigpo graphgpo, with -step, -steps-norm or -entropy-X, graphgpo-omega-X, graphgpo-inf" ;;
+    esac
+}
+
 run_dir="runs/benchmark-$steps"
 commands=""
+if [ "$suite" = graphgpo ]; then
+    run_dir="runs/graphgpo-sokoban" regimes=""
+    for seed in $seeds; do
+        for method in $methods; do
+            flags=$(graphgpo_flags "$method")
+            commands+="$python graphgpo_sokoban.py --env-id Sokoban $flags --seed $seed --exp-name $method"
+            commands+=" --total-episodes $steps --run-dir $run_dir"$'\n'
+        done
+    done
+    methods=""
+fi
 for seed in $seeds; do # seeds outside: every cell has a first number early
     for method in $methods; do
         for regime in $([ "$method" = ppo ] && echo on-policy || echo "$regimes"); do

@@ -68,6 +68,10 @@ def identity(result: dict) -> str:
 def stored_runs(args: Args) -> list[dict]:
     """Every result: files collected in results/, then run folders that are not collected yet."""
     paths = [*Path(args.results).glob("runs/*/*.json"), *Path(args.runs).glob("benchmark-*/*/result.json")]
+    paths += [
+        *Path(args.results).glob("graphgpo_sokoban/runs/*.json"),
+        *Path(args.runs).glob("graphgpo-sokoban/*/result.json"),
+    ]
     return [json.loads(path.read_text()) for path in sorted(paths)]
 
 
@@ -334,6 +338,138 @@ def save(fig, path: Path) -> None:
     plt.close(fig)
 
 
+# -------------------- GraphGPO --------------------
+GRAPHGPO_CURVES = {
+    "success": "charts/episodic_success",
+    "held_out_success": "eval/success_rate",
+    "excess_length": "charts/excess_length",
+    "entropy": "losses/entropy",
+    "unreachable": "graph/frac_unreachable",
+    "singleton_steps": "graph/frac_singleton_steps",
+    "groups_without_success": "graph/groups_without_success",
+    "progress_steps_in_failures": "credit/frac_progress_steps_in_failures",
+    "nonprogress_in_successes": "credit/frac_nonprogress_in_successes",
+}
+
+
+def collect_graphgpo(args: Args) -> None:
+    """Write results/graphgpo_sokoban/runs/<run>.json for every finished run of graphgpo_sokoban.py."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for path in sorted(Path(args.runs).glob("graphgpo-sokoban/*/result.json")):
+        result = json.loads(path.read_text())
+        file = Path(args.results) / "graphgpo_sokoban" / "runs" / f"{path.parent.name}.json"
+        if file.exists() and identity(json.loads(file.read_text())) == identity(result):
+            continue
+        events, total = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload(), result["total_episodes"]
+        tags = events.Tags()["scalars"]
+        points = {
+            name: [(e.step, e.value) for e in events.Scalars(tag)] for name, tag in GRAPHGPO_CURVES.items() if tag in tags
+        }
+        result["curves"] = {name: on_grid(curve, total) for name, curve in points.items()}
+        result["curves"]["episodes"] = np.linspace(0, total, GRID_POINTS + 1)[1:].round().astype(int).tolist()
+        result["machine"] = cpu_name()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result) + "\n")
+
+
+def mean_and_interval(scores, form: str = ".3f") -> str:
+    """Mean over the seeds with its 95 % bootstrap interval."""
+    low, high = bootstrap_interval([np.asarray(scores, dtype=float)], lambda s: float(s[0].mean()))
+    return f"{np.mean(scores):{form}} [{low:{form}}, {high:{form}}]"
+
+
+def graphgpo_report(args: Args) -> str:
+    """Table of graphgpo_sokoban.py's runs, and its plot unless --check; empty without runs."""
+    by_method = collections.defaultdict(dict)
+    for path in sorted((Path(args.results) / "graphgpo_sokoban" / "runs").glob("*.json")):
+        run = json.loads(path.read_text())
+        by_method[run["total_episodes"], run["exp_name"]][run["seed"]] = run
+    parts = ["# GraphGPO on Sokoban", "Means over seeds with 95 % bootstrap intervals. Written by report.py."]
+    area = functools.partial(area_under_curve, name="success")
+    final = lambda run: run["eval_success_rate"]  # noqa: E731
+    for total in sorted({total for total, _ in by_method}):
+        main_methods = [name for name in ("grpo", "gigpo", "graphgpo") if (total, name) in by_method]
+        others = sorted(name for t, name in by_method if t == total and name not in main_methods)
+        methods = {name: by_method[total, name] for name in [*main_methods, *others]}
+        rows = ["| method | seeds | area under training success | IQM | P(larger area than GRPO) | held-out success, end |"]
+        rows[0] += " P(more than GRPO) | credit's share of time |\n" + "|---" * 8 + "|"
+        baseline = list(methods.get("grpo", {}).values())
+        for name, runs in methods.items():
+            runs = list(runs.values())
+            better = []
+            for score in (area, final):
+                ours, theirs = ([np.array([score(run) for run in group])] for group in (runs, baseline))
+                same = name == "grpo" or not baseline
+                better.append(
+                    "-" if same else span(probability_of_improvement(ours, theirs), improvement_interval(ours, theirs))
+                )
+            areas = [area(run) for run in runs]
+            row = [name, len(runs), mean_and_interval(areas), f"{interquartile_mean([areas]):.3f}", better[0]]
+            row += [mean_and_interval([final(run) for run in runs]), better[1]]
+            share = np.sum([run["credit_seconds"] for run in runs]) / np.sum([run["wall_seconds"] for run in runs])
+            rows.append("| " + " | ".join(map(str, [*row, f"{share:.0%}"])) + " |")
+        parts += [f"## {total:,} episodes", "\n".join(rows)]
+        differences = []
+        for better, worse in (("graphgpo", "gigpo"), ("gigpo", "grpo"), ("graphgpo-step", "gigpo-step")):
+            seeds = sorted(methods.get(better, {}).keys() & methods.get(worse, {}).keys())
+            if len(seeds) > 1:
+                pairs = [(methods[better][seed], methods[worse][seed]) for seed in seeds]
+                gaps = [mean_and_interval([score(a) - score(b) for a, b in pairs], "+.3f") for score in (area, final)]
+                differences.append(f"| {better} - {worse} | {len(seeds)} | {gaps[0]} | {gaps[1]} |")
+        if differences:
+            parts.append("Differences on the same seeds, hence the same levels:")
+            parts.append("| difference | seeds | area | held-out success, end |\n|---|---|---|---|\n" + "\n".join(differences))
+        shown = list(GRAPHGPO_CURVES)[2:]
+        parts.append("Means over the run and the seeds (docs/graphgpo_sokoban.md explains them):")
+        rows = ["| method | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 1) + "|"]
+        for name, runs in methods.items():
+            curves = [[v for run in runs.values() for v in run["curves"].get(curve, []) if v is not None] for curve in shown]
+            rows.append(f"| {name} | " + " | ".join(f"{np.mean(v):.3f}" if v else "-" for v in curves) + " |")
+        parts.append("\n".join(rows))
+        if not args.check:
+            plot_graphgpo(methods, Path(args.results) / "graphgpo_sokoban" / f"curves-{total}.png")
+    machines = sorted({run["machine"] for runs in by_method.values() for run in runs.values()})
+    return "\n\n".join([*parts, f"Machine: {'; '.join(machines)}."]) + "\n" if by_method else ""
+
+
+def plot_graphgpo(methods: dict, path: Path) -> None:
+    """Success in training and on held-out levels against rollouts: mean over the seeds, band its 95 % bootstrap interval."""
+    import matplotlib.pyplot as plt
+
+    shown = [name for name in ("grpo", "gigpo", "graphgpo") if name in methods]
+    labels = {"grpo": "GRPO", "gigpo": "GiGPO", "graphgpo": "GraphGPO"}
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, curve, title in zip(axes, ("success", "held_out_success"), ("training levels", "held-out levels"), strict=True):
+        ends = []
+        for name, marker in zip(shown, "so^", strict=False):
+            runs = list(methods[name].values())
+            values = np.array([run["curves"][curve] for run in runs], dtype=float)
+            keep = ~np.isnan(values).any(0)
+            episodes, values = np.array(runs[0]["curves"]["episodes"])[keep] / 1000, values[:, keep]
+            bands = np.array([bootstrap_interval([v], lambda s: float(s[0].mean()), 500) for v in values.T])
+            color = {"grpo": COLORS[7], "gigpo": COLORS[4], "graphgpo": COLORS[0]}[name]
+            axis.plot(episodes, values.mean(0), color=color, marker=marker, markersize=3, linewidth=1.5)
+            axis.fill_between(episodes, *bands.T, color=color, alpha=0.2, linewidth=0)
+            ends.append((values.mean(0)[-1], name, color))
+        height = 0.0
+        for end, name, color in sorted(ends):  # labels at the lines' ends, pushed apart where they would overlap
+            height = max(end, height + 0.05 * axis.get_ylim()[1])
+            text = {"color": color, "va": "center", "fontsize": 9, "fontweight": "bold"}
+            axis.annotate(labels[name], (episodes[-1], height), (6, 0), textcoords="offset points", **text)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("thousand rollouts", fontsize=9)
+        axis.set_xlim(0, episodes[-1] * 1.2)
+        axis.set_xticks(np.linspace(0, episodes[-1], 5))
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel(f"success rate, mean of {len(methods[shown[-1]])} seeds", fontsize=9)
+    axes[0].set_ylim(0)
+    fig.tight_layout()
+    save(fig, path)
+
+
 # -------------------- Report --------------------
 def write_report(args: Args) -> list[str]:
     """Tables, plots and the README block from the collected JSON files; the names of files whose text has changed."""
@@ -349,6 +485,9 @@ def write_report(args: Args) -> list[str]:
             if not args.check:
                 path.write_text(text)
 
+    text = graphgpo_report(args)
+    if text:
+        write(results / "graphgpo_sokoban" / "tables.md", text)
     readme_block = ""
     for (steps, version), runs in sorted(groups.items()):
         name = f"{steps}-v{version}"
@@ -404,6 +543,7 @@ def main(args: Args) -> None:
         return
     if not args.check:
         collect(args)
+        collect_graphgpo(args)
     changed = write_report(args)
     if args.check and changed:
         sys.exit("not current: " + ", ".join(changed) + "; run python report.py")

@@ -1,0 +1,1203 @@
+"""GraphGPO: step-level credit from the state graph of a group of rollouts (arXiv 2605.26684), in one file.
+
+    d(s)  = fewest observed steps from s to success, over the graph of all transitions of the group's G rollouts
+    A^G   = standardise(10 * omega^(d(s') + 1)) over the steps that leave the same state s
+    A^E   = standardise(return) over the rollouts of the group
+    loss  = PPO-clip with A = beta_graph * A^G + beta_episode * A^E
+
+    python graphgpo_sokoban.py                       # 6x6 Sokoban, a new random level for every group of 8 rollouts
+    -> solves 41 % of 256 held-out levels after 32,000 rollouts (ten seeds: 35 %), in 10 to 30 seconds on one CPU core
+
+What differs from PPO, in 4 points:
+1. No critic. Groups of rollouts start from the same state; the baseline of a step is the mean over its group.
+2. grpo: every step of a rollout gets the rollout's A^E. Sparse, and blind to which step was good.
+3. gigpo: adds A^S, the discounted return of a step against that of other steps leaving the same state.
+4. graphgpo: adds A^G instead. A step that brought the agent nearer to success is good even in a rollout that failed, as
+   long as another rollout of the group went on from there: routes are stitched together from parts.
+
+Other tasks: --env-id MiniGrid-DoorKey-5x5-v0 (any MiniGrid or BabyAI id), or tw-coin_collector (TextWorld, with --model).
+Other policies: --model Qwen/Qwen2.5-0.5B-Instruct --cuda trains a chat model on the same tasks, as the paper does.
+
+Docs: docs/graphgpo_sokoban.md.  Method: https://arxiv.org/abs/2605.26684
+"""
+
+import collections
+import copy
+import dataclasses
+import difflib
+import heapq
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+
+ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
+SUCCESS = "success"  # the virtual node that the last step of every successful rollout points to
+TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")
+
+
+@dataclass
+class Args:
+    # ---- experiment
+    exp_name: str = "graphgpo"
+    """name of this experiment: the run lives in <run-dir>/{env_id}__{exp_name}__{seed}"""
+    seed: int = 1
+    """seed of the network, the sampling and the training levels (held-out levels are the same for all seeds)"""
+    run_dir: str = "runs"
+    """parent folder of all runs"""
+    resume: bool = False
+    """continue an interrupted run exactly where its last checkpoint is; the arguments come from its args.json"""
+    overwrite: bool = False
+    """delete an existing run of the same name first"""
+    evaluate: str | None = None
+    """path of a model.pt: evaluate it on the held-out levels and do nothing else"""
+    eval_every: int = 1_280
+    """training episodes between evaluations (0: only at the end)"""
+    eval_episodes: int = 256
+    """held-out levels of an evaluation, one episode each (0: never evaluate)"""
+    eval_temperature: float = 0.4
+    """temperature of the policy in evaluations; 0 takes the likeliest action, which can run in circles (0 to 1)"""
+    checkpoint_every: int = 6_400
+    """training episodes between checkpoints"""
+    plot_graph: bool = False
+    """at every evaluation, draw the graph of one group with its distances and credits: graph_*.png in the run folder"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project: str = "graphgpo"
+    """Weights & Biases project"""
+
+    # ---- environment
+    env_id: str = "Sokoban"
+    """Sokoban, a MiniGrid or BabyAI id (MiniGrid-DoorKey-5x5-v0, ...), or a TextWorld game: tw-coin_collector, ..."""
+    max_steps: int = 0
+    """steps after which an episode ends as a failure (0: Sokoban 15, TextWorld 50, MiniGrid the environment's own)"""
+    room_size: int = 6
+    """Sokoban: width and height of the room, outer walls included (5 to 10)"""
+    num_boxes: int = 1
+    """Sokoban: boxes and targets (1 or 2)"""
+    wall_density: float = 0.12
+    """Sokoban: chance of a wall on an inner cell (0 to 0.3)"""
+    min_solution: int = 3
+    """Sokoban: shortest solutions have at least so many steps"""
+    max_solution: int = 10
+    """Sokoban: shortest solutions have at most so many steps"""
+    slippery: float = 0.0
+    """Sokoban: chance that a random move replaces the chosen one. A stress test: the method assumes determinism, and a
+    distance over lucky slips is too short"""
+    game_level: int = 5
+    """TextWorld: difficulty of the game (tw-coin_collector 1 to 300, tw-treasure_hunter 1 to 30)"""
+
+    # ---- algorithm
+    total_episodes: int = 32_000
+    """training episodes of the whole run, rounded up to whole iterations"""
+    num_groups: int = 16
+    """B: groups per iteration, each on a level of its own (16 to 32)"""
+    group_size: int = 8
+    """G: rollouts of one level (4 to 16)"""
+    update_epochs: int = 1
+    """passes over the steps of an iteration (1 to 4)"""
+    minibatch_size: int = 512
+    """environment steps per update, about: an iteration's steps are split evenly"""
+    learning_rate: float | None = None
+    """Adam step size (default 1e-3, with --model 1e-6)"""
+    clip_coef: float = 0.2
+    """epsilon of PPO's clip"""
+    kl_coef: float | None = None
+    """weight of the KL penalty to the initial policy (default 0, with --model 0.01)"""
+    ent_coef: float | None = None
+    """weight of the entropy bonus (default 0.01, with --model 0)"""
+    max_grad_norm: float = 1.0
+    """gradient norm limit"""
+    hidden_size: int = 256
+    """width of the two hidden layers of the network"""
+
+    # ---- credit
+    advantage: Literal["grpo", "gigpo", "graphgpo"] = "graphgpo"
+    """grpo: A^E alone; gigpo: A^E and discounted returns by state (arXiv 2505.10978); graphgpo: A^E and the graph's A^G"""
+    omega: float = 0.8
+    """omega: decay of the step reward with the distance to success (paper: Sokoban 0.8, WebShop 0.2, ALFWorld 0.1). Below 0.5,
+    rewards of distant states vanish in the 1e-6 that guards the division by the standard deviation"""
+    r_succ: float = 10.0
+    """r_succ: step reward at distance 0; cancels in the standardisation"""
+    beta_graph: float = 1.0
+    """beta_G: weight of the step-level credit, A^G or GiGPO's A^S"""
+    beta_episode: float = 1.0
+    """beta_E: weight of the episode-level credit A^E"""
+    step_gamma: float = 0.95
+    """gigpo: discount of the step returns"""
+    unreachable_distance: Literal["dmax+1", "inf"] = "dmax+1"
+    """distance of states from which no rollout succeeded: one more than the farthest (paper), or infinite (reward 0)"""
+    normalize_distance: bool = False
+    """step reward 10 * omega^(d(s') - d(s) + 1), an option of the authors' code"""
+    episode_norm: Literal["trajectories", "steps"] = "trajectories"
+    """mean and std of A^E over the rollouts, or over all their steps as in the authors' code (long rollouts weigh more)"""
+    divide_by_std: bool = True
+    """divide credits by their standard deviation; --no-divide-by-std only subtracts the mean"""
+    invalid_penalty: float = 0.1
+    """--model: subtracted from step and episode reward where the text names no possible action"""
+
+    # ---- runtime
+    model: str | None = None
+    """causal language model as the policy: a name on the Hugging Face hub or a folder (needs `pip install transformers`)"""
+    max_new_tokens: int = 128
+    """--model: longest answer in tokens"""
+    microbatch_size: int = 32
+    """--model: answers per forward pass; lower it if the GPU runs out of memory, results stay the same up to rounding"""
+    cuda: bool = False
+    """run the policy on the GPU: pays for --model only"""
+    torch_threads: int = 1
+    """CPU threads of PyTorch"""
+
+
+# -------------------- Environments --------------------
+# All three classes run N episodes side by side and share these methods; `rows` are the indices of unfinished episodes.
+#   reset(levels)         start episode i on the level named by the tuple levels[i]; equal tuples, equal levels
+#   observe(rows)         (n, obs_dim) float array for a network;  prompts(rows): list of texts for a language model
+#   choices(rows)         list of action names per row
+#   keys(rows)            hashable state: all that the dynamics depend on, and nothing else, such as a step counter
+#   step(rows, actions)   -> success (n,), done (n,); action -1 does nothing
+def with_choices(text: str, choices: list[str]) -> str:
+    """The task's text, followed by the form of the answer."""
+    how = "Think briefly inside <think> </think>, then give exactly one possible action inside <action> </action>."
+    return f"{text}\nPossible actions: {', '.join(choices)}.\n{how}"
+
+
+def solution_length(walls, player: int, boxes: int, targets: int, moves, limit: int) -> int | None:
+    """Steps of the shortest solution by breadth-first search; None beyond `limit`. Sets of cells are bitmasks."""
+    frontier, seen = [(player, boxes)], {(player, boxes)}
+    for length in range(limit + 1):
+        following = []
+        for player, boxes in frontier:
+            if boxes == targets:
+                return length
+            for move in moves:
+                ahead, now = player + move, boxes
+                if now >> ahead & 1:
+                    if walls[ahead + move] or now >> (ahead + move) & 1:
+                        continue
+                    now ^= 1 << ahead | 1 << (ahead + move)
+                if not walls[ahead] and (ahead, now) not in seen:
+                    seen.add((ahead, now))
+                    following.append((ahead, now))
+        frontier = following
+    return None
+
+
+class Sokoban:
+    """N rooms in numpy: push every box onto a target. Rooms are random, solvable, and drawn anew for every group."""
+
+    names = ("up", "down", "left", "right")
+
+    def __init__(self, args, num_envs: int):
+        self.args, size = args, args.room_size
+        self.moves = np.array([-size, size, -1, 1, 0])  # the last for action -1
+        self.cells, self.max_steps = size * size, args.max_steps or 15
+        self.border = np.ones((size, size), dtype=bool)
+        self.border[1:-1, 1:-1] = False
+        self.inner = np.flatnonzero(~self.border.ravel())
+        self.obs_dim, self.num_actions, self.num_envs = 4 * len(self.inner), len(self.names), num_envs
+        self.held_out, self.made = frozenset(), {}
+
+    def make_level(self, level: tuple) -> tuple:
+        """-> walls, boxes, targets (cells,) bool, player, shortest solution. Training levels are never held-out ones."""
+        args, rng = self.args, np.random.default_rng(level)
+        for _ in range(10_000):
+            walls = self.border.ravel().copy()
+            walls[self.inner] = rng.random(len(self.inner)) < args.wall_density
+            free = np.flatnonzero(~walls)
+            if len(free) < 2 * args.num_boxes + 1:
+                continue
+            player, *rest = rng.choice(free, 2 * args.num_boxes + 1, replace=False).tolist()
+            places = rest[: args.num_boxes], rest[args.num_boxes :]
+            masks = [sum(1 << cell for cell in cells) for cells in places]
+            length = solution_length(walls.tolist(), player, *masks, self.moves[:4].tolist(), args.max_solution)
+            if length is None or length < args.min_solution or (walls.tobytes(), player, *masks) in self.held_out:
+                continue
+            boxes, targets = (np.isin(np.arange(self.cells), cells) for cells in places)
+            return walls, boxes, targets, player, length
+        raise ValueError("--wall-density, --min-solution and --max-solution leave hardly any Sokoban level: widen them")
+
+    def exclude(self, levels: list[tuple]) -> None:
+        """Keep these levels, the held-out ones, out of every later reset()."""
+        made = [self.make_level(level) for level in levels]
+        masks = [[sum(1 << int(cell) for cell in np.flatnonzero(cells)) for cells in m[1:3]] for m in made]
+        self.made = {}
+        self.held_out = frozenset((m[0].tobytes(), m[3], *mask) for m, mask in zip(made, masks, strict=True))
+
+    def reset(self, levels: list[tuple]) -> None:
+        self.made = {level: self.made.get(level) or self.make_level(level) for level in dict.fromkeys(levels)}
+        columns = zip(*(self.made[level] for level in levels), strict=True)
+        self.walls, self.boxes, self.targets, self.player, self.optimal = (np.array(column) for column in columns)
+        self.t, self.rng = 0, np.random.default_rng([3, *levels[0]])  # the generator of --slippery
+
+    def step(self, rows, actions):
+        if self.args.slippery:
+            slips, moves = self.rng.random(self.num_envs), self.rng.integers(0, 4, self.num_envs)
+            actions = np.where(slips[rows] < self.args.slippery, moves[rows], actions)
+        move = self.moves[actions]
+        ahead = self.player[rows] + move
+        beyond = (ahead + move) % self.cells  # outside the room only where `ahead` is a wall already
+        pushing = self.boxes[rows, ahead]
+        blocked = self.walls[rows, ahead] | (pushing & (self.walls[rows, beyond] | self.boxes[rows, beyond]))
+        self.player[rows] = np.where(blocked, self.player[rows], ahead)
+        pushed = pushing & ~blocked
+        self.boxes[rows[pushed], ahead[pushed]] = False
+        self.boxes[rows[pushed], beyond[pushed]] = True
+        self.t += 1
+        success = (self.boxes[rows] == self.targets[rows]).all(1)
+        return success, success | (self.t >= self.max_steps)
+
+    def observe(self, rows):
+        player = np.zeros((len(rows), self.cells), dtype=bool)
+        player[np.arange(len(rows)), self.player[rows]] = True
+        planes = np.stack([self.walls[rows], self.boxes[rows], self.targets[rows], player], axis=1)
+        return planes[:, :, self.inner].reshape(len(rows), -1).astype(np.float32)
+
+    def keys(self, rows):
+        state = np.concatenate([self.player[rows, None], np.packbits(self.boxes[rows], axis=1)], axis=1).astype(np.uint8)
+        return [row.tobytes() for row in state]
+
+    def choices(self, rows):
+        return [self.names] * len(rows)
+
+    def prompts(self, rows):
+        legend = "# wall, . floor, O target, X box, * box on a target, P you, S you on a target"
+        intro = f"Sokoban: push every box onto a target. {legend}. You push a box by walking into it; you cannot pull.\n"
+        symbols = np.array(list(".#O?X?*?PS"))[self.codes(rows)].reshape(len(rows), self.args.room_size, -1)
+        rooms = ["\n".join("".join(line) for line in room) for room in symbols]
+        return [with_choices(intro + room, self.names) for room in rooms]
+
+    def codes(self, rows):
+        """(n, cells): 0 floor, 1 wall, 2 target, 4 box, 6 box on target, 8 player, 9 player on target."""
+        codes = self.walls[rows] + 2 * self.targets[rows] + 4 * self.boxes[rows]
+        player = np.arange(len(rows)), self.player[rows]
+        codes[player] = np.where(codes[player] == 2, 9, 8)
+        return codes
+
+    def draw(self, row: int, key: bytes) -> np.ndarray:
+        """Picture of a state of row's level, (size, size, 3)."""
+        room = copy.copy(self)
+        room.player = np.array([key[0]])
+        room.boxes = np.unpackbits(np.frombuffer(key[1:], dtype=np.uint8), count=self.cells)[None].astype(bool)
+        room.walls, room.targets = self.walls[[row]], self.targets[[row]]
+        palette = np.full((10, 3), 255)
+        palette[[0, 1, 2, 4, 6, 8, 9]] = [
+            (245, 245, 240),
+            (90, 90, 90),
+            (240, 228, 66),
+            (160, 100, 50),
+            (0, 158, 115),
+            (30, 30, 30),
+            (150, 140, 40),
+        ]
+        return palette[room.codes(np.array([0]))[0]].reshape(self.args.room_size, -1, 3).astype(np.uint8)
+
+
+class MiniGrid:
+    """N MiniGrid environments. The network sees the usual 7x7 partial view, the graph the full state (in training only)."""
+
+    def __init__(self, args, num_envs: int):
+        import gymnasium
+        import minigrid  # noqa: F401 (registers its environments)
+        from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_COLOR, IDX_TO_OBJECT, OBJECT_TO_IDX, STATE_TO_IDX
+
+        self.envs = [gymnasium.make(args.env_id, disable_env_checker=True).unwrapped for _ in range(num_envs)]
+        self.max_steps = args.max_steps or self.envs[0].max_steps
+        self.names = tuple(action.name for action in self.envs[0].actions)
+        self.objects, self.colors, self.states = IDX_TO_OBJECT, IDX_TO_COLOR, {v: k for k, v in STATE_TO_IDX.items()}
+        self.sizes = (len(OBJECT_TO_IDX), len(COLOR_TO_IDX), 4)  # 4: directions of an agent, more than the states of a door
+        view = self.envs[0].observation_space["image"].shape
+        self.obs_dim, self.num_actions, self.num_envs = view[0] * view[1] * sum(self.sizes) + 4, len(self.names), num_envs
+        self.optimal = np.full(num_envs, np.nan)
+
+    def reset(self, levels: list[tuple]) -> None:
+        seeds = [int(np.random.SeedSequence(level).generate_state(1)[0]) for level in levels]
+        self.obs, self.t = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)], 0
+        for env in self.envs:
+            env.max_steps = self.max_steps
+
+    def step(self, rows, actions):
+        success, done = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
+        for i, (row, action) in enumerate(zip(rows.tolist(), actions.tolist(), strict=True)):
+            if action >= 0:
+                self.obs[row], reward, terminated, done[i], _ = self.envs[row].step(action)
+                success[i] = terminated and reward > 0
+                done[i] |= terminated
+        self.t += 1
+        return success, done | (self.t >= self.max_steps)
+
+    def observe(self, rows):
+        images = np.stack([self.obs[row]["image"] for row in rows])
+        planes = [np.eye(size, dtype=np.float32)[images[..., i]] for i, size in enumerate(self.sizes)]
+        direction = np.eye(4, dtype=np.float32)[[self.obs[row]["direction"] for row in rows]]
+        return np.concatenate([*(plane.reshape(len(rows), -1) for plane in planes), direction], axis=1)
+
+    def keys(self, rows):
+        """MiniGrid's own hash of grid, position and direction, and what it leaves out: things carried and inside boxes."""
+
+        def thing(item):
+            return item and (item.type, item.color, thing(getattr(item, "contains", None)))
+
+        envs = [self.envs[row] for row in rows]
+        hidden = [tuple(thing(item) for item in env.grid.grid if getattr(item, "contains", None)) for env in envs]
+        return [(env.hash(size=32), thing(env.carrying), inside) for env, inside in zip(envs, hidden, strict=True)]
+
+    def choices(self, rows):
+        return [self.names] * len(rows)
+
+    def prompts(self, rows):
+        texts = []
+        for row in rows:
+            image, seen = self.obs[row]["image"], []
+            middle, last = image.shape[0] // 2, image.shape[1] - 1  # the agent stands there and looks towards index 0
+            for x, y in np.argwhere(image[..., 0] > 1):  # 0 and 1: unseen and empty
+                kind, color, state = image[x, y].tolist()
+                side = f"{abs(x - middle)} {'left' if x < middle else 'right'}" if x != middle else "straight"
+                near = kind != 2 or (abs(x - middle) + last - y) == 1  # of the walls only those right beside the agent
+                if near and (x, y) != (middle, last):
+                    status = f"{self.states[state]} " if self.objects[kind] == "door" else ""
+                    seen.append(f"{status}{self.colors[color]} {self.objects[kind]} ({last - y} ahead, {side})")
+            carried = self.envs[row].carrying
+            holds = f"a {carried.color} {carried.type}" if carried else "nothing"
+            text = f"Grid world. Your task: {self.obs[row]['mission']}. You see: {', '.join(seen) or 'empty floor'}."
+            texts.append(with_choices(f"{text} You carry {holds}.", self.names))
+        return texts
+
+
+class TextWorld:
+    """N text games that TextWorld generates on this machine; the graph's states are the game's sets of facts."""
+
+    def __init__(self, args, num_envs: int):
+        import textworld.challenges
+        import textworld.generator
+
+        self.args, self.textworld, self.max_steps = args, textworld, args.max_steps or 50
+        self.num_envs, self.optimal, self.folder = num_envs, np.full(num_envs, np.nan), tempfile.TemporaryDirectory()
+        self.wanted = textworld.EnvInfos(
+            admissible_commands=True, facts=True, won=True, lost=True, description=True, inventory=True
+        )
+
+    def reset(self, levels: list[tuple]) -> None:
+        files = {}
+        for level in dict.fromkeys(levels):
+            options = self.textworld.GameOptions()
+            options.seeds = int(np.random.SeedSequence(level).generate_state(1)[0]) % 2**31
+            options.path = str(Path(self.folder.name) / f"{options.seeds['map']}-{'-'.join(map(str, level))}.z8")
+            if not Path(options.path).exists():  # 1 to 3 seconds each
+                make = self.textworld.challenges.CHALLENGES[self.args.env_id][1]
+                settings = {"level": self.args.game_level, "rewards": "sparse", "goal": "brief", "test": False}
+                self.textworld.generator.compile_game(make(settings, options), options)
+            files[level] = options.path
+        self.envs = [self.textworld.start(files[level], self.wanted) for level in levels]
+        self.states, self.t = [env.reset() for env in self.envs], 0
+        self.goals = [state.feedback for state in self.states]
+
+    def step(self, rows, actions):
+        for row, action in zip(rows.tolist(), actions.tolist(), strict=True):
+            if action >= 0:
+                self.states[row], *_ = self.envs[row].step(self.states[row].admissible_commands[action])
+        self.t += 1
+        success, lost = (np.array([bool(self.states[row][key]) for row in rows]) for key in ("won", "lost"))
+        return success, success | lost | (self.t >= self.max_steps)
+
+    def keys(self, rows):
+        return [frozenset(map(str, self.states[row].facts)) for row in rows]
+
+    def choices(self, rows):
+        return [tuple(self.states[row].admissible_commands) for row in rows]
+
+    def prompts(self, rows):
+        texts = []
+        for row, choices in zip(rows, self.choices(rows), strict=True):
+            goal, state = self.goals[row].split("-=")[0].split("\n\n\n")[-1].strip(), self.states[row]
+            texts.append(with_choices(f"{goal}\n\n{state.description.strip()}\n{state.inventory.strip()}", choices))
+        return texts
+
+
+def make_env(args, num_envs: int):
+    """N parallel episodes of `--env-id`."""
+    kinds = {"tw": TextWorld, "MiniGrid": MiniGrid, "BabyAI": MiniGrid}
+    return kinds.get(args.env_id.split("-")[0], Sokoban)(args, num_envs)
+
+
+def held_out_levels(args) -> list[tuple]:
+    """Names of the evaluation's levels, the same for all seeds; training levels are named (1, seed, iteration, group)."""
+    return [(0, episode) for episode in range(args.eval_episodes)]
+
+
+# -------------------- Agents --------------------
+def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
+    """Orthogonal weights, zero bias."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, hidden: int, outputs: int, std: float) -> nn.Sequential:
+    """Two hidden tanh layers; `std` scales the last layer."""
+    layers = [layer_init(nn.Linear(inputs, hidden)), nn.Tanh(), layer_init(nn.Linear(hidden, hidden)), nn.Tanh()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(hidden, outputs), std))
+
+
+class Agent(nn.Module):
+    """A small network. Like a language model it writes an answer of L tokens per step; here L is 1, the action itself."""
+
+    def __init__(self, obs_dim: int, num_actions: int, args):
+        super().__init__()
+        self.actor = mlp(obs_dim, args.hidden_size, num_actions, std=0.01)
+
+    def act(self, obs, choices, temperature: float = 1.0):
+        """(n, obs_dim) -> actions (n,), tokens (n, L), mask (n, L) bool, log-probs (n, L) at temperature 1."""
+        logits = self.actor(torch.as_tensor(obs, device=self.actor[0].weight.device))
+        if temperature > 0:
+            tokens = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
+        else:
+            tokens = logits.argmax(-1, keepdim=True)
+        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, tokens)
+        return tokens[:, 0].cpu().numpy(), tokens, torch.ones_like(tokens, dtype=torch.bool), logprobs
+
+    def token_logprobs(self, obs, tokens, mask):
+        """-> log-probs (n, L), entropies (n, L)."""
+        logprobs = torch.log_softmax(self.actor(torch.as_tensor(obs, device=tokens.device)), dim=-1)
+        return logprobs.gather(-1, tokens), -(logprobs.exp() * logprobs).sum(-1, keepdim=True)
+
+
+class LanguageAgent(nn.Module):
+    """A causal language model that answers the prompt of every step; it sees no earlier steps, since states are Markov."""
+
+    def __init__(self, args):
+        super().__init__()
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+        self.args = args
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+            self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        except Exception as error:  # no such name, no network, an incomplete folder, ...
+            raise ValueError(f"--model {args.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        self.tokenizer.padding_side = "left"  # answers follow the prompts directly
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        ends = self.model.generation_config.eos_token_id
+        self.ends = [ends] if isinstance(ends, int) else list(ends or []) or [self.tokenizer.eos_token_id]
+        # Models bring sampling defaults (Qwen2.5: top-k 20, top-p 0.8, repetition penalty 1.1) under which the sampled
+        # distribution is not the one whose log-probs the update uses. Replace them altogether.
+        ids = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": self.ends}
+        self.model.generation_config = GenerationConfig(max_new_tokens=args.max_new_tokens, **ids)
+
+    def encode(self, prompts):
+        """-> token ids and attention mask of the chat prompts, padded on the left."""
+        texts = list(prompts)
+        if self.tokenizer.chat_template:
+            chats = [[{"role": "user", "content": text}] for text in texts]
+            texts = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not self.tokenizer.chat_template)
+        return batch["input_ids"].to(self.model.device), batch["attention_mask"].to(self.model.device)
+
+    def act(self, obs, choices, temperature: float = 1.0):
+        """n prompts -> actions (n,), -1 where the answer names none of the choices; tokens, mask, log-probs (n, L)."""
+        length = self.args.max_new_tokens
+        prompts, attention = self.encode(obs)
+        how = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            if temperature > 0
+            else {"do_sample": False}
+        )
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.args.cuda):
+            answers = self.model.generate(input_ids=prompts, attention_mask=attention, **how)[:, prompts.shape[1] :]
+        tokens = torch.full((len(obs), length), self.tokenizer.pad_token_id, device=answers.device)
+        tokens[:, : answers.shape[1]] = answers
+        ended = torch.isin(tokens, torch.tensor(self.ends, device=tokens.device)).cumsum(1)
+        mask = (ended == 0) | (
+            (ended == 1) & (ended.diff(prepend=torch.zeros_like(ended[:, :1])) == 1)
+        )  # the first end counts
+        mask[:, answers.shape[1] :] = False
+        texts = self.tokenizer.batch_decode(torch.where(mask, tokens, self.tokenizer.pad_token_id), skip_special_tokens=True)
+        actions = [self.parse(text, names) for text, names in zip(texts, choices, strict=True)]
+        # Log-probs from the pass that the update uses, not from the generation: so ratios start at 1 exactly.
+        chunks = np.array_split(np.arange(len(obs)), math.ceil(len(obs) / self.args.microbatch_size))
+        logprobs = torch.cat([self.token_logprobs(obs[chunk], tokens[chunk], mask[chunk])[0] for chunk in chunks])
+        return np.array(actions), tokens, mask, logprobs
+
+    @staticmethod
+    def parse(text: str, names) -> int:
+        """Index of the last <action> that is one of `names`; -1 if the last one is not."""
+        found = re.findall(r"<action>(.*?)</action>", text.lower(), re.DOTALL)
+        answer, names = " ".join(found[-1].split()) if found else "", [name.lower() for name in names]
+        return names.index(answer) if answer in names else -1
+
+    def token_logprobs(self, obs, tokens, mask):
+        """One forward pass over prompts and answers; 0 where the mask is False."""
+        longest = max(int(mask.sum(1).max()), 1)
+        prompts, attention = self.encode(obs)
+        ids = torch.cat([prompts, tokens[:, :longest]], dim=1)
+        attention = torch.cat([attention, mask[:, :longest].long()], dim=1)
+        positions = (attention.cumsum(1) - 1).clamp(min=0)  # as generate() counts them: padding has none
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.args.cuda):
+            out = self.model(input_ids=ids, attention_mask=attention, position_ids=positions, logits_to_keep=longest + 1)
+        logprobs = torch.log_softmax(out.logits[:, :-1].float(), dim=-1)
+        entropy = torch.where(mask[:, :longest], -(logprobs.exp() * logprobs).sum(-1), 0.0)
+        chosen = torch.where(mask[:, :longest], logprobs.gather(-1, tokens[:, :longest, None]).squeeze(-1), 0.0)
+        missing = (0, tokens.shape[1] - longest)
+        return nn.functional.pad(chosen, missing), nn.functional.pad(entropy, missing)
+
+
+def make_agent(args, envs):
+    """The language model of --model, or a small network."""
+    return LanguageAgent(args) if args.model else Agent(envs.obs_dim, envs.num_actions, args)
+
+
+# -------------------- Advantages --------------------
+def standardise(values, groups, divide_by_std: bool = True, eps: float = 1e-6) -> np.ndarray:
+    """(x - mean) / (std + eps) within groups of equal labels, in float64; 0 for a group of one and for equal values.
+
+    std is the unbiased one (n - 1). `groups` holds any hashable labels.
+    """
+    index = {}
+    labels = np.array([index.setdefault(label, len(index)) for label in groups])
+    _, first, group, count = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    centred = np.asarray(values, dtype=np.float64)
+    centred = centred - centred[first][group]  # equal values are exactly 0 from here on, whatever the rounding of a mean
+    centred -= (np.bincount(group, centred) / count)[group]
+    if divide_by_std:
+        centred /= np.sqrt(np.bincount(group, centred**2) / np.maximum(count - 1, 1))[group] + eps
+    return centred
+
+
+def graph_distances(sources, targets, costs=None) -> dict:
+    """Cost of the cheapest way to SUCCESS along observed edges, by state (Dijkstra, backwards); {} without a success.
+
+    Edge i leads from sources[i] to targets[i]; of parallel edges the cheapest counts; costs are 1 by default.
+    """
+    incoming = collections.defaultdict(dict)
+    for source, target, cost in zip(sources, targets, itertools.repeat(1) if costs is None else costs, strict=False):
+        incoming[target][source] = min(cost, incoming[target].get(source, math.inf))
+    distances, order = {}, itertools.count()  # the counter breaks ties: states need no order of their own
+    queue = [(0, next(order), SUCCESS)] if SUCCESS in incoming else []
+    while queue:
+        distance, _, state = heapq.heappop(queue)
+        if state not in distances:
+            distances[state] = distance
+            for source, cost in incoming.get(state, {}).items():
+                heapq.heappush(queue, (distance + cost, next(order), source))
+    return distances
+
+
+def graph_advantage(
+    sources, targets, distances, omega, r_succ=10.0, costs=1.0, penalties=0.0, unreachable="dmax+1", normalize_distance=False,
+    divide_by_std=True,
+):  # fmt: skip
+    """A^G of every step of one group: r_succ * omega^(d(s') + c), standardised over the steps that leave the same state.
+
+    Without a success there is no direction: the rewards are 0, and only penalties (for invalid actions) tell steps apart.
+    """
+    rewards = np.zeros(len(sources))
+    if distances:
+        far = max(distances.values()) + 1 if unreachable == "dmax+1" else math.inf
+        after = np.array([distances.get(state, far) for state in targets], dtype=np.float64)
+        before = np.array([distances.get(state, far) for state in sources], dtype=np.float64) if normalize_distance else 0.0
+        exponent = np.where(np.isinf(after), np.inf, after - np.where(np.isinf(before), 0.0, before) + costs)
+        rewards = r_succ * np.power(float(omega), exponent)
+    return standardise(rewards - penalties, sources, divide_by_std)
+
+
+def episode_advantage(returns, trajectories, norm="trajectories", divide_by_std=True) -> np.ndarray:
+    """A^E of every step of one group: its rollout's return, standardised over the group's rollouts or over all their steps.
+
+    `returns` (G,); `trajectories` (n,) is each step's rollout, 0 to G - 1.
+    """
+    returns, trajectories = np.asarray(returns), np.asarray(trajectories)
+    if norm == "steps":
+        return standardise(returns[trajectories], np.zeros(len(trajectories), dtype=int), divide_by_std)
+    return standardise(returns, np.zeros(len(returns), dtype=int), divide_by_std)[trajectories]
+
+
+def step_return_advantage(sources, trajectories, rewards, gamma, divide_by_std=True) -> np.ndarray:
+    """GiGPO's A^S of one group: the discounted return from each step on, standardised over the steps leaving the same state.
+
+    Steps are in the order of time within each rollout (other rollouts' may stand in between).
+    """
+    returns, following = np.zeros(len(rewards)), collections.defaultdict(float)
+    for i in reversed(range(len(rewards))):
+        returns[i] = following[trajectories[i]] = rewards[i] + gamma * following[trajectories[i]]
+    return standardise(returns, sources, divide_by_std)
+
+
+def graph_diagnostics(sources, targets, distances, succeeded) -> dict[str, float]:
+    """What a group's graph looks like; `succeeded` (n,) tells whether a step's rollout did. Shares of nothing are left out."""
+    states, visits = {*sources, *targets} - {SUCCESS}, collections.Counter(sources)
+    found = {
+        "graph/nodes": len(states),
+        "graph/edges": len(set(zip(sources, targets, strict=True))),
+        "graph/frac_unreachable": float(np.mean([state not in distances for state in states])),
+        "graph/frac_singleton_steps": float(np.mean([visits[state] == 1 for state in sources])),
+        "graph/mean_group_size": len(sources) / len(visits),
+        "graph/groups_without_success": float(not distances),
+        "graph/groups_all_success": float(succeeded.all()),
+    }
+    if distances:
+        before, after = (np.array([distances.get(state, math.inf) for state in states]) for states in (sources, targets))
+        progress = after < before
+        found["graph/start_distance"] = distances.get(sources[0], math.nan)
+        if not succeeded.all():
+            found["credit/frac_progress_steps_in_failures"] = float(progress[~succeeded].mean())
+        found["credit/frac_nonprogress_in_successes"] = float(1 - progress[succeeded].mean())
+    return found
+
+
+def plot_graph(path: Path, sources, targets, distances, credits, draw=None, title: str = "") -> None:
+    """Picture of one group's graph: states in columns by distance to success, steps coloured by their credit.
+
+    `draw(state)` gives a small picture of a state; without it states are dots.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    edges = collections.defaultdict(list)
+    for source, target, credit in zip(sources, targets, credits, strict=True):
+        edges[source, target].append(credit)
+    states, start = list(dict.fromkeys([*sources, *targets])), sources[0]
+    far = int(max(distances.values(), default=0))
+    column = {state: far - distances[state] for state in states if state in distances}
+    lost = [state for state in states if state not in distances]  # packed into columns at the left
+    tall = max(4, *collections.Counter([*column.values(), -1, -1]).values(), math.ceil(len(lost) / 4))
+    column |= {state: -1.5 - i // tall for i, state in enumerate(lost)}
+    columns, height, neighbours = collections.defaultdict(list), dict.fromkeys(states, 0.0), collections.defaultdict(list)
+    for state in states:
+        columns[column[state]].append(state)
+    for source, target in edges:
+        neighbours[source].append(target)
+        neighbours[target].append(source)
+    for _ in range(10):  # order every column by the mean height of its neighbours: fewer crossings
+        for members in columns.values():
+            members.sort(key=lambda s: np.mean([height[n] for n in neighbours[s]]))
+            height |= {state: (i + 0.5) / len(members) * tall for i, state in enumerate(members)}
+    place = {state: np.array([column[state], height[state]]) for state in states}
+
+    left, right, grey = min([-0.0, *columns]) - 0.6, max(far, 5) + 0.6, "#666666"
+    fig, axis = plt.subplots(figsize=(1.25 * (right - left), 0.78 * (tall + 2.6)))
+    axis.set(xlim=(left, right), ylim=(-1.1, tall + 1.5))
+    axis.axis("off")
+    good, bad, strongest = np.array([0, 114, 178]) / 255, np.array([213, 94, 0]) / 255, max(np.abs(credits).max(), 1e-9)
+    for (source, target), values in edges.items():
+        strength, begin, end, bend, gap = abs(values[0]) / strongest, place[source], place[target], 0.12, 15
+        if source == target:  # a step that changed nothing, such as one into a wall: a loop above the state
+            begin, end, bend, gap = begin + np.array([0.14, 0.28]), end + np.array([-0.14, 0.28]), 1.3, 0
+        elif begin[0] == end[0]:
+            bend = 0.3
+        arrow = {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bend}", "shrinkA": gap, "shrinkB": gap}
+        arrow["color"] = (1 - strength) * np.array([0.8, 0.8, 0.8]) + strength * (good if values[0] > 0 else bad)
+        arrow |= {"linewidth": 0.8 + 0.7 * math.sqrt(len(values)), "zorder": 1 + strength}
+        axis.annotate("", end, begin, arrowprops=arrow)
+    for state, spot in place.items():
+        frame = {"edgecolor": "#CC79A7" if state == start else grey, "linewidth": 3 if state == start else 0.6}
+        if state == SUCCESS:
+            box = {"boxstyle": "round", "facecolor": "#009E73", "edgecolor": "none"}
+            axis.text(*spot, SUCCESS, ha="center", va="center", color="white", zorder=5, bbox=box)
+        elif draw is None:
+            axis.scatter(*spot, s=200, facecolor="white", zorder=5, **frame)
+        else:
+            image = OffsetImage(draw(state), zoom=30 / len(draw(state)), interpolation="nearest")
+            axis.add_artist(AnnotationBbox(image, spot, pad=0.15, bboxprops=frame, zorder=5))
+    for distance in range(far + 1 if distances else 0):
+        axis.text(far - distance, -0.45, str(distance), ha="center")
+    if distances:
+        axis.text(far / 2, -0.95, "distance to success along observed steps", ha="center")
+    if lost:
+        axis.text((left - 0.9) / 2, -0.95, f"{len(lost)} states, no way observed", ha="center")
+    axis.text(left + 0.1, tall + 1.1, title, fontsize=12)
+    words = [("credit of a step: better than its state's mean", good), ("worse", bad), ("equal", "#999999")]
+    words.append(("thicker: more often      pink frame: start", grey))
+    for (text, color), x in zip(words, (0, 3.4, 3.95, 4.5), strict=True):
+        axis.text(left + 0.1 + x, tall + 0.65, text, fontsize=9, color=color)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(fig)
+
+
+# -------------------- Evaluation and files --------------------
+@torch.no_grad()
+def evaluate(agent, args, envs, stop_signals=()) -> dict:
+    """One episode on every held-out level, at `--eval-temperature`; ends early once a signal arrived.
+
+    Returns `success_rate`, `return_mean`, `episodes`, `spl` (success weighted by shortest / actual length; None where the
+    shortest is unknown). Leaves the generator of training alone.
+    """
+    devices = [torch.cuda.current_device()] if args.cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(args.seed)
+        envs.reset(held_out_levels(args))
+        alive, returns = np.arange(envs.num_envs), np.zeros(envs.num_envs)
+        successes, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
+        while len(alive) and not stop_signals:
+            obs = np.array(envs.prompts(alive), dtype=object) if args.model else envs.observe(alive)
+            actions, *_ = agent.act(obs, envs.choices(alive), args.eval_temperature)
+            success, done = envs.step(alive, actions)
+            lengths[alive] += 1
+            successes[alive] = success
+            returns[alive] += success - args.invalid_penalty * (actions < 0)
+            alive = alive[~done]
+    spl = successes * envs.optimal / np.maximum(lengths, 1)
+    return {
+        "success_rate": float(successes.mean()),
+        "return_mean": float(returns.mean()),
+        "episodes": envs.num_envs,
+        "spl": None if np.isnan(spl).any() else float(spl.mean()),
+    }
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write tensors and plain types so that the file is complete or absent, whenever the process dies."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, device="cpu") -> dict:
+    """Read what save_checkpoint wrote; ValueError if the file is missing or damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"cannot read {path} ({type(error).__name__}): give a .pt file written by this script") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def git_commit() -> str | None:
+    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository."""
+    command, folder = "git describe --always --dirty --abbrev=40 --exclude=*", Path(__file__).resolve().parent
+    try:
+        return subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save_models(run_folder: Path, agent, config: dict, evaluation: dict, global_step: int) -> None:
+    """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
+    score = [-1.0 if evaluation["success_rate"] is None else evaluation["success_rate"], evaluation["return_mean"]]
+    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": score}
+    save_checkpoint(run_folder / "model.pt", model)
+    best = run_folder / "best_model.pt"
+    if not best.exists() or score > load_checkpoint(best)["score"]:
+        save_checkpoint(best, model)
+
+
+def saved_args(args, run_folder: Path):
+    """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
+    if not run_folder.exists():
+        raise ValueError(f"--resume: there is no {run_folder}; check the flags that name it, or drop --resume")
+    if not (run_folder / "args.json").exists():
+        return args
+    saved = json.loads((run_folder / "args.json").read_text())
+    if set(saved) != set(vars(args)):
+        raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
+    for field in dataclasses.fields(args):
+        given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
+        if field.name not in own and given != field.default and given != saved[field.name]:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[field.name]}: drop the flag")
+    return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
+
+
+def check_args(args) -> None:
+    """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
+    positive = "total_episodes num_groups update_epochs minibatch_size clip_coef max_grad_norm hidden_size omega r_succ"
+    positive += " game_level checkpoint_every max_new_tokens microbatch_size torch_threads learning_rate"
+    limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
+    limits |= dict.fromkeys("wall_density slippery step_gamma".split(), (0, 1, "between 0 and 1"))
+    not_negative = "seed eval_every eval_episodes eval_temperature max_steps ent_coef kl_coef beta_graph beta_episode"
+    limits |= dict.fromkeys([*not_negative.split(), "invalid_penalty"], (0, math.inf, "0 or more"))
+    limits |= {"omega": (1e-12, 1 - 1e-12, "above 0 and below 1"), "group_size": (2, math.inf, "2 or more, to be compared")}
+    limits |= {"room_size": (5, 10, "from 5 to 10"), "num_boxes": (1, 2, "1 or 2"), "min_solution": (1, 99, "from 1 to 99")}
+    for name, (low, high, words) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {words}")
+    if args.min_solution > args.max_solution:
+        raise ValueError(f"--min-solution {args.min_solution} must not exceed --max-solution {args.max_solution}")
+    if args.env_id == "Sokoban" and args.max_solution > (args.max_steps or 15):
+        raise ValueError(f"--max-solution {args.max_solution} must not exceed the {args.max_steps or 15} steps of --max-steps")
+    packages = [("model", "transformers")] if args.model else []
+    packages += [("track", "wandb")] if args.track else []
+    packages += [("plot-graph", "matplotlib")] if args.plot_graph else []
+    if args.env_id.startswith(("MiniGrid-", "BabyAI-")):
+        packages.append((f"env-id {args.env_id}", "minigrid"))
+    elif args.env_id in TEXT_GAMES:
+        packages.append((f"env-id {args.env_id}", "textworld"))
+    elif args.env_id != "Sokoban":
+        known = ["Sokoban", *TEXT_GAMES, "MiniGrid-DoorKey-5x5-v0", "MiniGrid-FourRooms-v0", "MiniGrid-Empty-5x5-v0"]
+        nearest = difflib.get_close_matches(args.env_id, known, n=2, cutoff=0.4) or ["Sokoban", "MiniGrid-DoorKey-5x5-v0"]
+        raise ValueError(f"--env-id {args.env_id} is unknown; try {' or '.join(nearest)}")
+    for flag, package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{flag} needs the package {package}: pip install {package}")
+    if args.env_id in TEXT_GAMES and not args.model:
+        raise ValueError(f"--env-id {args.env_id} is text: name a language model with --model")
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
+
+
+def with_defaults(args):
+    """Fill in the settings whose default depends on the policy."""
+    defaults = {"learning_rate": 1e-6, "kl_coef": 0.01, "ent_coef": 0.0}
+    if not args.model:
+        defaults = {"learning_rate": 1e-3, "kl_coef": 0.0, "ent_coef": 0.01}
+    return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+
+
+def build_envs(args, num_envs: int):
+    """make_env with its errors in one sentence."""
+    try:
+        return make_env(args, num_envs)
+    except Exception as error:  # an id that the package does not know, another package missing, ...
+        raise ValueError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
+
+
+def evaluate_saved_model(args) -> dict:
+    """`--evaluate model.pt`: the held-out levels of the settings it was trained with."""
+    path = Path(args.evaluate)
+    saved = load_checkpoint(path)
+    if not isinstance(saved, dict) or set(saved.get("args", ())) != set(vars(args)):
+        raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
+    own = {name: getattr(args, name) for name in ("eval_episodes", "eval_temperature", "torch_threads", "cuda")}
+    args = dataclasses.replace(type(args)(**saved["args"]), **own, track=False)
+    check_args(args)
+    if not args.eval_episodes:
+        raise ValueError("--eval-episodes 0 leaves nothing to evaluate: give 1 or more")
+    torch.set_num_threads(args.torch_threads)
+    envs = build_envs(args, args.eval_episodes)
+    agent = make_agent(args, envs).to("cuda" if args.cuda else "cpu")
+    agent.load_state_dict(saved["model"])
+    result = evaluate(agent, args, envs)
+    print(json.dumps(result, indent=2))
+    return result
+
+
+# -------------------- Main --------------------
+def main(args: Args) -> dict:
+    """Train, and return what result.json holds. ValueError on bad arguments, before anything is written."""
+    if args.evaluate:
+        return evaluate_saved_model(args)
+
+    # ==================== SETUP ====================
+    run_folder = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    if args.resume:
+        args = saved_args(args, run_folder)
+    elif run_folder.exists() and not args.overwrite:
+        raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+    check_args(args)
+    config = vars(args) | {"resume": False, "overwrite": False}
+    args = with_defaults(args)
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    num_envs = args.num_groups * args.group_size
+    envs, eval_envs = build_envs(args, num_envs), build_envs(args, args.eval_episodes) if args.eval_episodes else None
+    if args.env_id == "Sokoban":
+        envs.exclude(held_out_levels(args))
+    agent = make_agent(args, envs).to(device)
+    reference = copy.deepcopy(agent).requires_grad_(False) if args.kl_coef > 0 else None  # the initial policy
+    if args.resume and (run_folder / "result.json").exists():
+        print(f"{run_folder} is finished already: nothing to resume")
+        return json.loads((run_folder / "result.json").read_text())
+    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
+    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
+    if not args.resume:
+        shutil.rmtree(run_folder, ignore_errors=True)
+        run_folder.mkdir(parents=True)
+    write_json(run_folder / "args.json", config)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5 if not args.model else 1e-8)
+
+    num_iterations, iteration, total_steps = math.ceil(args.total_episodes / num_envs), 0, 0
+    seconds = dict.fromkeys(("env", "policy", "credit", "update", "training", "wall"), 0.0)  # training: without evaluation
+    recent_returns, recent_successes = collections.deque(maxlen=100), collections.deque(maxlen=100)
+    if checkpoint:
+        agent.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        iteration, total_steps, seconds = (checkpoint[key] for key in ("iteration", "total_steps", "seconds"))
+        recent_returns.extend(checkpoint["recent_returns"])
+        recent_successes.extend(checkpoint["recent_successes"])
+        torch.set_rng_state(checkpoint["rng"])
+        if args.cuda:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+
+    from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
+
+    if args.track:
+        import wandb
+
+        name = run_folder.name  # also the id, so that a resumed run continues its own curves
+        wandb.init(project=args.wandb_project, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
+    episodes = iteration * num_envs  # the x-axis of every scalar: methods are compared at equal rollouts
+    writer = SummaryWriter(str(run_folder), purge_step=episodes + 1 if args.resume else None)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+
+    stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+    start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout.isatty()
+    print(f"{run_folder}: {num_iterations * num_envs:,} episodes of {args.env_id}, from episode {episodes:,}", flush=True)
+
+    def passed(every: int) -> bool:  # has a multiple of `every` episodes been passed in the last iteration?
+        return every > 0 and episodes // every > (episodes - num_envs) // every
+
+    while True:
+        # ==================== EVAL ====================
+        # Before collecting more, so that a run which died here evaluates again when resumed.
+        finished, evaluation = iteration == num_iterations, None
+        if args.eval_episodes > 0 and iteration > 0 and (finished or passed(args.eval_every)):
+            evaluation = evaluate(agent, args, eval_envs, stop_signals)
+        if evaluation and not stop_signals:
+            save_models(run_folder, agent, config, evaluation, episodes)
+            for name in ("success_rate", "return_mean", "spl"):
+                if evaluation[name] is not None:
+                    writer.add_scalar(f"eval/{name}", evaluation[name], episodes)
+            line = (
+                f"eval at {episodes:,}: success {evaluation['success_rate']:.1%} of {evaluation['episodes']} held-out levels"
+            )
+            print(f"\n{line}" if tty else line, flush=True)
+        if finished or stop_signals:
+            break
+
+        iteration += 1
+        iteration_start = time.perf_counter()
+
+        # ==================== ROLLOUT ====================
+        # B groups of G rollouts side by side, rows g * G to g * G + G - 1 being group g. A level depends on (seed, iteration,
+        # group) alone, so no generator of levels has to be saved.
+        levels = [(1, args.seed, iteration, row // args.group_size) for row in range(num_envs)]
+        t0 = time.perf_counter()
+        envs.reset(levels)
+        seconds["env"] += time.perf_counter() - t0
+        alive, keys, steps = np.arange(num_envs), envs.keys(np.arange(num_envs)), collections.defaultdict(list)
+        returns, successes, lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=int)
+        while len(alive):
+            t0 = time.perf_counter()
+            obs = np.array(envs.prompts(alive), dtype=object) if args.model else envs.observe(alive)
+            t1 = time.perf_counter()
+            with torch.no_grad():
+                actions, tokens, mask, logprobs = agent.act(obs, envs.choices(alive))
+            t2 = time.perf_counter()
+            success, done = envs.step(alive, actions)
+            next_keys = envs.keys(alive)
+            seconds["policy"] += t2 - t1
+            seconds["env"] += time.perf_counter() - t2 + t1 - t0
+            penalty = args.invalid_penalty * (actions < 0)
+            # The last state of a success is never compared with others: it becomes the goal node, whatever it looks like.
+            targets = [SUCCESS if won else key for won, key in zip(success, next_keys, strict=True)]
+            step = {"obs": obs, "tokens": tokens, "mask": mask, "logprobs": logprobs, "rows": alive}
+            step |= {"sources": keys, "targets": targets, "penalties": penalty, "rewards": success - penalty}
+            for name, value in step.items():
+                steps[name].append(value)
+            returns[alive] += success - penalty
+            lengths[alive] += 1
+            successes[alive] = success
+            alive, keys = alive[~done], [key for key, over in zip(next_keys, done, strict=True) if not over]
+        obs, rows, penalties, rewards = (np.concatenate(steps[name]) for name in ("obs", "rows", "penalties", "rewards"))
+        tokens, mask, logprobs = (torch.cat(steps[name]) for name in ("tokens", "mask", "logprobs"))
+        sources, targets = (list(itertools.chain.from_iterable(steps[name])) for name in ("sources", "targets"))
+        num_steps = len(rows)
+        total_steps, episodes = total_steps + num_steps, episodes + num_envs
+        recent_returns.extend(returns.tolist())
+        recent_successes.extend(successes.astype(float).tolist())
+
+        # ==================== ADVANTAGES ====================
+        t0 = time.perf_counter()
+        credit_step, credit_episode, found = np.zeros(num_steps), np.zeros(num_steps), collections.defaultdict(list)
+        pictured, richest = None, (False, 0)
+        for group in range(args.num_groups):
+            inds = np.flatnonzero(rows // args.group_size == group)
+            start, trajectories = group * args.group_size, rows[inds] % args.group_size
+            s, s_next = [sources[i] for i in inds], [targets[i] for i in inds]
+            distances = graph_distances(s, s_next)
+            if args.advantage == "graphgpo":
+                options = args.unreachable_distance, args.normalize_distance, args.divide_by_std
+                credit = graph_advantage(s, s_next, distances, args.omega, args.r_succ, 1.0, penalties[inds], *options)
+            elif args.advantage == "gigpo":
+                credit = step_return_advantage(s, trajectories, rewards[inds], args.step_gamma, args.divide_by_std)
+            else:
+                credit = np.zeros(len(inds))
+            credit_step[inds] = credit
+            group_returns = returns[start : start + args.group_size]
+            credit_episode[inds] = episode_advantage(group_returns, trajectories, args.episode_norm, args.divide_by_std)
+            for name, value in graph_diagnostics(s, s_next, distances, successes[rows[inds]]).items():
+                found[name].append(value)
+            won = int(successes[start : start + args.group_size].sum())
+            worth = (won < args.group_size, len(set(s)))  # mixed outcomes first, then many states
+            if distances and worth > richest:
+                pictured, richest = (s, s_next, distances, credit, start, won), worth
+        advantages = args.beta_graph * credit_step + args.beta_episode * credit_episode
+        advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).unsqueeze(
+            -1
+        )  # every token gets its step's
+        seconds["credit"] += time.perf_counter() - t0
+        if args.plot_graph and pictured and (passed(args.eval_every) or iteration == num_iterations):
+            *graph, row, won = pictured
+            draw = (lambda key, row=row: envs.draw(row, key)) if hasattr(envs, "draw") else None
+            title = f"{args.advantage}, episode {episodes:,}: {args.group_size} rollouts of one level, {won} succeeded"
+            plot_graph(run_folder / f"graph_{episodes:07d}.png", *graph, draw, title)
+
+        # ==================== UPDATE ====================
+        t0 = time.perf_counter()
+        stats, num_minibatches = collections.defaultdict(list), max(1, round(num_steps / args.minibatch_size))
+        per_pass = args.microbatch_size if args.model else num_steps
+        if reference:
+            with torch.no_grad():
+                chunks = np.array_split(np.arange(num_steps), math.ceil(num_steps / per_pass))
+                ref_logprobs = torch.cat([reference.token_logprobs(obs[c], tokens[c], mask[c])[0] for c in chunks])
+        for _ in range(args.update_epochs):
+            for mb_inds in np.array_split(torch.randperm(num_steps).numpy(), num_minibatches):
+                optimizer.zero_grad()
+                num_tokens, mb_stats = mask[mb_inds].sum(), collections.Counter()
+                for inds in np.array_split(mb_inds, math.ceil(len(mb_inds) / per_pass)):  # gradients add up
+                    newlogprob, entropy = agent.token_logprobs(obs[inds], tokens[inds], mask[inds])
+                    logratio = newlogprob - logprobs[inds]
+                    ratio = logratio.exp()
+                    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                    pg_loss = -torch.minimum(ratio * advantages[inds], clipped * advantages[inds])
+                    token_loss = pg_loss - args.ent_coef * entropy
+                    if reference:  # k3, the estimator of KL(pi || reference) that is never negative
+                        ref_logratio = ref_logprobs[inds] - newlogprob
+                        token_loss = token_loss + args.kl_coef * (ref_logratio.exp() - 1 - ref_logratio)
+                    loss = (token_loss * mask[inds]).sum() / num_tokens  # mean over the minibatch's tokens
+                    loss.backward()
+                    with torch.no_grad():
+                        terms = {
+                            "losses/policy_loss": pg_loss,
+                            "losses/entropy": entropy,
+                            "losses/approx_kl": (ratio - 1) - logratio,
+                            "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float(),
+                        }
+                        if reference:
+                            terms["losses/reference_kl"] = ref_logratio.exp() - 1 - ref_logratio
+                        for name, value in terms.items():
+                            mb_stats[name] += ((value * mask[inds]).sum() / num_tokens).item()
+                mb_stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).item()
+                for name, value in mb_stats.items():
+                    stats[name].append(value)
+                    if not math.isfinite(value):  # before the step: the weights in memory are still good
+                        last_good = run_folder / "checkpoint.pt" if (run_folder / "checkpoint.pt").exists() else "none yet"
+                        raise FloatingPointError(
+                            f"{name} is {value} at episode {episodes:,}; last good checkpoint: {last_good}"
+                        )
+                optimizer.step()
+        seconds["update"] += time.perf_counter() - t0
+
+        # ==================== LOG ====================
+        seconds["training"] += time.perf_counter() - iteration_start
+        sps = total_steps / seconds["training"]
+        scalars = {name: float(np.mean(values)) for name, values in [*stats.items(), *found.items()]}
+        scalars |= {
+            "charts/episodic_return": returns.mean(),
+            "charts/episodic_success": successes.mean(),
+            "charts/episodic_length": lengths.mean(),
+            "charts/invalid_actions": (penalties > 0).mean() if args.invalid_penalty else 0.0,
+            "charts/SPS": sps,
+            "charts/learning_rate": args.learning_rate,
+            "charts/env_steps": total_steps,
+            "credit/mean_abs_step": np.abs(credit_step).mean(),
+            "credit/mean_abs_episode": np.abs(credit_episode).mean(),
+        }
+        if successes.any() and not np.isnan(envs.optimal).any():
+            scalars["charts/excess_length"] = (lengths / envs.optimal)[successes].mean()
+        if credit_step.std() > 0 and credit_episode.std() > 0:
+            scalars["credit/correlation"] = np.corrcoef(credit_step, credit_episode)[0, 1]
+        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "credit", "update")}
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, episodes)
+        if tty or time.time() - last_print > 10 or iteration == num_iterations:
+            left = (num_iterations - iteration) * seconds["training"] / iteration
+            line = f"episode {episodes:>7,}  success {np.mean(recent_successes):4.0%}  length {lengths.mean():5.1f}"
+            line += f"  {sps:6.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
+            print(f"\r{line} " if tty else line, end="" if tty else "\n", flush=True)
+            last_print = time.time()
+
+        # ==================== CHECKPOINT ====================
+        # Also before every evaluation, and when asked to stop.
+        seconds["wall"] = time.time() - start_time
+        if iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or stop_signals:
+            state = {
+                "model": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "iteration": iteration,
+                "total_steps": total_steps,
+                "seconds": seconds,
+                "recent_returns": list(recent_returns),
+                "recent_successes": list(recent_successes),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
+            }
+            save_checkpoint(run_folder / "checkpoint.pt", state)
+            writer.flush()
+
+    writer.close()
+    if stop_signals:
+        print(f"\nstopped at episode {episodes:,} with a checkpoint; continue with the same command and --resume", flush=True)
+        sys.exit(128 + stop_signals[0])
+    seconds["wall"] = time.time() - start_time
+    evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0, "spl": None}
+    optional = [package for package in ("minigrid", "textworld", "transformers") if package in sys.modules]
+    result = {
+        "env_id": args.env_id,
+        "exp_name": args.exp_name,
+        "seed": args.seed,
+        "total_timesteps": total_steps,
+        "total_episodes": episodes,
+        "eval_success_rate": evaluation["success_rate"],
+        "eval_return_mean": evaluation["return_mean"],
+        "eval_episodes": evaluation["episodes"],
+        "eval_spl": evaluation["spl"],
+        "train_return_mean": float(np.mean(recent_returns)),
+        "train_success_rate": float(np.mean(recent_successes)),
+        "sps": total_steps / seconds["training"],
+        "wall_seconds": seconds["wall"],
+        "credit_seconds": seconds["credit"],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
+        | {package: importlib.metadata.version(package) for package in ("torch", "numpy", *optional)},
+        "args": config,
+    }
+    write_json(run_folder / "result.json", result)
+    shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "credit", "update"))
+    print(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})")
+    print(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,278 @@
+"""Sokoban, MiniGrid and TextWorld as graphgpo_sokoban.py sees them: rules, levels, state keys, prompts."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from graphgpo_sokoban import SUCCESS, Args, TextWorld, graph_distances, held_out_levels, make_env
+
+ROWS = np.arange(8)
+LEVELS = [(1, seed, 1, 0) for seed in range(8)]
+BOTH = pytest.mark.parametrize(
+    "flags", [{}, {"num_boxes": 2, "room_size": 7, "max_solution": 12}], ids=["6x6", "7x7, 2 boxes"]
+)
+KEYED = ("Sokoban", "MiniGrid-DoorKey-5x5-v0", "MiniGrid-FourRooms-v0", "BabyAI-GoToObj-v0")
+
+
+def started(num_envs=8, levels=None, **flags):
+    envs = make_env(Args(**flags), num_envs)
+    envs.reset(LEVELS[:num_envs] if levels is None else levels)
+    return envs
+
+
+def act(envs, *actions):
+    """Take the same action in all environments, several times: -> the last success, done."""
+    result = None
+    for action in actions:
+        result = envs.step(np.arange(envs.num_envs), np.full(envs.num_envs, action))
+    return result
+
+
+def slow_step(room, action):
+    """Sokoban on a dict of cells: {(row, column): set of "wall", "box", "target", "player"}."""
+    (at,) = [cell for cell, things in room.items() if "player" in things]
+    down, right = [(-1, 0), (1, 0), (0, -1), (0, 1)][action]
+    ahead, beyond = (at[0] + down, at[1] + right), (at[0] + 2 * down, at[1] + 2 * right)
+    if "wall" in room[ahead]:
+        return
+    if "box" in room[ahead]:
+        if room[beyond] & {"wall", "box"}:
+            return
+        room[ahead].discard("box")
+        room[beyond].add("box")
+    room[at].discard("player")
+    room[ahead].add("player")
+
+
+SYMBOLS = {
+    "#": {"wall"},
+    ".": set(),
+    "O": {"target"},
+    "X": {"box"},
+    "*": {"box", "target"},
+    "P": {"player"},
+    "S": {"player", "target"},
+}
+
+
+def rooms(envs):
+    """The rooms as the prompts draw them."""
+    found = []
+    for prompt in envs.prompts(np.arange(envs.num_envs)):
+        lines = [line for line in prompt.splitlines() if line and set(line) <= set(SYMBOLS)]
+        found.append({(i, j): set(SYMBOLS[c]) for i, line in enumerate(lines) for j, c in enumerate(line)})
+    return found
+
+
+# -------------------- Sokoban --------------------
+@BOTH
+def test_sokoban_follows_the_rules(flags):
+    """500 random steps in 8 rooms against the slow game; the prompt draws what the fast one holds."""
+    envs, rng = started(**flags), np.random.default_rng(0)
+    pushes = 0
+    for step in range(500):
+        if step % 25 == 0:  # boxes end in corners soon
+            envs.reset([(1, row, step, 0) for row in range(8)])
+            slow = rooms(envs)
+        actions, before = rng.integers(0, 4, 8), envs.boxes.copy()
+        success, _ = envs.step(ROWS, actions)
+        for room, action in zip(slow, actions, strict=True):
+            slow_step(room, action)
+        assert rooms(envs) == slow
+        solved = [all(("box" in things) == ("target" in things) for things in room.values()) for room in slow]
+        assert success.tolist() == solved
+        pushes += int((before != envs.boxes).any(1).sum())
+    assert pushes > 100
+
+
+@BOTH
+def test_levels_are_solvable_in_the_stated_number_of_steps(flags):
+    """All states of a level explored with step(): the graph's distance of the start is the level's shortest solution."""
+    envs = started(**flags)
+    for level in LEVELS[: 3 if flags else 8]:
+        envs = started(1, [level], **flags)
+        key = envs.keys(np.arange(1))[0]
+        frontier, states, sources, targets = [key], {key: (envs.player.copy(), envs.boxes.copy())}, [], []
+        while frontier:
+            key = frontier.pop()
+            for action in range(4):
+                envs.player, envs.boxes = (part.copy() for part in states[key])
+                success, _ = act(envs, action)
+                after = envs.keys(np.arange(1))[0]
+                sources.append(key)
+                targets.append(SUCCESS if success[0] else after)
+                if not success[0] and after not in states:
+                    states[after] = envs.player.copy(), envs.boxes.copy()
+                    frontier.append(after)
+        start = next(iter(states))
+        shortest = graph_distances(sources, targets)[start]
+        assert shortest == envs.optimal[0] and 3 <= shortest <= Args(**flags).max_solution
+
+
+def test_levels_depend_on_their_name_alone():
+    envs = started(levels=[(1, 5, 2, group // 4) for group in range(8)])
+    drawn = rooms(envs)
+    assert drawn[0] == drawn[3] != drawn[4] == drawn[7]
+    assert rooms(started(levels=[(1, 5, 2, 1)] * 8))[0] == drawn[4]
+    assert len({str(room) for room in rooms(started(64, levels=[(1, 5, i, 0) for i in range(64)]))}) > 60
+
+
+def test_held_out_levels_never_appear_in_training():
+    """In rooms so small that levels repeat: without exclude() many of the held-out ones come up, with it none."""
+    flags = {"room_size": 5, "wall_density": 0.0, "eval_episodes": 64}
+    training = [(1, 1, iteration, 0) for iteration in range(300)]
+    seen = {str(room) for room in rooms(started(64, held_out_levels(Args(**flags)), **flags))}
+    open_envs = started(300, training, **flags)
+    assert len(seen & {str(room) for room in rooms(open_envs)}) > 5
+    open_envs.exclude(held_out_levels(Args(**flags)))
+    open_envs.reset(training)
+    assert not seen & {str(room) for room in rooms(open_envs)}
+
+
+def test_observation_shows_everything():
+    envs = started()
+    planes = envs.observe(ROWS).reshape(8, 4, 4, 4)
+    for room, (walls, boxes, targets, player) in zip(rooms(envs), planes, strict=True):
+        for kind, plane in zip(("wall", "box", "target", "player"), (walls, boxes, targets, player), strict=True):
+            assert {(i + 1, j + 1) for i, j in np.argwhere(plane)} == {
+                cell for cell, things in room.items() if kind in things and 0 < cell[0] < 5 and 0 < cell[1] < 5
+            }
+
+
+def test_the_cap_ends_an_episode():
+    for envs, steps in ((started(), 15), (started(max_steps=11), 11)):
+        assert not act(envs, *[-1] * (steps - 1))[1].any()
+        success, done = act(envs, -1)
+        assert done.all() and not success.any()
+
+
+def test_rows_step_alone():
+    envs = started()
+    before, changed = envs.keys(ROWS), set()
+    for action in range(4):
+        envs.step(np.array([2, 5]), np.full(2, action))
+        changed |= {row for row in ROWS if envs.keys(ROWS)[row] != before[row]}
+    assert changed == {2, 5}
+
+
+def test_slippery_moves_are_random_as_often_as_asked():
+    share = []
+    for slippery in (0.0, 0.4):
+        envs = started(512, [(1, 1, 1, 0)] * 512, slippery=slippery)
+        before, rows = np.array(envs.keys(np.arange(512))), np.arange(512)
+        moved = next(a for a in range(4) if (envs.step(rows[:1], np.array([a])), envs.keys(rows[:1])[0] != before[0])[1])
+        envs = started(512, [(1, 1, 1, 0)] * 512, slippery=slippery)
+        act(envs, moved)
+        _, counts = np.unique(np.array(envs.keys(rows)), return_counts=True)
+        share.append(counts.max() / 512)
+    assert share[0] == 1.0 and 0.6 < share[1] < 0.8  # 1 - 0.4 * 3 / 4 = 0.7
+
+
+def test_a_picture_shows_the_state_of_the_key():
+    envs = started()
+    first, key = envs.draw(3, envs.keys(ROWS)[3]), envs.keys(ROWS)[3]
+    act(envs, 0, 1, 2, 3, 2, 0)
+    assert (envs.draw(3, key) == first).all() and first.shape == (6, 6, 3)
+    assert len(np.unique(first.reshape(-1, 3), axis=0)) >= 4  # wall, floor, box and player at least
+
+
+# -------------------- State keys --------------------
+@pytest.mark.parametrize("env_id", KEYED)
+def test_equal_levels_have_equal_keys(env_id):
+    levels = [(1, 1, 1, row // 4) for row in range(8)]
+    envs = started(levels=levels, env_id=env_id)
+    keys = envs.keys(ROWS)
+    assert len(set(keys[:4])) == len(set(keys[4:])) == 1
+    observed = envs.observe(ROWS)
+    assert observed.dtype == np.float32 and observed.shape == (8, envs.obs_dim)
+    assert (observed[0] == observed[1]).all()
+    envs.reset(levels)
+    assert envs.keys(ROWS) == keys and (envs.observe(ROWS) == observed).all()
+
+
+@pytest.mark.parametrize("env_id", KEYED)
+def test_the_step_counter_is_not_in_the_key(env_id):
+    envs = started(env_id=env_id)
+    before = envs.keys(ROWS)
+    act(envs, -1)  # time passes, nothing happens
+    assert envs.keys(ROWS) == before
+    if env_id != "Sokoban":
+        act(envs, 0)  # turn left
+        assert all(a != b for a, b in zip(envs.keys(ROWS), before, strict=True))
+        act(envs, 1)  # and back
+        assert envs.keys(ROWS) == before
+
+
+def test_minigrid_keys_hold_what_is_carried_and_what_is_inside():
+    from minigrid.core.world_object import Ball, Box, Key
+
+    envs = started(1, env_id="MiniGrid-DoorKey-5x5-v0")
+    keys = [envs.keys([0])[0]]
+    for thing in (Key("yellow"), Key("red"), Ball("red"), Box("red", Key("blue")), Box("red")):
+        envs.envs[0].carrying = thing
+        keys.append(envs.keys([0])[0])
+    cell = next(cell for cell in itertools.product(range(5), range(5)) if envs.envs[0].grid.get(*cell) is None)
+    for inside in (None, Key("red"), Key("blue")):
+        envs.envs[0].grid.set(*cell, Box("green", inside))
+        keys.append(envs.keys([0])[0])
+    assert len(set(keys)) == len(keys)
+
+
+def test_minigrid_success_and_cap():
+    """The empty 5x5 room, start top left, goal bottom right: forward twice, right, forward twice."""
+    envs = started(2, env_id="MiniGrid-Empty-5x5-v0")
+    for action in (2, 2, 1, 2):
+        success, done = act(envs, action)
+        assert not success.any() and not done.any()
+    success, done = act(envs, 2)
+    assert success.all() and done.all()
+    envs = started(2, env_id="MiniGrid-Empty-5x5-v0", max_steps=9)
+    assert not act(envs, *[0] * 8)[1].any()
+    success, done = act(envs, 0)
+    assert done.all() and not success.any()
+
+
+def test_minigrid_prompt():
+    envs = started(1, levels=[(1, 1, 1, 0)], env_id="MiniGrid-Empty-5x5-v0")
+    (prompt,) = envs.prompts([0])
+    assert "get to the green goal square" in prompt and "Possible actions: left, right, forward" in prompt
+    assert "green goal (2 ahead, 2 right)" in prompt and "You carry nothing" in prompt
+    act(envs, 1)  # facing down: the goal is now on the left
+    assert "green goal (2 ahead, 2 left)" in envs.prompts([0])[0]
+
+
+# -------------------- TextWorld --------------------
+def test_textworld():
+    """A generated game, played along its commands: one start for the group, keys come back, success at the end, the cap."""
+    envs = started(2, [(1, 1, 1, 0)] * 2, env_id="tw-coin_collector", game_level=2, model="any", max_steps=9)
+    assert isinstance(envs, TextWorld)
+    rows = np.arange(2)
+    start = envs.keys(rows)
+    assert start[0] == start[1]
+    (prompt, _), (names, _) = envs.prompts(rows), envs.choices(rows)
+    assert "coin" in prompt and all(name in prompt for name in names)
+    ways = [name for name in names if name.startswith("go ")]
+    opposite = {"go north": "go south", "go south": "go north", "go east": "go west", "go west": "go east"}
+    envs.step(rows[:1], np.array([names.index(ways[0])]))
+    assert envs.keys(rows)[0] != envs.keys(rows)[1] == start[1]
+    (names, _) = envs.choices(rows)
+    envs.step(rows[:1], np.array([names.index(opposite[ways[0]])]))
+    assert envs.keys(rows)[0] == start[0]
+    assert [envs.step(rows, np.array([-1, -1]))[1].all() for _ in range(7)] == [False] * 6 + [True]
+    assert envs.keys(rows) == start
+
+    envs.reset([(1, 1, 1, 0)] * 2)
+    won, been = False, {start[0]}
+    while not won:  # walk on to rooms not seen yet, take the coin where it lies
+        names = envs.choices(rows)[0]
+        take = [name for name in names if name.startswith("take")]
+        for name in take or [name for name in names if name.startswith("go ")]:
+            before = envs.states[0], envs.envs[0].copy()
+            won = bool(envs.step(rows[:1], np.array([names.index(name)]))[0][0])
+            if won or envs.keys(rows)[0] not in been:
+                break
+            envs.states[0], envs.envs[0] = before
+        been.add(envs.keys(rows)[0])
+        assert len(been) < 9
+    assert won

@@ -1,0 +1,86 @@
+"""report.py and benchmark.sh on runs of graphgpo_sokoban.py: collected curves, numbers of the table, skipped runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, read_json, read_scalars
+
+import report
+from graphgpo_sokoban import Args, main
+
+
+def written(folder, exp_name, seed, level, final):
+    """A collected run whose success rises in a line to twice the mean `level`."""
+    curves = {"success": np.linspace(0, 2 * level, 30).tolist(), "held_out_success": [None, *[final] * 29]}
+    curves |= {"entropy": [1.0] * 30, "episodes": list(range(100, 3001, 100))}
+    run = {"exp_name": exp_name, "seed": seed, "total_episodes": 3000, "eval_success_rate": final, "curves": curves}
+    run |= {"credit_seconds": 1.0, "wall_seconds": 10.0, "machine": "a computer", "args": {}, "versions": {"algorithm": 1}}
+    path = folder / "graphgpo_sokoban" / "runs" / f"{exp_name}-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run))
+
+
+def test_table_and_plot(tmp_path):
+    for seed in (1, 2, 3):
+        written(tmp_path, "grpo", seed, 0.1 + 0.01 * seed, 0.3)
+        written(tmp_path, "gigpo", seed, 0.15 + 0.01 * seed, 0.3)
+        written(tmp_path, "graphgpo", seed, 0.2 + 0.01 * seed, 0.4 + 0.1 * seed)
+    text = report.graphgpo_report(report.Args(results=str(tmp_path), runs=str(tmp_path)))
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| g")}
+    line = next(line for line in text.splitlines() if line.startswith("| graphgpo | 3"))
+    assert line.split(" | ")[2:] == ["0.220 [0.210, 0.230]", "0.220", "1.00 [1.00, 1.00]", "0.600 [0.500, 0.700]",
+                                     "1.00 [1.00, 1.00]", "10% |"]  # fmt: skip
+    line = next(line for line in text.splitlines() if line.startswith("| gigpo | 3"))
+    assert line.split(" | ")[6] == "0.50 [0.50, 0.50]"  # equal final success: ties count half
+    assert rows["graphgpo - gigpo"][2] == "+0.050 [+0.050, +0.050]"
+    assert rows["gigpo - grpo"][3] == "+0.000 [+0.000, +0.000] |"
+    plot = tmp_path / "graphgpo_sokoban" / "curves-3000.png"
+    assert plot.stat().st_size > 10_000
+    plot.unlink()
+    assert report.graphgpo_report(report.Args(results=str(tmp_path), runs=str(tmp_path), check=True)) == text
+    assert not plot.exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run where the benchmark puts it."""
+    parent = tmp_path_factory.mktemp("runs")
+    main(
+        Args(exp_name="graphgpo", run_dir=str(parent / "graphgpo-sokoban"), total_episodes=384, max_solution=4, eval_every=128)
+    )
+    return parent
+
+
+def test_collected_run(finished, tmp_path):
+    report.collect_graphgpo(report.Args(runs=str(finished), results=str(tmp_path)))
+    run = read_json(tmp_path / "graphgpo_sokoban" / "runs" / "Sokoban__graphgpo__1.json")
+    folder = finished / "graphgpo-sokoban" / "Sokoban__graphgpo__1"
+    assert {key: run[key] for key in read_json(folder / "result.json")} == read_json(folder / "result.json")
+    points = read_scalars(folder)
+    for name, tag in (("success", "charts/episodic_success"), ("held_out_success", "eval/success_rate")):
+        values = [value for value in run["curves"][name] if value is not None]
+        np.testing.assert_allclose(values, [value for _, value in points[tag]], atol=1e-4)
+    assert run["curves"]["episodes"][-1] == 384
+
+
+def test_benchmark_lists_and_skips(finished, tmp_path):
+    """All nine runs of three seeds; the one that is finished with equal arguments is left out, a flag away it is not."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [str(ROOT / "benchmark.sh"), "graphgpo", "--dry-run", "--seeds", "1 2 3", "--steps", "384"]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert len(lines) == 9 and "9 of 9" in process.stderr
+    flags = re.search(r"graphgpo_sokoban.py .*", lines[2])[0]
+    assert "--advantage graphgpo --seed 1 --exp-name graphgpo --total-episodes 384" in flags
+    here = report.Args(runs=str(finished), results=str(tmp_path))
+    same = f"python {flags} --max-solution 4 --eval-every 128"
+    assert report.pending([same, lines[3], f"{same} --omega 0.5 --run-dir elsewhere"], here) == [
+        lines[3],
+        f"{same} --omega 0.5 --run-dir elsewhere",
+    ]
