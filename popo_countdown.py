@@ -393,7 +393,7 @@ class Block(nn.Module):
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, heads, L, head_dim)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x)))), (key, value)
+        return x + self.down(F.relu(self.up(self.norm2(x)))), (key, value)
 
 
 class GPT(nn.Module):
