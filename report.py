@@ -68,6 +68,7 @@ def identity(result: dict) -> str:
 def stored_runs(args: Args) -> list[dict]:
     """Every result: files collected in results/, then run folders that are not collected yet."""
     paths = [*Path(args.results).glob("runs/*/*.json"), *Path(args.runs).glob("benchmark-*/*/result.json")]
+    paths += [*Path(args.results).glob("popo_countdown/runs/*/*.json"), *Path(args.runs).glob("popo-*/*/result.json")]
     return [json.loads(path.read_text()) for path in sorted(paths)]
 
 
