@@ -211,7 +211,7 @@ def verify_rpn(numbers, target, tokens, mask) -> tuple[torch.Tensor, torch.Tenso
 
 
 def verify_infix(numbers: list[int], target: int, text: str) -> tuple[bool, bool]:
-    """A text response: -> correct, well-formed. Its last <answer>...</answer> must use each number exactly once, with + - * /."""
+    """A text: -> correct, well-formed. Its last <answer>...</answer> must use each number exactly once, with + - * /."""
     operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
     used = []
 

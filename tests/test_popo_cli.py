@@ -1,4 +1,4 @@
-"""popo_countdown.py end to end: every flag in a short run, what a run leaves, resuming, budgets, replay, learning, bad input."""
+"""popo_countdown.py end to end: every flag, what a run leaves, budgets, replay, learning, resuming, bad input."""
 
 import ast
 import dataclasses
@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 
-import popo_countdown as popo
 import pytest
 import torch
 import tyro
 from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_script, start_script
+
+import popo_countdown as popo
 
 NET = "--hidden-size 32 --num-layers 1 --num-heads 2"
 TINY = f"{NET} --num-prompts 8 --group-size 4 --warmup-steps 40 --eval-episodes 16 --eval-samples 2"
@@ -27,20 +28,20 @@ LONGER = "--warmup-steps 200 --warmup-learning-rate 3e-3"  # Countdown's format 
 ADD = f"--env-id modular-addition {SHORT}"
 
 RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
-    "popo": f"{ADD} --exp-name a --seed 3 --warmup-learning-rate 3e-3 --learning-rate 3e-4 --lr-schedule linear --lr-warmup 0.2",
+    "popo": f"{ADD} --exp-name a --seed 3 --learning-rate 3e-4 --lr-schedule linear --lr-warmup 0.2",
     "grpo": f"{ADD} --method grpo --ent-coef 0 --max-grad-norm 0.5 --clip-low 0.1 --clip-high 0.1 --dual-clip 3",
     "filter": f"--env-id countdown-34 {SHORT} --method grpo-filter --format-reward 0.1 --updates-per-iteration 2 {LONGER}",
     "dapo": f"{ADD} --method dapo --max-gen-batches 3 --temperature 0.9 --eval-temperature 0.6",
     "stale": f"{ADD} --buffer-groups 100 --replay-age-min 3 --max-age 6 --max-reuse 2 --is-cap inf --is-level sequence",
-    "pi_old": f"{ADD} --replay ineff --objective pi_old --torch-threads 2",
+    "pi_old": f"{ADD} --replay ineff --objective pi_old --torch-threads 1",
     "behaviour": f"{ADD} --objective behaviour --is-level geometric",
 }
 SPECIAL = f"{ADD} --overwrite --resume --evaluate --track --wandb-project x --cuda"
 SPECIAL += " --model --max-number --response-length --micro-batch-groups --bf16"  # in test_popo_model.py
 
 RESULT_KEYS = set(
-    "env_id exp_name seed total_timesteps iterations updates eval_success_rate eval_return_mean eval_episodes train_return_mean "
-    "train_success_rate sps wall_seconds peak_memory_mb git_commit versions args curve".split()
+    "env_id exp_name seed total_timesteps iterations updates eval_success_rate eval_return_mean eval_episodes "
+    "train_return_mean train_success_rate sps wall_seconds peak_memory_mb git_commit versions args curve".split()
 )
 TIMING = {"sps", "wall_seconds", "peak_memory_mb", "git_commit"}
 
@@ -123,8 +124,7 @@ def test_replay_is_logged(finished):
     ages = [value for _, value in scalars["replay/mean_age"]]
     assert min(ages) >= 3 and max(value for _, value in scalars["replay/max_age"]) <= 6
     assert max(value for _, value in scalars["replay/reuse_count"]) <= 2
-    for tag in ("is/w_mean", "is/w_max", "is/frac_capped", "is/effective_sample_size", "is/kl_b_prox", "replay/pass_rate_stored"):
-        assert scalars[tag]
+    assert scalars.keys() >= {"is/w_mean", "is/w_max", "is/kl_b_prox", "replay/pass_rate_stored", "batch/refill_shortfall"}
     assert all(0 < value <= 1.001 for _, value in scalars["is/effective_sample_size"])
     assert all(value == 0 for _, value in scalars["is/frac_capped"])  # --is-cap inf
 
@@ -161,7 +161,7 @@ def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):
     first, _ = run_inline(tmp_path, f"{flags} --exp-name first")
     (cached,) = (tmp_path / "warmup").iterdir()
     before = cached.stat().st_mtime_ns
-    second, folder = run_inline(tmp_path, f"{flags} --exp-name second")
+    second, _ = run_inline(tmp_path, f"{flags} --exp-name second")
     grpo, _ = run_inline(tmp_path, f"{flags} --exp-name grpo --method grpo")
     assert cached.stat().st_mtime_ns == before and len([*(tmp_path / "warmup").iterdir()]) == 1
     assert first["curve"] == second["curve"] and first["curve"][0] == grpo["curve"][0]
@@ -174,7 +174,7 @@ def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):
 
 def test_warm_up_teaches_the_format_only():
     """From random weights hardly any response is well-formed; after it most are, at the chance level of correctness."""
-    args = popo.Args(hidden_size=64, num_layers=2, num_heads=2, warmup_steps=150, format_reward=0.1, warmup_learning_rate=3e-3)
+    args = popo.Args(hidden_size=48, num_layers=2, num_heads=2, warmup_steps=100, format_reward=0.1, warmup_learning_rate=5e-3)
     torch.manual_seed(0)
     task, policy = popo.make_task_and_policy(args)
     untrained = popo.evaluate(policy, task, args, 256)
@@ -259,13 +259,11 @@ def test_logprobs_of_training_are_at_the_sampling_temperature(tmp_path):
 
 @pytest.mark.parametrize("method", ["popo", "grpo"])
 def test_it_learns(method, tmp_path):
-    """Modular addition, a minute of nothing but the reward: far above the warm-up's pass rate, with the sign flipped below it."""
-    flags = "--env-id modular-addition --hidden-size 64 --num-layers 2 --num-heads 2 --warmup-steps 60 --learning-rate 1e-3"
-    flags += f" --num-prompts 32 --group-size 8 --total-timesteps 15000 --eval-every 0 --eval-episodes 64 --method {method}"
-    result, _ = run_inline(tmp_path, flags)
+    """Modular addition from nothing but the reward; with the sign flipped it gets worse instead."""
+    flags = f"--env-id modular-addition {NET} --warmup-steps 60 --learning-rate 3e-3 --total-timesteps 15000 --eval-every 0"
+    result, _ = run_inline(tmp_path, f"{flags} --eval-episodes 64 --eval-samples 8 --method {method}")
     start = result["curve"][0]["success_rate"]
-    assert start < 0.3
-    assert result["train_success_rate"] > start + 0.15
+    assert 0.1 < start < 0.2 and result["eval_success_rate"] > start + 0.08
 
 
 # -------------------- Resuming --------------------
@@ -276,7 +274,7 @@ def assert_equal_runs(folder, reference):
     for name in ("model.pt", "best_model.pt"):
         assert differences(read_pt(folder / name)["model"], read_pt(reference / name)["model"]) == []
     a, b = (read_json(path / "result.json") for path in (folder, reference))
-    assert {k: v for k, v in a.items() if k not in TIMING | {"args"}} == {k: v for k, v in b.items() if k not in TIMING | {"args"}}
+    assert a.keys() == b.keys() and all(a[key] == b[key] for key in a.keys() - TIMING - {"args"})
     a, b = (read_scalars(path) for path in (folder, reference))
     assert a.keys() == b.keys()
     for tag in b:
@@ -284,14 +282,18 @@ def assert_equal_runs(folder, reference):
             assert sorted(set(a[tag])) == b[tag], tag
 
 
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    return run_inline(tmp_path_factory.mktemp("short"), ADD)[1]
+
+
 class Crash(Exception):
     pass
 
 
 @pytest.mark.parametrize("calls", [1, 4, 7, 10])
-def test_resumed_run_equals_uninterrupted_one(calls, tmp_path, monkeypatch):
+def test_resumed_run_equals_uninterrupted_one(calls, tmp_path, monkeypatch, short_run):
     """Dies at some moment, continues from the last checkpoint, replay buffer included: bit for bit the same run."""
-    _, reference = run_inline(tmp_path / "reference", ADD)
     original, count = popo.generate_groups, []
 
     def crash(*args):
@@ -306,13 +308,20 @@ def test_resumed_run_equals_uninterrupted_one(calls, tmp_path, monkeypatch):
             run_inline(tmp_path / "crashed", ADD)
     time.sleep(1.0)  # TensorBoard orders event files by the second in their names
     _, folder = run_inline(tmp_path / "crashed", f"{ADD} --resume")
-    assert_equal_runs(folder, reference)
+    assert_equal_runs(folder, short_run)
+
+
+LONG = f"{ADD} --total-timesteps 2400 --eval-every 0"
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    return run_inline(tmp_path_factory.mktemp("long"), LONG)[1]
 
 
 @pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_a_signal(signum, expected, tmp_path):
-    flags = f"{ADD} --total-timesteps 6400"
-    process = start_script("popo_countdown", tmp_path / "stopped", *flags.split())
+def test_stopped_by_a_signal(signum, expected, tmp_path, long_run):
+    process = start_script("popo_countdown", tmp_path / "stopped", *LONG.split())
     for line in process.stdout:
         if "eval at" in line:
             break
@@ -320,9 +329,8 @@ def test_stopped_by_a_signal(signum, expected, tmp_path):
     output = process.communicate()[0]
     assert process.returncode == expected and "--resume" in output and "Traceback" not in output
     time.sleep(1.0)
-    _, folder = run_inline(tmp_path / "stopped", f"{flags} --resume")
-    _, reference = run_inline(tmp_path / "reference", flags)
-    assert_equal_runs(folder, reference)
+    _, folder = run_inline(tmp_path / "stopped", f"{LONG} --resume")
+    assert_equal_runs(folder, long_run)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
@@ -432,6 +440,6 @@ def test_copies_are_identical(name):
 
 def test_it_stands_alone():
     """No script of the project is imported, and transformers only where --model needs it."""
-    code = "import sys, popo_countdown; print(sorted({'transformers', 'wandb', 'gipo_continuous', 'tensorboard'} & set(sys.modules)))"
+    code = "import sys, popo_countdown; print(sorted({'transformers', 'wandb', 'gipo_continuous'} & set(sys.modules)))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.strip() == "[]", process.stderr
