@@ -52,7 +52,10 @@ fi
 # -------------------- The matrix --------------------
 script_of() { # method, regime -> script and flags
     local buffer rest
-    case $1 in # popo_countdown.py: each method is its own regime
+    case $1 in # popo_countdown.py: each method is its own regime; NAME-fast: three times the step size
+        grpo*-fast | dapo-fast | popo*-fast)
+            rest=$(script_of "${1%-fast}" "$2")
+            echo "$rest --learning-rate 3e-4" && return ;;
         grpo | grpo-filter | dapo | popo) echo "popo_countdown.py --method $1" && return ;;
         popo-stale) echo "popo_countdown.py --replay-age-min 10 --max-age 20 --buffer-groups 512" && return ;;
         popo-pi_old | popo-behaviour) echo "popo_countdown.py --objective ${1#popo-}" && return ;;

@@ -426,19 +426,21 @@ def plot_popo(methods: dict[str, list[dict]], axis_name: str, path: Path) -> Non
 
 
 def write_popo_report(args: Args, write) -> None:
-    """Table and plots of results/popo_countdown/, one set per task, length and algorithm version."""
+    """Table and plots of results/popo_countdown/, one set per task, length, step size and algorithm version."""
     folder, groups = Path(args.results) / "popo_countdown", collections.defaultdict(lambda: collections.defaultdict(list))
     for path in sorted(folder.glob("runs/*/*.json")):
         run = json.loads(path.read_text())
-        groups[run["env_id"], int(path.parent.name), run["versions"]["algorithm"]][run["exp_name"]].append(run)
-    for (env_id, steps, version), found in sorted(groups.items()):
-        methods, name = {method: found[method] for method in POPO_METHODS if method in found}, f"{env_id}-{steps}-v{version}"
+        group = run["env_id"], int(path.parent.name), run["args"]["learning_rate"], run["versions"]["algorithm"]
+        groups[group][run["exp_name"].removesuffix("-fast")].append(run)
+    for (env_id, steps, rate, version), found in sorted(groups.items()):
+        methods = {method: found[method] for method in POPO_METHODS if method in found}
+        name = f"{env_id}-{steps}-lr{rate:g}-v{version}"
         runs = [run for runs in methods.values() for run in runs]
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         heading = f"{len(runs)} runs, {len({run['seed'] for run in runs})} seeds, algorithm version {version}. Machine: "
         heading += f"{machines}. Held-out pass rate in percent, 95 % bootstrap intervals over the seeds. Written by report.py."
         plots = "\n\n".join(f"![pass rate against {axis}]({axis}-{name}.png)" for axis in ("rollouts", "updates"))
-        text = f"# {env_id}, {steps:,} rollouts\n\n{heading}\n\n{popo_table(methods)}\n\n{plots}\n"
+        text = f"# {env_id}, {steps:,} rollouts, step size {rate:g}\n\n{heading}\n\n{popo_table(methods)}\n\n{plots}\n"
         write(folder / f"benchmark-{name}.md", text)
         if not args.check:
             for axis in ("rollouts", "updates"):

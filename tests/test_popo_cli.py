@@ -36,7 +36,7 @@ RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
     "pi_old": f"{ADD} --replay ineff --objective pi_old --torch-threads 1",
     "behaviour": f"{ADD} --objective behaviour --is-level geometric",
 }
-SPECIAL = f"{ADD} --overwrite --resume --evaluate --track --wandb-project x --cuda"
+SPECIAL = f"{ADD} --overwrite --resume --evaluate --track --wandb-project --cuda"
 SPECIAL += " --model --max-number --response-length --micro-batch-groups --bf16"  # in test_popo_model.py
 
 RESULT_KEYS = set(
@@ -183,6 +183,24 @@ def test_warm_up_teaches_the_format_only():
     formed = [(r["return_mean"] - 0.9 * r["success_rate"]) / 0.1 for r in (untrained, trained)]
     assert formed[0] < 0.02 and formed[1] > 0.4
     assert trained["success_rate"] < 0.15 * formed[1]
+
+
+def test_track(tmp_path):
+    """The real package, offline: a run of the right name, with the configuration and the event file."""
+    flags = f"{ADD} --total-timesteps 64 --track --wandb-project paper".split()
+    environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    process, _ = run_script("popo_countdown", tmp_path / "runs", *flags, **environment)
+    assert process.returncode == 0, process.stderr
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert log.name == "run-modular-addition__popo__1.wandb"
+    content = log.read_bytes()
+    assert all(word in content for word in (b"paper", b"buffer_groups", b"batch/effective_frac_fresh", b"losses/policy_loss"))
+
+
+def test_progress_updates_in_place_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run_inline(tmp_path, f"{ADD} --total-timesteps 96")
+    assert capsys.readouterr().out.count("\rstep ") == 3
 
 
 # -------------------- Replay inside a run --------------------

@@ -16,7 +16,7 @@ import report
 def run(method, seed, curve, iterations=2):
     """Two iterations of 10 x 10 rollouts; `curve` is a list of (rollouts, updates, pass rate)."""
     keys = "rollouts", "updates", "success_rate"
-    args = {"num_prompts": 10, "group_size": 10, "total_timesteps": 200, "seed": seed, "exp_name": method}
+    args = {"num_prompts": 10, "group_size": 10, "total_timesteps": 200, "learning_rate": 1e-4}
     return {
         "env_id": "countdown-3",
         "exp_name": method,
@@ -67,12 +67,12 @@ def test_report_from_json_files_alone(tmp_path):
         for result in runs:
             (folder / f"{method}-{result['seed']}.json").write_text(json.dumps(result))
     args = report.Args(runs=str(tmp_path / "none"), results=str(tmp_path), readme=str(tmp_path / "README.md"))
-    assert report.write_report(args) == [str(tmp_path / "popo_countdown" / "benchmark-countdown-3-200-v1.md")]
-    text = (tmp_path / "popo_countdown" / "benchmark-countdown-3-200-v1.md").read_text()
+    assert report.write_report(args) == [str(tmp_path / "popo_countdown" / "benchmark-countdown-3-200-lr0.0001-v1.md")]
+    text = (tmp_path / "popo_countdown" / "benchmark-countdown-3-200-lr0.0001-v1.md").read_text()
     assert "6 runs, 2 seeds, algorithm version 1. Machine: abacus." in text and report.popo_table(METHODS) in text
     for axis in ("rollouts", "updates"):
-        assert (tmp_path / "popo_countdown" / f"{axis}-countdown-3-200-v1.png").stat().st_size > 10_000
-        assert f"({axis}-countdown-3-200-v1.png)" in text
+        assert (tmp_path / "popo_countdown" / f"{axis}-countdown-3-200-lr0.0001-v1.png").stat().st_size > 10_000
+        assert f"({axis}-countdown-3-200-lr0.0001-v1.png)" in text
     assert report.write_report(args) == []
 
 
