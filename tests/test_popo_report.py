@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -126,11 +125,11 @@ def test_committed_run(path):
 
 
 def test_the_committed_matrix_is_complete():
-    """Five seeds or more of every method that is reported: no run was dropped."""
+    """Five seeds or more of the four methods; of every method the seeds from 1 on without a gap: none was dropped."""
     seeds = {}
     for path in RESULTS:
         result = json.loads(path.read_text())
         seeds.setdefault((path.parent.name, result["exp_name"]), set()).add(result["seed"])
-    assert seeds and all(found >= {1, 2, 3, 4, 5} for found in seeds.values())
-    assert {name for _, name in seeds} >= {"grpo", "grpo-filter", "dapo", "popo"}
-    assert np.isfinite([json.loads(path.read_text())["eval_success_rate"] for path in RESULTS]).all()
+        assert 0 < result["eval_success_rate"] < 1
+    assert all(found == set(range(1, len(found) + 1)) for found in seeds.values())
+    assert all(len(seeds["51200", method]) >= 5 for method in ("grpo", "grpo-filter", "dapo", "popo"))
