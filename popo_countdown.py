@@ -6,7 +6,7 @@
                w = pi_prox / pi_behaviour (who wrote the response),  r = pi / pi_prox (pi_prox: policy before this update)
 
     python popo_countdown.py                        # --method {popo,grpo,grpo-filter,dapo}
-    -> DOCSTRING_NUMBER
+    -> from 8 % to 15 % of the held-out problems (5 seeds: 11 to 17 %), 1.5 to 4 minutes on one thread of a busy machine
 
 The task, Countdown in reverse Polish form ("3 5 7 = 2 2" -> "3 5 7 * + ..."), is generated on the fly and verified by a stack
 machine. The policy is a small GPT from scratch; a warm-up of next-token loss on random valid expressions with UNRELATED
