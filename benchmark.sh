@@ -5,6 +5,7 @@
 #   ./benchmark.sh main         the ten tasks of MT10, five seeds, all methods in the regimes fresh, recent, stale, very-stale
 #   ./benchmark.sh sweep        GIPO's sigma x sigma-neg-ratio x buffer size
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
+#   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
 #   ./benchmark.sh throughput   steps per second against the stock environment, and where the time goes
 #
 # Options: --tasks "a b"  --seeds "1 2"  --methods "ppo gipo"  --regimes "fresh stale"  --steps N  --workers N  --dry-run  --slurm
@@ -26,8 +27,9 @@ case "$suite" in
     main) tasks="$TEN" seeds="1 2 3 4 5" methods="ppo ppo-clip gipo sapo none $GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
     sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
     graphgpo) methods="grpo gigpo graphgpo" seeds="1 2 3 4 5 6 7 8 9 10" steps=32000 ;;
+    popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo or throughput"; exit 0 ;;
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc) dry_run="" slurm=""
@@ -52,6 +54,16 @@ fi
 # -------------------- The matrix --------------------
 script_of() { # method, regime -> script and flags
     local buffer rest
+    case $1 in # popo_countdown.py: each method is its own regime; NAME-fast: three times the step size
+        grpo*-fast | dapo-fast | popo*-fast)
+            rest=$(script_of "${1%-fast}" "$2")
+            echo "$rest --learning-rate 3e-4" && return ;;
+        grpo | grpo-filter | dapo | popo) echo "popo_countdown.py --method $1" && return ;;
+        popo-stale) echo "popo_countdown.py --replay-age-min 10 --max-age 20 --buffer-groups 512" && return ;;
+        popo-pi_old | popo-behaviour) echo "popo_countdown.py --objective ${1#popo-}" && return ;;
+        popo-ineff) echo "popo_countdown.py --replay ineff" && return ;;
+        popo-uncapped) echo "popo_countdown.py --is-cap inf" && return ;;
+    esac
     case $2 in
         fresh) buffer=0 ;; recent) buffer=5120 ;; stale) buffer=20000 ;; very-stale) buffer=100000 ;; on-policy) buffer=0 ;;
         *) die "--regimes: unknown regime '$2', choose from fresh recent stale very-stale" ;;
@@ -91,7 +103,8 @@ graphgpo_flags() { # method -> flags of graphgpo_sokoban.py
     esac
 }
 
-run_dir="runs/benchmark-$steps"
+run_dir="runs/benchmark-$steps" eval="--eval-every 0"
+[ "$suite" != popo ] || run_dir="runs/popo-$steps" eval="--eval-every 5120"
 commands=""
 if [ "$suite" = graphgpo ]; then
     run_dir="runs/graphgpo-sokoban" regimes=""
@@ -108,9 +121,10 @@ for seed in $seeds; do # seeds outside: every cell has a first number early
     for method in $methods; do
         for regime in $([ "$method" = ppo ] && echo on-policy || echo "$regimes"); do
             script=$(script_of "$method" "$regime")
+            [ "$regime" != - ] || regime=""
             for task in $tasks; do
-                commands+="$python $script --env-id $task --seed $seed --exp-name ${method}_$regime --total-timesteps $steps"
-                commands+=" --run-dir $run_dir --eval-every 0"$'\n'
+                commands+="$python $script --env-id $task --seed $seed --exp-name ${method}${regime:+_$regime} --total-timesteps $steps"
+                commands+=" --run-dir $run_dir $eval"$'\n'
             done
         done
     done

@@ -37,6 +37,17 @@ CURVES = {  # name in the JSON -> TensorBoard tag
 NOT_OUTCOME = set("run_dir resume overwrite evaluate eval_every checkpoint_every capture_video track wandb_project".split())
 NOT_OUTCOME |= {"torch_threads", "async_envs", "fast_env"}
 PAPER_METHODS = ["ppo-clip", "sapo", *(f"gipo-{sigma}-{ratio}" for sigma in (0.2, 0.5, "1.0") for ratio in (0.5, "1.0"))]
+POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours; the panel of the plots
+    "grpo": "methods",
+    "grpo-filter": "methods",
+    "dapo": "methods",
+    "popo": "methods and ablations",
+    "popo-stale": "ablations",
+    "popo-pi_old": "ablations",
+    "popo-behaviour": "ablations",
+    "popo-ineff": "ablations",
+    "popo-uncapped": "ablations",
+}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito, 2008
 
 
@@ -72,6 +83,7 @@ def stored_runs(args: Args) -> list[dict]:
         *Path(args.results).glob("graphgpo_sokoban/runs/*.json"),
         *Path(args.runs).glob("graphgpo-sokoban/*/result.json"),
     ]
+    paths += [*Path(args.results).glob("popo_countdown/runs/*/*.json"), *Path(args.runs).glob("popo-*/*/result.json")]
     return [json.loads(path.read_text()) for path in sorted(paths)]
 
 
@@ -129,6 +141,14 @@ def collect(args: Args) -> None:
         result["machine"] = cpu_name()
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result) + "\n")
+
+    for path in sorted(Path(args.runs).glob("popo-*/*/result.json")):
+        result = json.loads(path.read_text())
+        steps = str(result["args"]["total_timesteps"])
+        file = Path(args.results) / "popo_countdown" / "runs" / steps / f"{path.parent.name}.json"
+        if not file.exists() or identity(json.loads(file.read_text())) != identity(result):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(result | {"machine": cpu_name()}) + "\n")
 
 
 # -------------------- Statistics --------------------
@@ -470,6 +490,99 @@ def plot_graphgpo(methods: dict, path: Path) -> None:
     save(fig, path)
 
 
+# -------------------- POPO on Countdown --------------------
+def popo_curve(run: dict, axis: str, grid: np.ndarray) -> np.ndarray:
+    """Held-out pass rate of a run, interpolated at `grid` rollouts or updates."""
+    points = [(point[axis], point["success_rate"]) for point in run["curve"]]
+    return np.interp(grid, *np.array(points, dtype=float).T)
+
+
+def popo_rollouts(run: dict) -> int:
+    """Rollouts of a run at one batch per iteration, as all methods but DAPO make them."""
+    return run["iterations"] * run["args"]["num_prompts"] * run["args"]["group_size"]
+
+
+def percent(scores: np.ndarray, statistic=interquartile_mean) -> str:
+    """Statistic over the seeds and its 95 % bootstrap interval, in percent."""
+    low, high = bootstrap_interval([scores], statistic)
+    return f"{100 * statistic([scores]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def popo_table(methods: dict[str, list[dict]]) -> str:
+    """One row per method: pass rate at the end, at equal rollouts, area, against GRPO, and rollouts to DAPO's accuracy."""
+    columns = "method | runs | rollouts | at the end, IQM | at the end, mean | at equal rollouts, IQM"
+    columns += " | area at equal rollouts, IQM | P(area above GRPO's) | share of DAPO's rollouts to its accuracy"
+    rows = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
+    budget = min(popo_rollouts(run) for runs in methods.values() for run in runs)
+    grid = np.linspace(0, budget, GRID_POINTS + 1)
+    mean = lambda scores: float(np.mean(scores))  # noqa: E731
+    areas = {name: np.array([popo_curve(run, "rollouts", grid).mean() for run in runs]) for name, runs in methods.items()}
+    for name, runs in methods.items():
+        final = np.array([run["eval_success_rate"] for run in runs])
+        equal = np.array([popo_curve(run, "rollouts", np.array([budget]))[0] for run in runs])
+        row = [name, len(runs), f"{np.mean([run['total_timesteps'] for run in runs]):,.0f}"]
+        row += [percent(final), percent(final, mean), percent(equal), percent(areas[name]), "-", "-"]
+        if name != "grpo" and "grpo" in methods:
+            pair = [areas[name]], [areas["grpo"]]
+            row[-2] = span(probability_of_improvement(*pair), improvement_interval(*pair))
+        if name != "dapo" and "dapo" in methods:
+            target = np.mean([run["eval_success_rate"] for run in methods["dapo"]])
+            total = np.mean([run["total_timesteps"] for run in methods["dapo"]])
+            curve = np.mean([popo_curve(run, "rollouts", grid) for run in runs], axis=0)
+            reached = grid[curve >= target]
+            best = f"not reached: {final.mean() / target:.0%} of its accuracy"
+            row[-1] = f"{reached[0] / total:.0%}" if len(reached) else best
+        rows.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(rows)
+
+
+def plot_popo(methods: dict[str, list[dict]], axis_name: str, path: Path) -> None:
+    """Held-out pass rate against rollouts or updates: mean over the seeds, band of its 95 % bootstrap interval."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    for axis, panel in zip(axes, ("methods", "ablations"), strict=True):
+        for name in [name for name in methods if panel in POPO_METHODS[name]]:
+            grid = np.linspace(0, min(run["curve"][-1][axis_name] for run in methods[name]), GRID_POINTS + 1)
+            curves = 100 * np.array([popo_curve(run, axis_name, grid) for run in methods[name]])
+            rng = np.random.default_rng(0)
+            draws = [curves[rng.integers(0, len(curves), len(curves))].mean(0) for _ in range(1000)]
+            line = style(name, list(POPO_METHODS))
+            axis.plot(grid, curves.mean(0), linewidth=1.6, **line)
+            axis.fill_between(grid, *np.percentile(draws, [2.5, 97.5], axis=0), color=line["color"], alpha=0.15, linewidth=0)
+        axis.set_title(panel, fontsize=10)
+        axis.set_xlabel({"rollouts": "rollouts (responses)", "updates": "updates (gradient steps)"}[axis_name], fontsize=9)
+        if axis.lines:
+            axis.legend(fontsize=8)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.tick_params(labelsize=8)
+    axes[0].set_ylabel("held-out pass rate, %", fontsize=9)
+    fig.tight_layout()
+    save(fig, path)
+
+
+def write_popo_report(args: Args, write) -> None:
+    """Table and plots of results/popo_countdown/, one set per task, length, step size and algorithm version."""
+    folder, groups = Path(args.results) / "popo_countdown", collections.defaultdict(lambda: collections.defaultdict(list))
+    for path in sorted(folder.glob("runs/*/*.json")):
+        run = json.loads(path.read_text())
+        group = run["env_id"], int(path.parent.name), run["args"]["learning_rate"], run["versions"]["algorithm"]
+        groups[group][run["exp_name"].removesuffix("-fast")].append(run)
+    for (env_id, steps, rate, version), found in sorted(groups.items()):
+        methods = {method: found[method] for method in POPO_METHODS if method in found}
+        name = f"{env_id}-{steps}-lr{rate:g}-v{version}"
+        runs = [run for runs in methods.values() for run in runs]
+        machines = "; ".join(sorted({run["machine"] for run in runs}))
+        heading = f"{len(runs)} runs, {len({run['seed'] for run in runs})} seeds, algorithm version {version}. Machine: "
+        heading += f"{machines}. Held-out pass rate in percent, 95 % bootstrap intervals over the seeds. Written by report.py."
+        plots = "\n\n".join(f"![pass rate against {axis}]({axis}-{name}.png)" for axis in ("rollouts", "updates"))
+        text = f"# {env_id}, {steps:,} rollouts, step size {rate:g}\n\n{heading}\n\n{popo_table(methods)}\n\n{plots}\n"
+        write(folder / f"benchmark-{name}.md", text)
+        if not args.check:
+            for axis in ("rollouts", "updates"):
+                plot_popo(methods, axis, folder / f"{axis}-{name}.png")
+
+
 # -------------------- Report --------------------
 def write_report(args: Args) -> list[str]:
     """Tables, plots and the README block from the collected JSON files; the names of files whose text has changed."""
@@ -525,6 +638,7 @@ def write_report(args: Args) -> list[str]:
                     results / f"staleness-{name}.png",
                 )
         readme_block = f"{heading} {scope}\n\n{totals}\n\n![success in training](results/curves-{name}.png)\n"
+    write_popo_report(args, write)
     readme = Path(args.readme)
     if readme.exists() and readme_block:
         text = readme.read_text()

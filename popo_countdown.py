@@ -1,0 +1,1093 @@
+"""POPO: group-prioritised off-policy optimisation for reinforcement learning from verifiable rewards (arXiv 2606.01281).
+
+    advantage  A_i = (R_i - mean) / std over the k responses to one prompt; all right or all wrong: no gradient, "ineffective"
+    replay     every ineffective group is replaced by the newest effective group of a small FIFO buffer: no extra rollouts
+    loss       -mean over tokens of  min(w, C) * min(r A, clip(r, 1 - eps_lo, 1 + eps_hi) A)
+               w = pi_prox / pi_behaviour (who wrote the response),  r = pi / pi_prox (pi_prox: policy before this update)
+
+    python popo_countdown.py                        # --method {popo,grpo,grpo-filter,dapo}
+    -> from 8 % to 15 % of the held-out problems (5 seeds: 11 to 17 %), 1.5 to 4 minutes on one thread of a busy machine
+
+The task, Countdown in reverse Polish form ("3 5 7 = 2 2" -> "3 5 7 * + ..."), is generated on the fly and verified by a stack
+machine. The policy is a small GPT from scratch; a warm-up of next-token loss on random valid expressions with UNRELATED
+targets teaches it the format and nothing else. `--model Qwen/Qwen2.5-0.5B` trains a Hugging Face model on the same problems.
+
+What differs from GRPO:
+1. Groups without reward variance are replaced by stored ones: the batch stays full although most fresh groups teach nothing.
+2. Whole groups are replayed, with the advantages of their own time: nothing is normalised across policies.
+3. Three policies instead of two: w corrects for the behaviour policy, the clip stays centred on the proximal one.
+4. Recency is the priority: the newest groups first, since they are closest to the current policy.
+POPO's paper was not read in full, only its abstract and second-hand texts: the loss is the standard decoupled form (arXiv
+2110.00641, 2505.24298), and --is-cap, --is-level, --buffer-groups, --max-age, --max-reuse are this project's inferences.
+
+Docs: docs/popo_countdown.md.  Method: https://arxiv.org/abs/2606.01281
+"""
+
+import ast
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import operator
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
+MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
+VOCABULARY = "0123456789+-*="
+SIZES = {"countdown-3": (3,), "countdown-4": (4,), "countdown-34": (3, 4), "modular-addition": ()}  # how many numbers
+GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
+POPO_ONLY = "replay objective is_cap is_level buffer_groups replay_age_min max_age max_reuse".split()
+MODEL_ONLY = "max_number response_length micro_batch_groups bf16".split()
+
+
+@dataclass
+class Args:
+    # ---- experiment
+    exp_name: str = "popo"
+    """name of this experiment: the run lives in <run-dir>/{env_id}__{exp_name}__{seed}"""
+    seed: int = 1
+    """seed of the network, its warm-up, the problems and the sampling; equal for all methods of a comparison"""
+    run_dir: str = "runs"
+    """parent folder of all runs; also holds warmup/, the warmed-up weights that all methods of a seed start from"""
+    resume: bool = False
+    """continue an interrupted run exactly where its last checkpoint is; the arguments come from its args.json"""
+    overwrite: bool = False
+    """delete an existing run of the same name first"""
+    evaluate: str | None = None
+    """path of a model.pt: evaluate it on the held-out problems, and do nothing else"""
+    eval_every: int = 5_120
+    """rollouts between evaluations, at one batch per iteration as in --total-timesteps (0: only at the end)"""
+    eval_episodes: int = 512
+    """held-out problems of an evaluation, the same ones for every seed (0: never evaluate)"""
+    eval_samples: int = 4
+    """responses per held-out problem"""
+    eval_temperature: float = 1.0
+    """sampling temperature of evaluations; 1 measures the policy that is trained, the lab's scripts use 0.6"""
+    checkpoint_every: int = 12_800
+    """rollouts between checkpoints, at one batch per iteration"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project: str = "popo"
+    """Weights & Biases project"""
+
+    # ---- task
+    env_id: Literal["countdown-3", "countdown-4", "countdown-34", "modular-addition"] = "countdown-3"
+    """Countdown with 3, 4, or 3 and 4 numbers; or (a + b) mod p, a bandit with one answer token for quick checks"""
+    format_reward: float = 0.0
+    """reward of a well-formed wrong answer; 0.1 in the lab's Countdown, where it adds variance among wrong answers"""
+
+    # ---- policy
+    hidden_size: int = 96
+    """d: width of the GPT"""
+    num_layers: int = 3
+    """blocks of the GPT"""
+    num_heads: int = 4
+    """attention heads of the GPT"""
+    warmup_steps: int = 250
+    """steps of the format-only warm-up; 0 starts from random weights, which hardly ever write a valid expression"""
+    warmup_learning_rate: float = 1e-3
+    """Adam step size of the warm-up, falling linearly to 0"""
+    model: str | None = None
+    """a Hugging Face causal LM by name or folder instead of the GPT, with infix answers in <answer> tags (use --cuda)"""
+    max_number: int = 9
+    """largest number of a problem; above 9 only with --model, as the GPT's numbers are one digit (9 to 99)"""
+    response_length: int = 512
+    """most tokens of a response of --model (256 to 1024)"""
+    micro_batch_groups: int = 0
+    """groups per backward pass of --model, their gradients summed to one update: limits GPU memory (0: all at once)"""
+    bf16: bool = False
+    """autocast --model to bfloat16; log-probabilities stay float32"""
+
+    # ---- algorithm
+    method: Literal["popo", "grpo", "grpo-filter", "dapo"] = "popo"
+    """what becomes of ineffective groups: replaced by replay, kept (no gradient), dropped, or resampled with more rollouts"""
+    total_timesteps: int = 51_200
+    """rollouts (responses) of the whole run at one batch per iteration; dapo makes as many iterations, with more rollouts"""
+    num_prompts: int = 32
+    """prompts per iteration (256 in the paper's Countdown)"""
+    group_size: int = 8
+    """k: responses per prompt (4 to 32)"""
+    updates_per_iteration: int = 4
+    """gradient steps per iteration; each group is in one of them"""
+    learning_rate: float = 1e-4
+    """Adam step size (1e-4 to 3e-4 for the GPT, 1e-6 for --model)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the step size falls to 0 over the run"""
+    lr_warmup: float = 0.0
+    """share of the run over which the step size rises linearly to its value"""
+    clip_low: float = 0.2
+    """eps_lo: the ratio is clipped at 1 - eps_lo where A < 0"""
+    clip_high: float = 0.28
+    """eps_hi: the ratio is clipped at 1 + eps_hi where A > 0 (DAPO's clip-higher, for every method)"""
+    dual_clip: float = 10.0
+    """lower bound of the objective at A < 0: dual_clip * A, before the weight w"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus (0.003 to 0.03 for the GPT, which otherwise stops exploring; 0.001 for --model)"""
+    max_grad_norm: float = 1.0
+    """gradient norm limit"""
+    temperature: float = 1.0
+    """sampling temperature of training; all log-probabilities are of this distribution"""
+    max_gen_batches: int = 10
+    """dapo: most batches generated in one iteration"""
+
+    # ---- POPO
+    replay: Literal["popo", "ineff"] = "popo"
+    """what is stored: effective groups, or (ablation) any group"""
+    objective: Literal["decoupled", "pi_old", "behaviour"] = "decoupled"
+    """decoupled; or ablations: replay treated as on-policy (w = 1), or ratio and clip against the behaviour policy"""
+    is_cap: float = 2.0
+    """C: largest importance weight w; inf: none (inferred, 1 to 5)"""
+    is_level: Literal["token", "sequence", "geometric"] = "token"
+    """w of each token, their product over the response, or its geometric mean (inferred)"""
+    buffer_groups: int = 64
+    """groups in the buffer (inferred: 2 batches)"""
+    replay_age_min: int = 1
+    """youngest age of a replayed group, in iterations; the stale ablation uses 10 with a larger buffer and --max-age"""
+    max_age: int = 10
+    """older groups are evicted, in iterations (inferred)"""
+    max_reuse: int = 4
+    """most times that one group is replayed (inferred)"""
+
+    # ---- runtime
+    cuda: bool = False
+    """run the network on the GPU: does not pay for the small GPT"""
+    torch_threads: int = 1
+    """CPU threads of PyTorch; 1 lets several runs share a machine"""
+
+
+# -------------------- Tasks --------------------
+def run_stack_machine(codes: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Evaluate reverse Polish expressions: (B, L) -> value (B,), and whether exactly one value is left after valid steps.
+
+    A code is a number (0 or more) or -1, -2, -3 for + - *; anything below is invalid. `mask` ends each expression.
+    """
+    stack = codes.new_zeros(len(codes), codes.shape[1] + 2)
+    size, valid = codes.new_zeros(len(codes)), torch.ones(len(codes), dtype=torch.bool, device=codes.device)
+    for code, active in zip(codes.unbind(1), mask.unbind(1), strict=True):
+        is_number = code >= 0
+        right, left = (stack.gather(1, (size - i).clamp(min=0).unsqueeze(1)).squeeze(1) for i in (1, 2))
+        results = torch.stack([code, left + right, left - right, left * right])
+        value = results.gather(0, (-code.clamp(-3, 0)).unsqueeze(0)).squeeze(0)
+        valid = valid & (~active | is_number | ((code >= -3) & (size >= 2)))
+        push_at, active = torch.where(is_number, size, size - 2), active & valid
+        stack = torch.where(active[:, None], stack.scatter(1, push_at.clamp(min=0).unsqueeze(1), value.unsqueeze(1)), stack)
+        size = torch.where(active, push_at + 1, size)
+    return stack[:, 0], valid & (size == 1)
+
+
+def verify_rpn(numbers, target, tokens, mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Responses of the GPT: -> correct, well-formed (B,). Well-formed: a valid expression that uses each number exactly once.
+
+    `numbers` (B, n) is padded with 0, which is never one of them; `target` (B,); `tokens` and `mask` (B, L).
+    """
+    codes = torch.where(tokens < 10, tokens, 9 - tokens)
+    value, valid = run_stack_machine(codes, mask)
+    used = F.one_hot(torch.where(mask & (tokens < 10), tokens, 10), 11)[:, :, :10].sum(1)
+    given = F.one_hot(numbers, 10).sum(1)
+    given[:, 0] = 0
+    well_formed = valid & (used == given).all(1)
+    return well_formed & (value == target), well_formed
+
+
+def verify_infix(numbers: list[int], target: int, text: str) -> tuple[bool, bool]:
+    """A text: -> correct, well-formed. Its last <answer>...</answer> must use each number exactly once, with + - * /."""
+    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+    used = []
+
+    def value_of(node) -> Fraction:
+        if isinstance(node, ast.BinOp) and type(node.op) in operators:
+            return operators[type(node.op)](value_of(node.left), value_of(node.right))
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return Fraction(node.value)
+        raise ValueError("not arithmetic")
+
+    answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    try:
+        value = value_of(ast.parse(answers[-1].strip()[:200], mode="eval").body)
+    except (IndexError, SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
+        return False, False
+    well_formed = sorted(used) == sorted(numbers)
+    return well_formed and value == target, well_formed
+
+
+def problem_keys(numbers: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """One integer per problem (B,), the same for every order of its numbers."""
+    keys = target.clone()
+    for column in numbers.sort(1).values.unbind(1):
+        keys = keys * 100 + column
+    return keys
+
+
+def held_out(keys: torch.Tensor) -> torch.Tensor:
+    """A fixed tenth of all problems, never trained on whatever the seed (multiplicative hash)."""
+    return ((keys * 2654435761) >> 16) % 10 == 0
+
+
+class Countdown:
+    """Problems "a b c = t t" for the GPT, solved by reverse Polish expressions of exactly 2n - 1 tokens."""
+
+    def __init__(self, args):
+        self.sizes, self.max_number, self.format_reward = SIZES[args.env_id], args.max_number, args.format_reward
+        self.width, self.eos = max(self.sizes), -1  # no end token: the length is known
+        self.shapes = {}  # all orders of numbers (False) and operators (True) that are valid reverse Polish
+        for n in self.sizes:
+            orders = set(itertools.permutations([False] * n + [True] * (n - 1)))
+            valid = [o for o in sorted(orders) if min(itertools.accumulate(-1 if op else 1 for op in o)) >= 1]
+            self.shapes[n] = torch.tensor(valid)
+
+    def random_expressions(self, count: int, n: int, generator=None) -> dict[str, torch.Tensor]:
+        """`count` random valid expressions of n numbers, padded to the task's width."""
+        numbers = torch.randint(1, self.max_number + 1, (count, n), generator=generator)
+        operators = torch.randint(-3, 0, (count, n - 1), generator=generator)
+        is_operator = self.shapes[n][torch.randint(len(self.shapes[n]), (count,), generator=generator)]
+        codes = torch.where(
+            is_operator,
+            operators.gather(1, (is_operator.cumsum(1) - 1).clamp(min=0)),
+            numbers.gather(1, ((~is_operator).cumsum(1) - 1).clamp(min=0)),
+        )
+        target, _ = run_stack_machine(codes, torch.ones_like(codes, dtype=torch.bool))
+        shuffled = numbers.gather(1, torch.rand(count, n, generator=generator).argsort(1))
+        pad = self.width - n
+        return {
+            "numbers": F.pad(shuffled, (0, pad)),  # 0: there is no such number
+            "target": target,
+            "codes": F.pad(codes, (0, 2 * pad)),
+            "lengths": torch.full((count,), 2 * n - 1),
+        }
+
+    def problems(self, count: int, test: bool, generator=None) -> dict[str, torch.Tensor]:
+        """`count` solvable problems with targets 0 to 99, all held out (`test`) or none; each with one solution in `codes`."""
+        found, parts = 0, []
+        while found < count:
+            drawn = [self.random_expressions(4 * count, n, generator) for n in self.sizes]
+            mixed = {key: torch.cat([part[key] for part in drawn]) for key in drawn[0]}
+            order = torch.randperm(len(mixed["target"]), generator=generator)
+            keys = problem_keys(mixed["numbers"], mixed["target"])
+            kept = (mixed["target"] >= 0) & (mixed["target"] < 100) & (held_out(keys) == test)
+            order = order[kept[order]]
+            parts.append({key: value[order] for key, value in mixed.items()} | {"keys": keys[order]})
+            found += len(order)
+        return {key: torch.cat([part[key] for part in parts])[:count] for key in parts[0]}
+
+    def prompts(self, problems) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and mask (P, Lp): the numbers, `=`, two digits of the target."""
+        target = problems["target"]
+        equals = torch.full_like(target, VOCABULARY.index("="))
+        tokens = torch.cat([problems["numbers"], torch.stack([equals, target // 10, target % 10], 1)], 1)
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+    def rewards(self, problems, responses, mask) -> torch.Tensor:
+        """(P, k) of responses (P, k, L)."""
+        k = responses.shape[1]
+        numbers, target = (problems[key].repeat_interleave(k, 0) for key in ("numbers", "target"))
+        correct, well_formed = verify_rpn(numbers, target, responses.flatten(0, 1), mask.flatten(0, 1))
+        return torch.where(correct, 1.0, self.format_reward * well_formed).view(-1, k)
+
+    def examples(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prompts, responses and mask of the warm-up: valid expressions of the prompt's numbers, with another one's target."""
+        problems = self.problems(count, test=False)
+        expressions = torch.where(problems["codes"] < 0, 9 - problems["codes"], problems["codes"])
+        mask = torch.arange(expressions.shape[1]) < problems["lengths"][:, None]
+        problems["target"] = problems["target"][torch.randperm(count)]
+        return self.prompts(problems)[0], expressions, mask
+
+
+class ModularAddition(Countdown):
+    """Prompts "a b p =", answer (a + b) mod p in one token, p from 2 to 9: a random valid digit is right with chance 1 / p."""
+
+    def __init__(self, args):
+        self.format_reward, self.eos = args.format_reward, -1
+
+    def problems(self, count: int, test: bool, generator=None):
+        cube = torch.cartesian_prod(torch.arange(10), torch.arange(10), torch.arange(2, 10))
+        keys = cube @ torch.tensor([10_000, 100, 1])
+        kept = (held_out(keys) == test).nonzero().squeeze(1)
+        chosen = kept[torch.randint(len(kept), (count,), generator=generator)]
+        target = (cube[chosen, 0] + cube[chosen, 1]) % cube[chosen, 2]
+        return {"numbers": cube[chosen], "target": target, "keys": keys[chosen], "lengths": torch.ones_like(target)}
+
+    def prompts(self, problems):
+        tokens = F.pad(problems["numbers"], (0, 1), value=VOCABULARY.index("="))
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+    def rewards(self, problems, responses, mask):
+        token, target, p = responses[:, :, 0], problems["target"][:, None], problems["numbers"][:, 2:]
+        return torch.where(token == target, 1.0, self.format_reward * (token < p))
+
+    def examples(self, count: int):
+        problems = self.problems(count, test=False)
+        answers = (torch.rand(count) * problems["numbers"][:, 2]).long().unsqueeze(1)
+        return self.prompts(problems)[0], answers, torch.ones_like(answers, dtype=torch.bool)
+
+
+class TextCountdown(Countdown):
+    """The same problems as text for a Hugging Face model, solved by an infix expression in <answer> tags."""
+
+    def __init__(self, args, tokenizer):
+        super().__init__(args)
+        self.tokenizer, self.response_length, self.eos = tokenizer, args.response_length, tokenizer.eos_token_id
+
+    def problems(self, count, test, generator=None):
+        problems = super().problems(count, test, generator)
+        return problems | {"lengths": torch.full((count,), self.response_length)}
+
+    def prompts(self, problems):
+        """Padded on the left, so that every response starts at the same position."""
+        rows = []
+        for numbers, target in zip(problems["numbers"].tolist(), problems["target"].tolist(), strict=True):
+            text = f"Using each of the numbers {[n for n in numbers if n]} exactly once and + - * / with brackets, write an "
+            text += f"expression that equals {target}. Think step by step, then give the expression as <answer>1 + 2</answer>."
+            if self.tokenizer.chat_template:
+                messages = [{"role": "user", "content": text}]
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            rows.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        width = max(map(len, rows))
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        return tokens, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+
+    def rewards(self, problems, responses, mask):
+        rewards = torch.zeros(responses.shape[:2])
+        for p, j in itertools.product(*map(range, responses.shape[:2])):
+            text = self.tokenizer.decode(responses[p, j][mask[p, j]], skip_special_tokens=True)
+            numbers = [n for n in problems["numbers"][p].tolist() if n]
+            correct, well_formed = verify_infix(numbers, int(problems["target"][p]), text)
+            rewards[p, j] = 1.0 if correct else self.format_reward * well_formed
+        return rewards
+
+
+# -------------------- Policies --------------------
+class Block(nn.Module):
+    """Pre-norm transformer block with a key-value cache."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x, past, mask):
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, heads, L, head_dim)
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(self.norm2(x)))), (key, value)
+
+
+class GPT(nn.Module):
+    """A small causal transformer over VOCABULARY. The k responses of a group share one pass over their prompt."""
+
+    def __init__(self, context: int, args):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(len(VOCABULARY), args.hidden_size), nn.Embedding(context, args.hidden_size)
+        self.blocks = nn.ModuleList(Block(args.hidden_size, args.num_heads) for _ in range(args.num_layers))
+        self.norm, self.head = nn.LayerNorm(args.hidden_size), nn.Linear(args.hidden_size, len(VOCABULARY), bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # GPT-2's initialisation, the outputs of the residual branches scaled down
+                residual = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * args.num_layers) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens, past=None):
+        """(B, L) -> logits (B, L, V), cache of keys and values."""
+        length, start = tokens.shape[1], 0 if past is None else past[0][0].shape[2]
+        x = self.embed(tokens) + self.position.weight[start : start + length]
+        mask = None
+        if length > 1:
+            mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
+        cache = []
+        for i, block in enumerate(self.blocks):
+            x, keys_values = block(x, None if past is None else past[i], mask)
+            cache.append(keys_values)
+        return self.head(self.norm(x)), cache
+
+    def prefill(self, prompts, prompt_mask, group_size: int):
+        """Logits of the first response token and the cache, one row per response: (P * k, V)."""
+        logits, cache = self(prompts)
+        cache = [tuple(part.repeat_interleave(group_size, 0) for part in layer) for layer in cache]
+        return logits[:, -1].repeat_interleave(group_size, 0), cache
+
+    def step(self, tokens, cache):
+        """Logits after one more token per row, (B,) -> (B, V), and the longer cache."""
+        logits, cache = self(tokens.unsqueeze(1), cache)
+        return logits[:, 0], cache
+
+    def response_logits(self, prompts, prompt_mask, responses):
+        """Logits that predict every response token, teacher-forced: (P, Lp), (P, k, L) -> (P, k, L, V)."""
+        logits, cache = self.prefill(prompts, prompt_mask, responses.shape[1])
+        logits = logits.unsqueeze(1)
+        if responses.shape[2] > 1:
+            logits = torch.cat([logits, self(responses.flatten(0, 1)[:, :-1], cache)[0]], 1)
+        return logits.unflatten(0, responses.shape[:2])
+
+
+class HuggingFacePolicy(nn.Module):
+    """A causal language model of the transformers library behind the same three methods."""
+
+    def __init__(self, model, bf16: bool):
+        super().__init__()
+        self.model, self.bf16 = model, bf16
+
+    def call(self, tokens, mask, **kwargs):
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # padding on the left is not counted
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, **kwargs)
+
+    def prefill(self, prompts, prompt_mask, group_size):
+        out = self.call(prompts, prompt_mask, use_cache=True, logits_to_keep=1)
+        out.past_key_values.batch_repeat_interleave(group_size)
+        mask = prompt_mask.repeat_interleave(group_size, 0)
+        return out.logits[:, -1].repeat_interleave(group_size, 0), (out.past_key_values, mask)
+
+    def step(self, tokens, cache):
+        past, mask = cache
+        mask = F.pad(mask, (0, 1), value=True)
+        out = self.call(tokens.unsqueeze(1), mask, past_key_values=past, use_cache=True)
+        return out.logits[:, -1], (out.past_key_values, mask)
+
+    def response_logits(self, prompts, prompt_mask, responses):
+        k, length = responses.shape[1:]
+        tokens = torch.cat([prompts.repeat_interleave(k, 0), responses.flatten(0, 1)], 1)[:, :-1]
+        mask = F.pad(prompt_mask.repeat_interleave(k, 0), (0, length - 1), value=True)
+        out = self.call(tokens, mask, use_cache=False, logits_to_keep=length)
+        return out.logits.unflatten(0, (-1, k))
+
+
+def make_task_and_policy(args):
+    """The task and its policy, the latter on the CPU; ValueError if --model cannot be loaded."""
+    if args.model is None:
+        task = ModularAddition(args) if args.env_id == "modular-addition" else Countdown(args)
+        return task, GPT(4 if args.env_id == "modular-addition" else 3 * task.width + 1, args)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    except Exception as error:
+        message = f"--model {args.model} cannot be loaded ({type(error).__name__}): give a causal language model of the "
+        raise ValueError(message + "Hugging Face hub, or the folder of one") from error
+    return TextCountdown(args, tokenizer), HuggingFacePolicy(model.eval(), args.bf16)
+
+
+@torch.no_grad()
+def sample(policy, prompts, prompt_mask, group_size: int, lengths, eos: int, temperature: float, generator=None):
+    """k responses per prompt: -> tokens, mask, log-probs of the sampling distribution, all (P, k, L).
+
+    `lengths` (P,) limits each response; one ends earlier after an `eos`, which belongs to it. The mask is True up to there.
+    """
+    logits, cache = policy.prefill(prompts, prompt_mask, group_size)
+    limit, longest = lengths.repeat_interleave(group_size), int(lengths.max())
+    alive = torch.ones(len(limit), dtype=torch.bool, device=limit.device)
+    columns = []
+    for t in range(longest):
+        logprobs = torch.log_softmax(logits.float() / temperature, -1)
+        noise = torch.empty_like(logprobs).exponential_(generator=generator)
+        alive = alive & (t < limit)
+        token = torch.where(alive, (logprobs - noise.log()).argmax(-1), 0)  # Gumbel-max: a sample of softmax(logprobs)
+        columns.append((token, alive, logprobs.gather(1, token.unsqueeze(1)).squeeze(1) * alive))
+        alive = alive & (token != eos)
+        if t + 1 == longest or not alive.any():
+            break
+        logits, cache = policy.step(token, cache)
+    pad = (0, longest - len(columns))
+    return tuple(F.pad(torch.stack(column, 1), pad).unflatten(0, (-1, group_size)) for column in zip(*columns, strict=True))
+
+
+def response_logprobs(policy, batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies of a batch's response tokens under the sampling distribution of `policy`, both (P, k, L)."""
+    logits = policy.response_logits(batch["prompts"], batch["prompt_mask"], batch["responses"])
+    logprobs = torch.log_softmax(logits.float() / temperature, -1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1) * batch["mask"]
+    return logprobs.gather(-1, batch["responses"].unsqueeze(-1)).squeeze(-1) * batch["mask"], entropy
+
+
+def warm_up(policy, task, args) -> float:
+    """Next-token loss on valid expressions with unrelated targets: teaches the format only. -> the last loss."""
+    optimizer, loss = torch.optim.Adam(policy.parameters(), lr=0.0, fused=True), torch.tensor(math.nan)
+    for step in range(args.warmup_steps):
+        optimizer.param_groups[0]["lr"] = args.warmup_learning_rate * (1 - step / args.warmup_steps)
+        prompts, responses, mask = (x.to(next(policy.parameters()).device) for x in task.examples(256))
+        batch = {"prompts": prompts, "prompt_mask": None, "responses": responses[:, None], "mask": mask[:, None]}
+        loss = -response_logprobs(policy, batch, 1.0)[0].sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+    return loss.item()
+
+
+# -------------------- Groups, replay, objective --------------------
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """(R - mean) / std over the last dimension, the responses of one prompt; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    if rewards.shape[-1] == 1:
+        return centred
+    return centred / (rewards.std(-1, keepdim=True) + 1e-6)  # the sample standard deviation (ddof 1), as in verl
+
+
+def is_effective(rewards: torch.Tensor) -> torch.Tensor:
+    """Groups with reward variance, (P, k) -> (P,): all the others have advantage 0 and teach nothing."""
+    return rewards.var(-1, correction=0) > 1e-12
+
+
+class GroupBuffer:
+    """FIFO of whole groups, each a dict of tensors plus `key` (its problem), `version` (iteration that wrote it), `reuse`.
+
+    The priority is recency: `select` takes the newest groups that are old enough, not worn out, and not of a problem that the
+    batch has already. Only fresh groups are pushed, after the selection: replay never makes a group younger, and no group
+    replaces one of its own batch.
+    """
+
+    def __init__(self, capacity: int, age_min: int, max_age: int, max_reuse: int):
+        self.groups = collections.deque(maxlen=capacity)
+        self.age_min, self.max_age, self.max_reuse = age_min, max_age, max_reuse
+
+    def select(self, count: int, iteration: int, taken_keys) -> list[dict]:
+        """At most `count` groups for this iteration, newest first; fewer if the buffer is short. Evicts what is too old."""
+        while self.groups and iteration - self.groups[0]["version"] > self.max_age:
+            self.groups.popleft()
+        taken, chosen = set(taken_keys), []
+        for group in reversed(self.groups):
+            if len(chosen) == count:
+                break
+            old_enough = iteration - group["version"] >= self.age_min
+            if old_enough and group["reuse"] < self.max_reuse and group["key"] not in taken:
+                group["reuse"] += 1
+                taken.add(group["key"])
+                chosen.append(group)
+        return chosen
+
+    def push(self, groups: list[dict]) -> None:
+        """Store fresh groups; the oldest fall out at the other end."""
+        self.groups.extend(groups)
+
+
+def stack_groups(groups: list[dict], device) -> dict[str, torch.Tensor]:
+    """One batch of groups, prompts padded on the left to one width; `versions` (P,)."""
+    width = max(len(group["prompts"]) for group in groups)
+    batch = {"versions": torch.tensor([group["version"] for group in groups], device=device)}
+    for key in ("prompts", "prompt_mask"):
+        batch[key] = torch.stack([F.pad(group[key], (width - len(group[key]), 0)) for group in groups]).to(device)
+    for key in ("responses", "mask", "logprobs", "rewards", "advantages"):
+        batch[key] = torch.stack([group[key] for group in groups]).to(device)
+    return batch
+
+
+def importance_weight(prox_logprobs, behaviour_logprobs, mask, is_level: str) -> torch.Tensor:
+    """w = pi_prox / pi_behaviour, uncapped, (..., L): per token, or the same for all tokens of a response."""
+    logratio = (prox_logprobs - behaviour_logprobs).detach() * mask
+    if is_level == "sequence":
+        logratio = logratio.sum(-1, keepdim=True).expand_as(logratio)
+    elif is_level == "geometric":
+        logratio = (logratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(logratio)
+    return logratio.clamp(max=MAX_LOG_COEF).exp()
+
+
+def policy_objective(logprobs, prox_logprobs, behaviour_logprobs, advantages, mask, args):
+    """Per-token surrogate to maximise, its ratio and its uncapped weight w, all (..., L); `advantages` broadcasts to it."""
+    centre = behaviour_logprobs if args.objective == "behaviour" else prox_logprobs
+    ratio = (logprobs - centre).clamp(max=MAX_LOG_COEF).exp()
+    clipped = ratio.clamp(1.0 - args.clip_low, 1.0 + args.clip_high)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    objective = torch.where(advantages < 0, torch.maximum(objective, args.dual_clip * advantages), objective)
+    weight = importance_weight(prox_logprobs, behaviour_logprobs, mask, args.is_level)
+    if args.objective == "decoupled":
+        objective = weight.clamp(max=args.is_cap) * objective
+    return objective, ratio, weight
+
+
+def generate_groups(policy, task, args, iteration: int, device) -> list[dict]:
+    """One batch of fresh groups, on the CPU, as the buffer stores them."""
+    problems = task.problems(args.num_prompts, test=False)
+    prompts, prompt_mask = task.prompts(problems)
+    sampling = prompts.to(device), prompt_mask.to(device), args.group_size, problems["lengths"].to(device), task.eos
+    responses, mask, logprobs = (x.cpu() for x in sample(policy, *sampling, args.temperature))
+    rewards = task.rewards(problems, responses, mask)
+    batch = {"prompts": prompts, "prompt_mask": prompt_mask, "responses": responses, "mask": mask, "logprobs": logprobs}
+    batch |= {"rewards": rewards, "advantages": group_advantages(rewards)}
+    keys = problems["keys"].tolist()
+    return [
+        {name: value[i].clone() for name, value in batch.items()} | {"key": keys[i], "version": iteration, "reuse": 0}
+        for i in range(args.num_prompts)
+    ]
+
+
+# -------------------- Evaluation and files --------------------
+@torch.no_grad()
+def evaluate(policy, task, args, num_problems: int, stop_signals=()) -> dict:
+    """Sample `eval_samples` responses to each of the first `num_problems` held-out problems, with generators of its own.
+
+    Returns `success_rate` (mean over all responses: pass@1), `return_mean` and `episodes`. Ends early once a signal arrived.
+    """
+    device = next(policy.parameters()).device
+    problem_generator, generator = torch.Generator().manual_seed(10_000), torch.Generator(device).manual_seed(10_001)
+    problems, rewards = task.problems(num_problems, test=True, generator=problem_generator), []
+    for chunk in torch.arange(num_problems).split(512 if args.model is None else args.num_prompts):
+        if stop_signals:
+            break
+        part = {name: value[chunk] for name, value in problems.items()}
+        prompts, prompt_mask = (x.to(device) for x in task.prompts(part))
+        sampling = prompts, prompt_mask, args.eval_samples, part["lengths"].to(device), task.eos, args.eval_temperature
+        responses, mask, _ = (x.cpu() for x in sample(policy, *sampling, generator))
+        rewards.append(task.rewards(part, responses, mask))
+    if not rewards:
+        return {"success_rate": None, "return_mean": None, "episodes": 0}
+    rewards = torch.cat(rewards)
+    return {
+        "success_rate": (rewards >= 1).float().mean().item(),
+        "return_mean": rewards.mean().item(),
+        "episodes": rewards.numel(),
+    }
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write tensors and plain types so that the file is complete or absent, whenever the process dies."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, device="cpu") -> dict:
+    """Read what save_checkpoint wrote; ValueError if the file is missing or damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"cannot read {path} ({type(error).__name__}): give a .pt file written by this script") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def git_commit() -> str | None:
+    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository."""
+    command, folder = "git describe --always --dirty --abbrev=40 --exclude=*", Path(__file__).resolve().parent
+    try:
+        return subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save_models(run_folder: Path, agent, config: dict, evaluation: dict, global_step: int) -> None:
+    """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
+    score = [-1.0 if evaluation["success_rate"] is None else evaluation["success_rate"], evaluation["return_mean"]]
+    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": score}
+    save_checkpoint(run_folder / "model.pt", model)
+    best = run_folder / "best_model.pt"
+    if not best.exists() or score > load_checkpoint(best)["score"]:
+        save_checkpoint(best, model)
+
+
+def check_args(args) -> None:
+    """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
+    positive = "total_timesteps eval_samples eval_temperature checkpoint_every hidden_size num_layers num_heads num_prompts"
+    positive += " warmup_learning_rate response_length updates_per_iteration learning_rate clip_low clip_high dual_clip"
+    positive += (
+        " max_grad_norm temperature max_gen_batches is_cap buffer_groups replay_age_min max_age max_reuse torch_threads"
+    )
+    limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
+    limits |= {"lr_warmup": (0, 1, "between 0 and 1"), "max_number": (9, 99, "between 9 and 99")}
+    limits |= {"group_size": (2, math.inf, "2 or more: an advantage is a comparison within the group")}
+    limits |= {"format_reward": (0, 0.99, "from 0 to below 1, the reward of a correct answer")}
+    not_negative = "seed eval_every eval_episodes warmup_steps ent_coef micro_batch_groups"
+    limits |= dict.fromkeys(not_negative.split(), (0, math.inf, "0 or more"))
+    for name, (low, high, words) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+    for names, used, needs in (
+        (GPT_ONLY, args.model is None, "belongs to the GPT: drop it or --model"),
+        (MODEL_ONLY, args.model is not None, "needs --model"),
+        (POPO_ONLY, args.method == "popo", "needs --method popo"),
+        (["max_gen_batches"], args.method == "dapo", "needs --method dapo"),
+    ):
+        for name in names:
+            if not used and getattr(args, name) != getattr(Args, name):
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} {needs}")
+    if args.hidden_size % args.num_heads:
+        raise ValueError(f"--hidden-size {args.hidden_size} must be a multiple of --num-heads {args.num_heads}")
+    if args.updates_per_iteration > args.num_prompts:
+        raise ValueError(
+            f"--updates-per-iteration {args.updates_per_iteration} must not exceed --num-prompts {args.num_prompts}"
+        )
+    if args.replay_age_min > args.max_age:
+        raise ValueError(
+            f"--replay-age-min {args.replay_age_min} must not exceed --max-age {args.max_age}, or nothing is replayed"
+        )
+    if args.model and args.env_id == "modular-addition":
+        raise ValueError("--model works on the Countdown tasks: choose one of them with --env-id")
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
+    for flag, package in (("track", "wandb"), ("model", "transformers")):
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+
+
+def saved_args(args, run_folder: Path):
+    """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
+    if not run_folder.exists():
+        raise ValueError(f"--resume: there is no {run_folder}; check the flags that name it, or drop --resume")
+    if not (run_folder / "args.json").exists():
+        return args
+    saved = json.loads((run_folder / "args.json").read_text())
+    if set(saved) != set(vars(args)):
+        raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
+    for field in dataclasses.fields(args):
+        given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
+        if field.name not in own and given != field.default and given != saved[field.name]:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[field.name]}: drop the flag")
+    return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
+
+
+def evaluate_saved_model(args) -> dict:
+    """`--evaluate model.pt`: pass rate on the held-out problems."""
+    path = Path(args.evaluate)
+    saved = load_checkpoint(path)
+    if not isinstance(saved, dict) or set(saved.get("args", ())) != set(vars(args)):
+        raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
+    own = {name: getattr(args, name) for name in "eval_episodes eval_samples eval_temperature torch_threads cuda".split()}
+    args = dataclasses.replace(type(args)(**saved["args"]), **own, track=False)
+    check_args(args)
+    torch.set_num_threads(args.torch_threads)
+    task, policy = make_task_and_policy(args)
+    policy.load_state_dict(saved["model"])
+    result = evaluate(policy.to("cuda" if args.cuda else "cpu"), task, args, args.eval_episodes)
+    print(json.dumps(result, indent=2))
+    return result
+
+
+def lr_share(schedule: str, progress: float, warmup: float) -> float:
+    """Factor on a step size after the share `progress` of the run, in [0, 1)."""
+    if progress < warmup:
+        return progress / warmup
+    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
+    return decay[schedule]
+
+
+# -------------------- Main --------------------
+def main(args: Args) -> dict:
+    """Train, and return what result.json holds. ValueError on bad arguments, before anything is written."""
+    if args.evaluate:
+        return evaluate_saved_model(args)
+
+    # ==================== SETUP ====================
+    run_folder = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    if args.resume:
+        args = saved_args(args, run_folder)
+    elif run_folder.exists() and not args.overwrite:
+        raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+    check_args(args)
+    if args.resume and (run_folder / "result.json").exists():
+        print(f"{run_folder} is finished already: nothing to resume")
+        return json.loads((run_folder / "result.json").read_text())
+    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
+    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    task, policy = make_task_and_policy(args)
+    policy.to(device)
+    if not args.resume:
+        shutil.rmtree(run_folder, ignore_errors=True)
+        run_folder.mkdir(parents=True)
+    config = vars(args) | {"resume": False, "overwrite": False}
+    write_json(run_folder / "args.json", config)
+
+    # ==================== WARM-UP ====================
+    # Cached for all runs that would do the same one; afterwards the generators restart, so that a cached one changes nothing.
+    if args.model is None and checkpoint is None:
+        same = {name: config[name] for name in ["env_id", "seed", "cuda", *GPT_ONLY]}
+        digest = hashlib.sha256(json.dumps([same, ALGORITHM_VERSION, torch.__version__]).encode()).hexdigest()[:12]
+        cached = Path(args.run_dir) / "warmup" / f"{args.env_id}__{digest}__{args.seed}.pt"
+        if cached.exists():
+            policy.load_state_dict(load_checkpoint(cached, device))
+        elif args.warmup_steps:
+            print(f"warm-up: {args.warmup_steps} steps on the format, into {cached}", flush=True)
+            loss = warm_up(policy, task, args)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the warm-up loss is {loss}: lower --warmup-learning-rate")
+            cached.parent.mkdir(exist_ok=True)
+            own_copy = cached.with_name(f"{cached.stem}.{os.getpid()}.pt")  # several runs may warm up at the same time
+            save_checkpoint(own_copy, policy.state_dict())
+            os.replace(own_copy, cached)
+    torch.manual_seed(1_000_000 + args.seed)
+
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.0, fused=True)
+    buffer = GroupBuffer(args.buffer_groups, args.replay_age_min, args.max_age, args.max_reuse)
+    batch_rollouts = args.num_prompts * args.group_size
+    num_iterations, iteration, global_step, updates = math.ceil(args.total_timesteps / batch_rollouts), 0, 0, 0
+    seconds = {"generate": 0.0, "logprob": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
+    recent_returns, recent_successes, curve = collections.deque(maxlen=100), collections.deque(maxlen=100), []
+    if checkpoint:
+        policy.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        buffer.push(checkpoint["buffer"])
+        iteration, global_step, updates = checkpoint["iteration"], checkpoint["global_step"], checkpoint["updates"]
+        seconds, curve = checkpoint["seconds"], checkpoint["curve"]
+        recent_returns.extend(checkpoint["recent_returns"])
+        recent_successes.extend(checkpoint["recent_successes"])
+        torch.set_rng_state(checkpoint["rng"])
+        if args.cuda:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
+
+    from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
+
+    if args.track:
+        import wandb
+
+        name = run_folder.name  # also the id, so that a resumed run continues its own curves
+        wandb.init(project=args.wandb_project, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
+    writer = SummaryWriter(str(run_folder), purge_step=global_step + 1 if args.resume else None)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
+
+    stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+    start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout.isatty()
+    print(f"{run_folder}: {num_iterations:,} iterations of {args.env_id}, from step {global_step:,}", flush=True)
+
+    def passed(every: int) -> bool:  # has a multiple of `every` been passed in the last iteration, at one batch in each?
+        return every > 0 and iteration * batch_rollouts // every > (iteration - 1) * batch_rollouts // every
+
+    while True:
+        # ==================== EVAL ====================
+        # Before generating more, so that a run which died here evaluates again when resumed. Also before the first update.
+        finished, evaluation = iteration == num_iterations, None
+        if args.eval_episodes > 0 and (finished or iteration == 0 or passed(args.eval_every)):
+            evaluation = evaluate(policy, task, args, args.eval_episodes, stop_signals)
+        if evaluation and not stop_signals:
+            save_models(run_folder, policy, config, evaluation, global_step)
+            curve.append({"rollouts": global_step, "updates": updates, "success_rate": evaluation["success_rate"]})
+            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+            writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
+            line = (
+                f"eval at {global_step:,} rollouts, {updates:,} updates: {evaluation['success_rate']:.1%} of held-out answers"
+            )
+            print(f"\n{line}" if tty else line, flush=True)
+        if finished or stop_signals:
+            break
+
+        iteration += 1
+        iteration_start = time.perf_counter()
+        lr = args.learning_rate * lr_share(args.lr_schedule, (iteration - 1) / num_iterations, args.lr_warmup)
+        optimizer.param_groups[0]["lr"] = lr
+
+        # ==================== ROLLOUT ====================
+        # One batch of groups; dapo generates more until the batch is full of effective ones.
+        fresh, effective, generated = [], [], 0
+        while generated == 0 or (
+            args.method == "dapo" and len(effective) < args.num_prompts and generated < args.max_gen_batches
+        ):
+            new = generate_groups(policy, task, args, iteration, device)
+            is_useful = is_effective(torch.stack([group["rewards"] for group in new])).tolist()
+            effective += list(itertools.compress(new, is_useful))
+            fresh += new
+            generated += 1
+        global_step += generated * batch_rollouts
+        rewards = torch.stack([group["rewards"] for group in fresh])  # (P, k)
+        recent_returns.extend(rewards.mean(1).tolist())
+        recent_successes.extend((rewards >= 1).float().mean(1).tolist())
+        all_correct = (rewards >= 1).all(1).float().mean().item()
+        effective_share = len(effective) / len(fresh)
+        scalars = {
+            "charts/episodic_return": rewards.mean().item(),
+            "charts/episodic_success": (rewards >= 1).float().mean().item(),
+            "charts/learning_rate": lr,
+            "batch/effective_frac_fresh": effective_share,
+            "batch/frac_all_correct": all_correct,
+            "batch/frac_all_wrong": 1 - effective_share - all_correct,
+        }
+
+        # ==================== REPLAY ====================
+        # POPO: a stored group for every ineffective one. The selection comes before the push.
+        replayed = []
+        if args.method == "popo":
+            wanted = args.num_prompts - len(effective)
+            replayed = buffer.select(wanted, iteration, {group["key"] for group in fresh})
+            buffer.push(fresh if args.replay == "ineff" else effective)
+            scalars |= {"batch/n_replayed": len(replayed), "batch/refill_shortfall": wanted - len(replayed)}
+            scalars["replay/buffer_size"] = len(buffer.groups)
+        if replayed:
+            ages = [iteration - group["version"] for group in replayed]
+            scalars |= {"replay/mean_age": sum(ages) / len(ages), "replay/max_age": max(ages)}
+            scalars["replay/reuse_count"] = sum(group["reuse"] for group in replayed) / len(replayed)
+            scalars["replay/pass_rate_stored"] = torch.stack([group["rewards"] for group in replayed]).mean().item()
+        batch_groups = fresh if args.method == "grpo" else effective[: args.num_prompts] + replayed
+        scalars["batch/groups"] = len(batch_groups)
+        t1 = time.perf_counter()
+        seconds["generate"] += t1 - iteration_start
+
+        # ==================== PROXIMAL POLICY ====================
+        # Log-probs of the policy that this update starts from, for every response: the centre of the clip, and w's numerator.
+        stats = collections.defaultdict(list)
+        if batch_groups:  # none: all groups were ineffective, and the buffer is empty
+            b = stack_groups(batch_groups, device)
+            is_fresh = b["versions"] == iteration
+            micro = args.micro_batch_groups or len(batch_groups)
+            with torch.no_grad():
+                parts = [
+                    response_logprobs(policy, {key: value[inds] for key, value in b.items()}, args.temperature)[0]
+                    for inds in torch.arange(len(batch_groups), device=device).split(micro)
+                ]
+            b["prox_logprobs"] = torch.cat(parts)
+            l_prox = b["prox_logprobs"] - b["logprobs"]
+            # Nothing changed since the fresh responses were sampled, so l is 0 up to rounding, or something is broken.
+            if is_fresh.any():
+                scalars["is/log_ratio_max_fresh"] = l_prox[is_fresh].abs().max().item()
+            if replayed:
+                old_mask = b["mask"][~is_fresh]
+                old = importance_weight(b["prox_logprobs"][~is_fresh], b["logprobs"][~is_fresh], old_mask, args.is_level)
+                w = old[old_mask]
+                scalars |= {"is/w_mean": w.mean().item(), "is/w_max": w.max().item()}
+                scalars["is/frac_capped"] = (w > args.is_cap).float().mean().item()
+                scalars["is/effective_sample_size"] = (w.mean() ** 2 / (w**2).mean()).item()
+                scalars["is/kl_b_prox"] = -l_prox[~is_fresh][old_mask].mean().item()
+            t2 = time.perf_counter()
+            seconds["logprob"] += t2 - t1
+
+            # ==================== UPDATE ====================
+            # Every group once, in `updates_per_iteration` minibatches; means are over the minibatch's tokens.
+            permutation = torch.randperm(len(batch_groups)).to(device)
+            for mb_inds in permutation.tensor_split(min(args.updates_per_iteration, len(batch_groups))):
+                num_tokens = b["mask"][mb_inds].sum()
+                optimizer.zero_grad()
+                for inds in mb_inds.split(micro):
+                    mb = {key: value[inds] for key, value in b.items()}
+                    mask, advantages = mb["mask"], mb["advantages"].unsqueeze(-1)
+                    newlogprob, entropy = response_logprobs(policy, mb, args.temperature)
+                    old_logprobs = mb["prox_logprobs"], mb["logprobs"]
+                    objective, ratio, _ = policy_objective(newlogprob, *old_logprobs, advantages, mask, args)
+                    pg_loss = -(objective * mask).sum() / num_tokens
+                    entropy_loss = entropy.sum() / num_tokens
+                    (pg_loss - args.ent_coef * entropy_loss).backward()
+                    with torch.no_grad():
+                        clipped_high = mask & (advantages > 0) & (ratio > 1 + args.clip_high)
+                        clipped_low = mask & (advantages < 0) & (ratio < 1 - args.clip_low)
+                        stats["losses/policy_loss"].append(pg_loss.detach())
+                        stats["losses/entropy"].append(entropy_loss.detach())
+                        logratio = newlogprob - mb["prox_logprobs"]
+                        stats["losses/approx_kl"].append(((logratio.exp() - 1 - logratio) * mask).sum() / num_tokens)
+                        for side, clipped in (("low", clipped_low), ("high", clipped_high)):
+                            for age, chosen in (("fresh", is_fresh[inds]), ("replay", ~is_fresh[inds])):
+                                stats[f"clip/frac_{side}_{age}"].append((clipped & chosen[:, None, None]).sum() / num_tokens)
+                stats["losses/grad_norm"].append(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
+                optimizer.step()
+                updates += 1
+            seconds["update"] += time.perf_counter() - t2
+
+        # ==================== LOG ====================
+        num_updates = len(stats["losses/grad_norm"])
+        scalars |= {name: torch.stack(values).sum().item() / num_updates for name, values in stats.items() if values}
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                last_good = run_folder / "checkpoint.pt" if (run_folder / "checkpoint.pt").exists() else "none yet"
+                raise FloatingPointError(f"{name} is {value} at step {global_step:,}; last good checkpoint: {last_good}")
+        seconds["training"] += time.perf_counter() - iteration_start
+        sps = global_step / seconds["training"]
+        scalars |= {"charts/SPS": sps, "charts/updates": updates}
+        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("generate", "logprob", "update")}
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, global_step)
+        if tty or time.time() - last_print > 10 or iteration == num_iterations:
+            left = (num_iterations - iteration) * seconds["training"] / iteration
+            line = f"step {global_step:>9,}  pass {sum(recent_successes) / len(recent_successes):4.0%}"
+            line += f"  effective {effective_share:4.0%}  {sps:5.0f} rollouts/s  left {left // 60:.0f}m{left % 60:02.0f}s"
+            print(f"\r{line} " if tty else line, end="" if tty else "\n", flush=True)
+            last_print = time.time()
+
+        # ==================== CHECKPOINT ====================
+        # Also before every evaluation, and when asked to stop.
+        seconds["wall"] = time.time() - start_time
+        if iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or stop_signals:
+            state = {
+                "model": policy.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "buffer": list(buffer.groups),
+                "iteration": iteration,
+                "global_step": global_step,
+                "updates": updates,
+                "seconds": seconds,
+                "curve": curve,
+                "recent_returns": list(recent_returns),
+                "recent_successes": list(recent_successes),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
+            }
+            save_checkpoint(run_folder / "checkpoint.pt", state)
+            writer.flush()
+
+    writer.close()
+    if stop_signals:
+        print(f"\nstopped at step {global_step:,} with a checkpoint; continue with the same command and --resume", flush=True)
+        sys.exit(128 + stop_signals[0])
+    seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
+    evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
+    packages = ("torch", "transformers") if args.model else ("torch",)
+    result = {
+        "env_id": args.env_id,
+        "exp_name": args.exp_name,
+        "seed": args.seed,
+        "total_timesteps": global_step,
+        "iterations": iteration,
+        "updates": updates,
+        "eval_success_rate": evaluation["success_rate"],
+        "eval_return_mean": evaluation["return_mean"],
+        "eval_episodes": evaluation["episodes"],
+        "train_return_mean": sum(recent_returns) / len(recent_returns),
+        "train_success_rate": sum(recent_successes) / len(recent_successes),
+        "sps": sps,
+        "wall_seconds": seconds["wall"],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
+        | {package: importlib.metadata.version(package) for package in packages},
+        "args": config,
+        "curve": curve,
+    }
+    write_json(run_folder / "result.json", result)
+    shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("generate", "logprob", "update"))
+    print(f"finished in {seconds['wall']:.0f} s, {sps:.0f} rollouts/s ({shares})")
+    print(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

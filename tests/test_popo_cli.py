@@ -1,0 +1,463 @@
+"""popo_countdown.py end to end: every flag, what a run leaves, budgets, replay, learning, resuming, bad input."""
+
+import ast
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import tyro
+from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_script, start_script
+
+import popo_countdown as popo
+
+NET = "--hidden-size 32 --num-layers 1 --num-heads 2"
+TINY = f"{NET} --num-prompts 8 --group-size 4 --warmup-steps 40 --eval-episodes 16 --eval-samples 2"
+SHORT = f"{TINY} --total-timesteps 300 --eval-every 128 --checkpoint-every 64"  # rounded up to 320: 10 iterations
+LONGER = "--warmup-steps 200 --warmup-learning-rate 3e-3"  # Countdown's format takes longer than one digit
+ADD = f"--env-id modular-addition {SHORT}"
+
+RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
+    "popo": f"{ADD} --exp-name a --seed 3 --learning-rate 3e-4 --lr-schedule linear --lr-warmup 0.2",
+    "grpo": f"{ADD} --method grpo --ent-coef 0 --max-grad-norm 0.5 --clip-low 0.1 --clip-high 0.1 --dual-clip 3",
+    "filter": f"--env-id countdown-34 {SHORT} --method grpo-filter --format-reward 0.1 --updates-per-iteration 2 {LONGER}",
+    "dapo": f"{ADD} --method dapo --max-gen-batches 3 --temperature 0.9 --eval-temperature 0.6",
+    "stale": f"{ADD} --buffer-groups 100 --replay-age-min 3 --max-age 6 --max-reuse 2 --is-cap inf --is-level sequence",
+    "pi_old": f"{ADD} --replay ineff --objective pi_old --torch-threads 1",
+    "behaviour": f"{ADD} --objective behaviour --is-level geometric",
+}
+SPECIAL = f"{ADD} --overwrite --resume --evaluate --track --wandb-project --cuda"
+SPECIAL += " --model --max-number --response-length --micro-batch-groups --bf16"  # in test_popo_model.py
+
+RESULT_KEYS = set(
+    "env_id exp_name seed total_timesteps iterations updates eval_success_rate eval_return_mean eval_episodes "
+    "train_return_mean train_success_rate sps wall_seconds peak_memory_mb git_commit versions args curve".split()
+)
+TIMING = {"sps", "wall_seconds", "peak_memory_mb", "git_commit"}
+
+
+def run_inline(run_dir, flags, name="run"):
+    """Run to the end in this process: -> the result and the run folder."""
+    args = tyro.cli(popo.Args, args=[*flags.split(), "--run-dir", str(run_dir)])
+    result = popo.main(args)
+    return result, run_dir / f"{args.env_id}__{args.exp_name}__{args.seed}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """finished(name) -> the result and the folder of one of RUNS, which runs at the first call; all share one run folder."""
+    run_dir, done = tmp_path_factory.mktemp("runs"), {}
+
+    def run(name):
+        if name not in done:
+            done[name] = run_inline(run_dir, RUNS[name] if "--exp-name" in RUNS[name] else f"{RUNS[name]} --exp-name {name}")
+        return done[name]
+
+    return run
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(flags) -> exit code, stdout, stderr of the file run as __main__, in this process to save the imports."""
+
+    def run(flags):
+        monkeypatch.setattr(sys, "argv", ["popo_countdown.py", *flags])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "popo_countdown.py"), run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+# -------------------- Good runs --------------------
+def test_every_flag_is_exercised():
+    words = {word for flags in [*RUNS.values(), SPECIAL] for word in flags.split()} | {"--run-dir"}
+    flags = [field.name.replace("_", "-") for field in dataclasses.fields(popo.Args)]
+    assert [flag for flag in flags if not {f"--{flag}", f"--no-{flag}"} & words] == []
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_leaves_what_the_design_says(finished, name):
+    result, folder = finished(name)
+    files = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
+    assert files == {"args.json", "checkpoint.pt", "model.pt", "best_model.pt", "result.json"}
+    assert result == read_json(folder / "result.json") and result.keys() == RESULT_KEYS
+    assert result["args"] == read_json(folder / "args.json")
+    assert result["iterations"] == 10 and result["eval_episodes"] == 32
+    assert result["curve"][0]["updates"] == 0 and len(result["curve"]) == 4
+    assert result["curve"][-1] == {
+        "rollouts": result["total_timesteps"],
+        "updates": result["updates"],
+        "success_rate": result["eval_success_rate"],
+    }
+    scalars = read_scalars(folder)
+    assert scalars.keys() >= {
+        *("charts/episodic_return", "charts/episodic_success", "charts/SPS", "charts/learning_rate", "charts/updates"),
+        *("batch/effective_frac_fresh", "batch/frac_all_correct", "batch/frac_all_wrong", "batch/groups"),
+        *("losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/grad_norm", "eval/success_rate"),
+        *("eval/return_mean", "is/log_ratio_max_fresh", "time/generate", "time/logprob", "time/update"),
+        *(f"clip/frac_{side}_{age}" for side in ("low", "high") for age in ("fresh", "replay")),
+    }
+    assert ("batch/n_replayed" in scalars) == ("replay/buffer_size" in scalars) == (result["args"]["method"] == "popo")
+    assert max(value for _, value in scalars["is/log_ratio_max_fresh"]) < 1e-4
+    shares = [dict(scalars[f"batch/{key}"]) for key in ("effective_frac_fresh", "frac_all_correct", "frac_all_wrong")]
+    for step in shares[0]:
+        assert sum(share[step] for share in shares) == pytest.approx(1, abs=1e-6)
+
+
+def test_replay_is_logged(finished):
+    _, folder = finished("stale")
+    scalars = read_scalars(folder)
+    ages = [value for _, value in scalars["replay/mean_age"]]
+    assert min(ages) >= 3 and max(value for _, value in scalars["replay/max_age"]) <= 6
+    assert max(value for _, value in scalars["replay/reuse_count"]) <= 2
+    assert scalars.keys() >= {"is/w_mean", "is/w_max", "is/kl_b_prox", "replay/pass_rate_stored", "batch/refill_shortfall"}
+    assert all(0 < value <= 1.001 for _, value in scalars["is/effective_sample_size"])
+    assert all(value == 0 for _, value in scalars["is/frac_capped"])  # --is-cap inf
+
+
+def test_rollout_budget(finished):
+    """Every method but dapo makes exactly one batch per iteration; dapo as many as it needs, at most --max-gen-batches."""
+    for name in RUNS:
+        rollouts = finished(name)[0]["total_timesteps"]
+        assert (320 < rollouts <= 960) if name == "dapo" else rollouts == 320
+
+
+def test_dapo_batches_are_full_of_effective_groups(finished):
+    _, folder = finished("dapo")
+    scalars = read_scalars(folder)
+    groups = [value for _, value in scalars["batch/groups"]]
+    rollouts = [step for step, _ in scalars["batch/groups"]]
+    batches = [(b - a) // 32 for a, b in itertools.pairwise([0, *rollouts])]
+    assert set(batches) <= {1, 2, 3} and len(set(batches)) > 1
+    assert all(size == 8 for size, batch in zip(groups, batches, strict=True) if batch < 3)
+
+
+def test_saved_model_evaluates_to_the_runs_own_result(finished, command):
+    result, folder = finished("popo")
+    flags = ["--evaluate", str(folder / "model.pt"), "--eval-episodes", "16", "--eval-samples", "2"]
+    code, out, _ = command(flags)
+    assert code == 0 and json.loads(out)["success_rate"] == result["eval_success_rate"]
+    best = read_pt(folder / "best_model.pt")
+    assert best["score"][0] == max(point["success_rate"] for point in result["curve"])
+
+
+def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):
+    """The warm-up is made once; a run that finds it equals the run that made it."""
+    flags = f"{ADD} --total-timesteps 64"
+    first, _ = run_inline(tmp_path, f"{flags} --exp-name first")
+    (cached,) = (tmp_path / "warmup").iterdir()
+    before = cached.stat().st_mtime_ns
+    second, _ = run_inline(tmp_path, f"{flags} --exp-name second")
+    grpo, _ = run_inline(tmp_path, f"{flags} --exp-name grpo --method grpo")
+    assert cached.stat().st_mtime_ns == before and len([*(tmp_path / "warmup").iterdir()]) == 1
+    assert first["curve"] == second["curve"] and first["curve"][0] == grpo["curve"][0]
+    models = [read_pt(tmp_path / f"modular-addition__{name}__1" / "model.pt")["model"] for name in ("first", "second", "grpo")]
+    assert differences(models[0], models[1]) == [] and differences(models[0], models[2])
+    run_inline(tmp_path, f"{flags} --exp-name other --seed 2")
+    run_inline(tmp_path, f"{flags} --exp-name longer --warmup-steps 41")
+    assert len([*(tmp_path / "warmup").iterdir()]) == 3
+
+
+def test_warm_up_teaches_the_format_only():
+    """From random weights hardly any response is well-formed; after it most are, at the chance level of correctness."""
+    args = popo.Args(hidden_size=48, num_layers=2, num_heads=2, warmup_steps=100, format_reward=0.1, warmup_learning_rate=5e-3)
+    torch.manual_seed(0)
+    task, policy = popo.make_task_and_policy(args)
+    untrained = popo.evaluate(policy, task, args, 256)
+    popo.warm_up(policy, task, args)
+    trained = popo.evaluate(policy, task, args, 256)
+    formed = [(r["return_mean"] - 0.9 * r["success_rate"]) / 0.1 for r in (untrained, trained)]
+    assert formed[0] < 0.02 and formed[1] > 0.4
+    assert trained["success_rate"] < 0.15 * formed[1]
+
+
+def test_track(tmp_path):
+    """The real package, offline: a run of the right name, with the configuration and the event file."""
+    flags = f"{ADD} --total-timesteps 64 --track --wandb-project paper".split()
+    environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    process, _ = run_script("popo_countdown", tmp_path / "runs", *flags, **environment)
+    assert process.returncode == 0, process.stderr
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert log.name == "run-modular-addition__popo__1.wandb"
+    content = log.read_bytes()
+    assert all(word in content for word in (b"paper", b"buffer_groups", b"batch/effective_frac_fresh", b"losses/policy_loss"))
+
+
+def test_progress_updates_in_place_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run_inline(tmp_path, f"{ADD} --total-timesteps 96")
+    assert capsys.readouterr().out.count("\rstep ") == 3
+
+
+# -------------------- Replay inside a run --------------------
+def watch(monkeypatch):
+    """Record what is pushed, selected and trained on: lists, one entry per call."""
+    pushed, selected, batches = [], [], []
+    push, select, stack = popo.GroupBuffer.push, popo.GroupBuffer.select, popo.stack_groups
+
+    def recording_select(self, count, iteration, keys):
+        chosen = select(self, count, iteration, keys)
+        selected.append((iteration, count, list(keys), chosen))
+        return chosen
+
+    monkeypatch.setattr(popo.GroupBuffer, "push", lambda self, groups: (pushed.append(list(groups)), push(self, groups)))
+    monkeypatch.setattr(popo.GroupBuffer, "select", recording_select)
+    monkeypatch.setattr(popo, "stack_groups", lambda groups, device: (batches.append(list(groups)), stack(groups, device))[1])
+    return pushed, selected, batches
+
+
+def test_popo_replaces_every_ineffective_group(tmp_path, monkeypatch):
+    pushed, selected, batches = watch(monkeypatch)
+    run_inline(tmp_path, ADD)
+    assert len(pushed) == len(selected) == 10
+    assert sum(len(chosen) for *_, chosen in selected) > 5
+    batches = iter(batches)
+    for stored, (iteration, wanted, keys, chosen) in zip(pushed, selected, strict=True):
+        assert all(group["version"] == iteration for group in stored)  # replayed groups are never pushed again
+        assert all(popo.is_effective(group["rewards"][None]).item() for group in stored)
+        assert wanted == 8 - len(stored) and len(keys) <= 8
+        assert not {group["key"] for group in chosen} & set(keys)
+        if not stored and not chosen:
+            continue
+        batch = next(batches)
+        assert len(batch) == len(stored) + len(chosen) <= 8
+        assert {id(group) for group in batch} == {id(group) for group in [*stored, *chosen]}
+        for group in batch:
+            assert torch.equal(group["advantages"], popo.group_advantages(group["rewards"]))
+            assert group["version"] < iteration or any(group is own for own in stored)
+    assert next(batches, None) is None
+
+
+def test_first_iteration_equals_grpo_filter(tmp_path):
+    """The buffer is empty then: the same update, bit for bit."""
+    flags = f"{ADD} --total-timesteps 32"
+    models = [
+        read_pt(run_inline(tmp_path, f"{flags} --exp-name {method} --method {method}")[1] / "model.pt")["model"]
+        for method in ("popo", "grpo-filter", "grpo")
+    ]
+    assert differences(models[0], models[1]) == [] and differences(models[0], models[2])
+
+
+def test_any_group_is_stored_in_the_ablation(tmp_path, monkeypatch):
+    pushed, _, _ = watch(monkeypatch)
+    run_inline(tmp_path, f"{ADD} --replay ineff")
+    assert all(len(stored) == 8 for stored in pushed)
+
+
+@pytest.mark.parametrize("method", ["grpo", "grpo-filter", "dapo"])
+def test_baselines_do_not_replay(method, tmp_path, monkeypatch):
+    pushed, selected, batches = watch(monkeypatch)
+    run_inline(tmp_path, f"{ADD} --method {method}")
+    assert pushed == selected == []
+    for iteration, batch in enumerate(batches, start=1):
+        assert {group["version"] for group in batch} == {iteration}
+        effective = [popo.is_effective(group["rewards"][None]).item() for group in batch]
+        assert len(batch) == 8 if method == "grpo" else all(effective)
+
+
+def test_logprobs_of_training_are_at_the_sampling_temperature(tmp_path):
+    """A mismatch would show as a log ratio on fresh responses."""
+    _, folder = run_inline(tmp_path, f"--env-id countdown-34 {SHORT} {LONGER} --format-reward 0.1 --temperature 0.5")
+    assert max(value for _, value in read_scalars(folder)["is/log_ratio_max_fresh"]) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["popo", "grpo"])
+def test_it_learns(method, tmp_path):
+    """Modular addition from nothing but the reward; with the sign flipped it gets worse instead."""
+    flags = f"--env-id modular-addition {NET} --warmup-steps 60 --learning-rate 3e-3 --total-timesteps 15000 --eval-every 0"
+    result, _ = run_inline(tmp_path, f"{flags} --eval-episodes 64 --eval-samples 8 --method {method}")
+    start = result["curve"][0]["success_rate"]
+    assert 0.1 < start < 0.2 and result["eval_success_rate"] > start + 0.08
+
+
+# -------------------- Resuming --------------------
+def assert_equal_runs(folder, reference):
+    a, b = (read_pt(path / "checkpoint.pt") for path in (folder, reference))
+    assert differences(*({key: value for key, value in state.items() if key != "seconds"} for state in (a, b))) == []
+    assert a["buffer"] or a["iteration"] == 0
+    for name in ("model.pt", "best_model.pt"):
+        assert differences(read_pt(folder / name)["model"], read_pt(reference / name)["model"]) == []
+    a, b = (read_json(path / "result.json") for path in (folder, reference))
+    assert a.keys() == b.keys() and all(a[key] == b[key] for key in a.keys() - TIMING - {"args"})
+    a, b = (read_scalars(path) for path in (folder, reference))
+    assert a.keys() == b.keys()
+    for tag in b:
+        if not tag.startswith("time/") and tag != "charts/SPS":
+            assert sorted(set(a[tag])) == b[tag], tag
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    return run_inline(tmp_path_factory.mktemp("short"), ADD)[1]
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("calls", [1, 4, 7, 10])
+def test_resumed_run_equals_uninterrupted_one(calls, tmp_path, monkeypatch, short_run):
+    """Dies at some moment, continues from the last checkpoint, replay buffer included: bit for bit the same run."""
+    original, count = popo.generate_groups, []
+
+    def crash(*args):
+        count.append(1)
+        if len(count) == calls:
+            raise Crash
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(popo, "generate_groups", crash)
+        with pytest.raises(Crash):
+            run_inline(tmp_path / "crashed", ADD)
+    time.sleep(1.0)  # TensorBoard orders event files by the second in their names
+    _, folder = run_inline(tmp_path / "crashed", f"{ADD} --resume")
+    assert_equal_runs(folder, short_run)
+
+
+LONG = f"{ADD} --total-timesteps 2400 --eval-every 0"
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    return run_inline(tmp_path_factory.mktemp("long"), LONG)[1]
+
+
+@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal(signum, expected, tmp_path, long_run):
+    process = start_script("popo_countdown", tmp_path / "stopped", *LONG.split())
+    for line in process.stdout:
+        if "eval at" in line:
+            break
+    os.kill(process.pid, signum)
+    output = process.communicate()[0]
+    assert process.returncode == expected and "--resume" in output and "Traceback" not in output
+    time.sleep(1.0)
+    _, folder = run_inline(tmp_path / "stopped", f"{LONG} --resume")
+    assert_equal_runs(folder, long_run)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
+    _, folder = run_inline(tmp_path, ADD)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    run_inline(tmp_path, f"{ADD} --resume")
+    assert "finished already" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_existing_folder(tmp_path, command):
+    flags = [*ADD.split(), "--total-timesteps", "32", "--run-dir", str(tmp_path)]
+    assert command(flags)[0] == 0
+    code, _, err = command(flags)
+    assert code == 2 and "--resume" in err and "--overwrite" in err
+    assert command([*flags, "--overwrite"])[0] == 0
+    code, _, err = command([*flags, "--resume", "--group-size", "5"])
+    assert code == 2 and "--group-size 5 contradicts" in err
+    code, _, err = command(["--resume", "--run-dir", str(tmp_path), "--seed", "77"])
+    assert code == 2 and "there is no" in err
+
+
+# -------------------- Bad input --------------------
+BAD = [
+    ({"total_timesteps": 0}, "--total-timesteps 0 must be positive"),
+    ({"learning_rate": -1e-4}, "--learning-rate -0.0001 must be positive"),
+    ({"learning_rate": math.nan}, "--learning-rate nan must be positive"),
+    ({"group_size": 1}, "--group-size 1 must be 2 or more"),
+    ({"lr_warmup": 1.5}, "--lr-warmup 1.5 must be between 0 and 1"),
+    ({"format_reward": 1.0}, "--format-reward 1.0 must be"),
+    ({"seed": -1}, "--seed -1 must be 0 or more"),
+    ({"max_age": 0}, "--max-age 0 must be positive"),
+    ({"is_cap": 0}, "--is-cap 0 must be positive"),
+    ({"replay_age_min": 11}, "--replay-age-min 11 must not exceed --max-age 10"),
+    ({"num_heads": 5}, "--num-heads 5"),
+    ({"updates_per_iteration": 33}, "must not exceed --num-prompts 32"),
+    ({"bf16": True}, "--bf16 True needs --model"),
+    ({"max_number": 50}, "--max-number 50 needs --model"),
+    ({"method": "grpo", "objective": "pi_old"}, "--objective pi_old needs --method popo"),
+    ({"method": "dapo", "buffer_groups": 10}, "--buffer-groups 10 needs --method popo"),
+    ({"max_gen_batches": 3}, "--max-gen-batches 3 needs --method dapo"),
+    ({"model": "m", "hidden_size": 32}, "--hidden-size 32 belongs to the GPT"),
+    ({"model": "m", "env_id": "modular-addition"}, "--model works on the Countdown tasks"),
+    ({"evaluate": "missing.pt"}, "cannot read missing.pt"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_arguments(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        popo.main(popo.Args(run_dir=str(tmp_path / "runs"), **fields))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_packages_and_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for fields, message in (
+        ({"model": "m"}, "--model needs the package transformers: pip install transformers"),
+        ({"track": True}, "--track needs the package wandb: pip install wandb"),
+        ({"cuda": True}, "--cuda: PyTorch sees no GPU"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            popo.main(popo.Args(run_dir=str(tmp_path), **fields))
+
+
+def test_bad_command_line_in_a_process_of_its_own(tmp_path):
+    process, _ = run_script("popo_countdown", tmp_path, "--group-size", "1")
+    assert process.returncode == 2 and process.stderr.startswith("error: --group-size 1") and process.stderr.count("\n") == 1
+    process, _ = run_script("popo_countdown", tmp_path, "--method", "ppo")
+    assert process.returncode == 2 and "--method" in process.stderr
+
+
+def test_evaluate_refuses_other_files(tmp_path, command):
+    torch.save({"args": {"seed": 1}}, tmp_path / "model.pt")
+    code, _, err = command(["--evaluate", str(tmp_path / "model.pt")])
+    assert code == 2 and "is no model of this script" in err
+
+
+def test_nan_stops_with_the_scalar_and_the_step(tmp_path, monkeypatch):
+    original = popo.policy_objective
+    monkeypatch.setattr(popo, "policy_objective", lambda *args: (original(*args)[0] * math.nan, *original(*args)[1:]))
+    with pytest.raises(FloatingPointError, match=r"losses/policy_loss is nan at step \d+; last good checkpoint: none yet"):
+        run_inline(tmp_path, ADD)
+
+
+def test_nan_in_the_warm_up(tmp_path):
+    with pytest.raises(FloatingPointError, match="lower --warmup-learning-rate"):
+        run_inline(tmp_path, f"{ADD} --warmup-learning-rate 1e30")
+
+
+# -------------------- The file --------------------
+def definitions(name):
+    source = (ROOT / f"{name}.py").read_text()
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return {node.name: ast.get_source_segment(source, node) for node in nodes}
+
+
+@pytest.mark.parametrize(
+    "name", "save_checkpoint load_checkpoint write_json git_commit save_models saved_args lr_share".split()
+)
+def test_copies_are_identical(name):
+    assert definitions("popo_countdown")[name] == definitions("gipo_continuous")[name]
+
+
+def test_it_stands_alone():
+    """No script of the project is imported, and transformers only where --model needs it."""
+    code = "import sys, popo_countdown; print(sorted({'transformers', 'wandb', 'gipo_continuous'} & set(sys.modules)))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.strip() == "[]", process.stderr

@@ -1,0 +1,164 @@
+"""popo_countdown.py --model: a tiny, randomly initialised Qwen2 and a tokenizer, saved to a folder and loaded by its name."""
+
+import pytest
+import torch
+from conftest import differences, read_json, read_pt, read_scalars
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import popo_countdown as popo
+
+CHAT = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+SHORT = {"num_prompts": 4, "group_size": 3, "updates_per_iteration": 2, "eval_episodes": 6, "eval_samples": 2}
+SHORT |= {"total_timesteps": 24, "response_length": 6, "learning_rate": 1e-3, "method": "popo", "eval_every": 12}
+
+
+def save_model(folder, chat_template):
+    """Bytes as tokens, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=chat_template)
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = Qwen2Config(vocab_size=len(fast), num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("qwen2"), CHAT)
+
+
+def arguments(model, run_dir, **values):
+    return popo.Args(
+        **{**SHORT, "env_id": "countdown-34", "model": model, "run_dir": str(run_dir), "max_number": 99, **values}
+    )
+
+
+def test_prompts_are_chat_turns_padded_on_the_left(model, tmp_path):
+    task, _ = popo.make_task_and_policy(arguments(model, tmp_path))
+    torch.manual_seed(1)
+    problems = task.problems(12, test=False)
+    tokens, mask = task.prompts(problems)
+    assert len(set(mask.sum(1).tolist())) > 2
+    for row, kept, numbers, target in zip(tokens, mask, problems["numbers"], problems["target"], strict=True):
+        assert kept[-1] and torch.equal(kept, kept.sort().values)
+        text = task.tokenizer.decode(row[kept])
+        assert text.startswith("<|user|>Using each of the numbers") and text.endswith("<|assistant|>")
+        assert str([n for n in numbers.tolist() if n]) in text and f"equals {target}." in text
+
+
+def test_base_models_without_a_chat_template_get_plain_text(tmp_path):
+    task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path, None), tmp_path))
+    tokens, mask = task.prompts(task.problems(2, test=False))
+    assert task.tokenizer.decode(tokens[0][mask[0]]).startswith("Using each of the numbers")
+
+
+def test_sampler_equals_teacher_forcing_without_padding(model, tmp_path):
+    """Cache, positions and padding: each response alone, its prompt unpadded, through the plain model."""
+    args = arguments(model, tmp_path, temperature=0.8, response_length=8)
+    task, policy = popo.make_task_and_policy(args)
+    torch.manual_seed(2)
+    groups = popo.generate_groups(policy, task, args, 1, "cpu")
+    batch = popo.stack_groups(groups, "cpu")
+    assert not batch["prompt_mask"].all()
+    recomputed, _ = popo.response_logprobs(policy, batch, 0.8)
+    torch.testing.assert_close(recomputed, batch["logprobs"], atol=1e-4, rtol=0)
+    for group in groups:
+        for response, mask, logprobs in zip(group["responses"], group["mask"], group["logprobs"], strict=True):
+            prompt, length = group["prompts"][group["prompt_mask"]], int(mask.sum())
+            logits = policy.model(torch.cat([prompt, response[:length]])[None]).logits[0, len(prompt) - 1 : -1]
+            expected = torch.log_softmax(logits / 0.8, -1)[torch.arange(length), response[:length]]
+            torch.testing.assert_close(logprobs[:length], expected, atol=1e-4, rtol=0)
+
+
+def test_replayed_prompts_of_another_width(model, tmp_path):
+    """Groups of different iterations are padded to one width, which changes no log-prob."""
+    args = arguments(model, tmp_path)
+    task, policy = popo.make_task_and_policy(args)
+    torch.manual_seed(3)
+    groups = popo.generate_groups(policy, task, args, 1, "cpu")
+    short = min(groups, key=lambda group: group["prompt_mask"].sum())
+    narrow = short | {key: short[key][~short["prompt_mask"].cumsum(0).eq(0)] for key in ("prompts", "prompt_mask")}
+    widest = next(group for group in groups if group["prompt_mask"].all())
+    assert len(narrow["prompts"]) < len(widest["prompts"])
+    batch = popo.stack_groups([narrow, widest], "cpu")
+    recomputed, _ = popo.response_logprobs(policy, batch, args.temperature)
+    torch.testing.assert_close(recomputed, batch["logprobs"], atol=1e-4, rtol=0)
+
+
+def test_rewards_read_the_decoded_text_up_to_the_end_token(model, tmp_path):
+    task, _ = popo.make_task_and_policy(arguments(model, tmp_path, format_reward=0.1))
+    problems = {"numbers": torch.tensor([[20, 3, 7, 0]]), "target": torch.tensor([81])}
+    texts = ["let me see <answer>(20 + 7) * 3</answer>", "<answer>20 + 7 + 3</answer>", "<answer>81</answer>"]
+    rows = [task.tokenizer(text)["input_ids"] for text in texts]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [5] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    assert task.rewards(problems, tokens[None], mask[None])[0].tolist() == [1.0, pytest.approx(0.1), 0.0]
+    mask[0, len(rows[0]) - 4 :] = False  # cut inside the closing tag
+    assert task.rewards(problems, tokens[None], mask[None])[0, 0] == 0
+
+
+def some_reward(self, problems, responses, mask):
+    """A random model never answers: reward a letter instead, so that groups differ."""
+    return ((responses % 2 == 0) & mask).float().mean(-1)
+
+
+@pytest.mark.parametrize("extra", [{}, {"micro_batch_groups": 1}, {"bf16": True}], ids=["plain", "micro", "bf16"])
+def test_run_from_a_folder(model, tmp_path, monkeypatch, extra):
+    monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
+    result = popo.main(arguments(model, tmp_path, **extra))
+    (folder,) = tmp_path.iterdir()  # no warm-up here
+    assert result["updates"] == 4 and result["total_timesteps"] == 24 and "transformers" in result["versions"]
+    assert result == read_json(folder / "result.json")
+    before = {f"model.{name}": value for name, value in Qwen2ForCausalLM.from_pretrained(model).state_dict().items()}
+    after = read_pt(folder / "model.pt")["model"]
+    assert before.keys() == after.keys() and len(differences(before, after)) > 10
+    assert all(value.dtype == torch.float32 for value in after.values())
+    limit = 0.1 if extra.get("bf16") else 1e-4
+    assert max(value for _, value in read_scalars(folder)["is/log_ratio_max_fresh"]) < limit
+
+
+def test_micro_batches_sum_to_the_same_update(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
+    weights = []
+    for size in (0, 1):
+        popo.main(arguments(model, tmp_path / str(size), micro_batch_groups=size, total_timesteps=12, learning_rate=1e-5))
+        weights.append(read_pt(next((tmp_path / str(size)).glob("*/checkpoint.pt")))["optimizer"]["state"])
+    for key in weights[0]:
+        torch.testing.assert_close(weights[0][key]["exp_avg"], weights[1][key]["exp_avg"], atol=1e-6, rtol=1e-3)
+
+
+def test_resume_and_evaluate(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
+    reference = popo.main(arguments(model, tmp_path / "reference"))
+    original, calls = popo.generate_groups, []
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(popo, "generate_groups", crash)
+        with pytest.raises(KeyError):
+            popo.main(arguments(model, tmp_path / "crashed"))
+    resumed = popo.main(arguments(model, tmp_path / "crashed", resume=True))
+    assert resumed["curve"] == reference["curve"]
+    (folder,) = (tmp_path / "crashed").iterdir()
+    (other,) = (tmp_path / "reference").iterdir()
+    assert differences(*(read_pt(path / "model.pt")["model"] for path in (folder, other))) == []
+    result = popo.main(popo.Args(evaluate=str(folder / "model.pt"), eval_episodes=6, eval_samples=2))
+    assert result["success_rate"] == reference["eval_success_rate"]
+
+
+def test_model_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"--model .*nowhere cannot be loaded \(\w+\): give a causal language model") as error:
+        popo.main(arguments(str(tmp_path / "nowhere"), tmp_path / "runs"))
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()

@@ -1,0 +1,135 @@
+"""The POPO part of report.py and benchmark.sh: a hand-computed table, the run matrix, and the committed results."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import popo_countdown as popo
+import report
+
+
+def run(method, seed, curve, iterations=2):
+    """Two iterations of 10 x 10 rollouts; `curve` is a list of (rollouts, updates, pass rate)."""
+    keys = "rollouts", "updates", "success_rate"
+    args = {"num_prompts": 10, "group_size": 10, "total_timesteps": 200, "learning_rate": 1e-4}
+    return {
+        "env_id": "countdown-3",
+        "exp_name": method,
+        "seed": seed,
+        "iterations": iterations,
+        "total_timesteps": curve[-1][0],
+        "eval_success_rate": curve[-1][2],
+        "versions": {"algorithm": 1},
+        "machine": "abacus",
+        "args": args,
+        "curve": [dict(zip(keys, point, strict=True)) for point in curve],
+    }
+
+
+METHODS = {
+    "grpo": [run("grpo", seed, [(0, 0, 0.1), (200, 8, 0.1)]) for seed in (1, 2)],
+    "dapo": [run("dapo", seed, [(0, 0, 0.1), (400, 4, 0.2), (1000, 8, 0.3)]) for seed in (1, 2)],
+    "popo": [run("popo", 1, [(0, 0, 0.1), (200, 8, 0.5)]), run("popo", 2, [(0, 0, 0.1), (200, 8, 0.3)])],
+}
+
+
+def test_table_by_hand():
+    rows = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in report.popo_table(METHODS).splitlines()
+    }
+    grpo, dapo, popo_row = rows["grpo"], rows["dapo"], rows["popo"]
+    assert grpo[1:7] == ["2", "200", *["10.0 [10.0, 10.0]"] * 4]
+    assert grpo[7:] == ["-", "not reached: 33% of its accuracy"]
+    # At 200 of its 1,000 rollouts DAPO is half way from 0.1 to 0.2; its area there is the mean of 0.1 and 0.15.
+    assert dapo[1:] == [
+        "2",
+        "1,000",
+        *["30.0 [30.0, 30.0]"] * 2,
+        "15.0 [15.0, 15.0]",
+        "12.5 [12.5, 12.5]",
+        "1.00 [1.00, 1.00]",
+        "-",
+    ]
+    # POPO's mean curve rises from 0.1 to 0.4 over 200 rollouts and crosses 0.3 at two thirds: 133 of DAPO's 1,000.
+    assert popo_row[1:5] == ["2", "200", "40.0 [30.0, 50.0]", "40.0 [30.0, 50.0]"]
+    assert popo_row[6:] == ["25.0 [20.0, 30.0]", "1.00 [1.00, 1.00]", "13%"]
+
+
+def test_report_from_json_files_alone(tmp_path):
+    folder = tmp_path / "popo_countdown" / "runs" / "200"
+    folder.mkdir(parents=True)
+    for method, runs in METHODS.items():
+        for result in runs:
+            (folder / f"{method}-{result['seed']}.json").write_text(json.dumps(result))
+    args = report.Args(runs=str(tmp_path / "none"), results=str(tmp_path), readme=str(tmp_path / "README.md"))
+    assert report.write_report(args) == [str(tmp_path / "popo_countdown" / "benchmark-countdown-3-200-lr0.0001-v1.md")]
+    text = (tmp_path / "popo_countdown" / "benchmark-countdown-3-200-lr0.0001-v1.md").read_text()
+    assert "6 runs, 2 seeds, algorithm version 1. Machine: abacus." in text and report.popo_table(METHODS) in text
+    for axis in ("rollouts", "updates"):
+        assert (tmp_path / "popo_countdown" / f"{axis}-countdown-3-200-lr0.0001-v1.png").stat().st_size > 10_000
+        assert f"({axis}-countdown-3-200-lr0.0001-v1.png)" in text
+    assert report.write_report(args) == []
+
+
+def matrix(*flags):
+    command = ["./benchmark.sh", "popo", "--dry-run", *flags]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+def test_matrix_and_what_is_finished(tmp_path):
+    """A length that no committed run has: five seeds of every method, with the flags of its ablation."""
+    lines = matrix("--steps", "777")
+    assert len(lines) == 35 and len(set(lines)) == 35
+    names = {
+        word for line in lines for flag, word in zip(line.split(), line.split()[1:], strict=False) if flag == "--exp-name"
+    }
+    assert (
+        names
+        == {"grpo", "grpo-filter", "dapo", "popo", "popo-stale", "popo-pi_old", "popo-behaviour"}
+        < set(report.POPO_METHODS)
+    )
+    assert all(" --run-dir runs/popo-777 " in line for line in lines)
+    assert sum("--replay-age-min 10" in line for line in lines) == sum("--objective pi_old" in line for line in lines) == 5
+    folder = tmp_path / "popo-777" / "countdown-3__grpo__1"
+    folder.mkdir(parents=True)
+    args = popo.Args(method="grpo", exp_name="grpo", total_timesteps=777)
+    (folder / "result.json").write_text(json.dumps({"versions": {"algorithm": popo.ALGORITHM_VERSION}, "args": vars(args)}))
+    left = report.pending(lines, report.Args(runs=str(tmp_path), results=str(tmp_path)))
+    assert len(left) == 34 and not any("--exp-name grpo " in line and "--seed 1 " in line for line in left)
+
+
+RESULTS = sorted((ROOT / "results" / "popo_countdown").glob("runs/*/*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_committed_run(path):
+    """What a reader needs to repeat it, and a curve that begins at the weights that all methods of the seed share."""
+    result = json.loads(path.read_text())
+    assert result.keys() >= {"args", "git_commit", "versions", "machine", "curve", "eval_success_rate", "wall_seconds"}
+    assert set(result["args"]) == set(vars(popo.Args()))
+    assert not result["git_commit"].endswith("-dirty")
+    updates = [point["updates"] for point in result["curve"]]
+    assert (
+        updates == sorted(updates) and updates[0] == 0 and result["curve"][-1]["success_rate"] == result["eval_success_rate"]
+    )
+    same = [
+        json.loads(other.read_text()) for other in RESULTS if other.parent == path.parent and other.stem[-1] == path.stem[-1]
+    ]
+    assert len({other["curve"][0]["success_rate"] for other in same if other["seed"] == result["seed"]}) == 1
+
+
+def test_the_committed_matrix_is_complete():
+    """Five seeds or more of the four methods; of every method the seeds from 1 on without a gap: none was dropped."""
+    seeds = {}
+    for path in RESULTS:
+        result = json.loads(path.read_text())
+        seeds.setdefault((path.parent.name, result["exp_name"]), set()).add(result["seed"])
+        assert 0 < result["eval_success_rate"] < 1
+    assert all(found == set(range(1, len(found) + 1)) for found in seeds.values())
+    assert all(len(seeds["51200", method]) >= 5 for method in ("grpo", "grpo-filter", "dapo", "popo"))
