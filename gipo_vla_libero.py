@@ -380,7 +380,7 @@ def setup_libero(assets: Path) -> None:
         os.environ["LIBERO_CONFIG_PATH"] = folder
         keys = "benchmark_root", "bddl_files", "init_states", "datasets", "assets"
         (Path(folder) / "config.yaml").write_text(json.dumps(dict.fromkeys(keys, str(libero_root()))))  # JSON is YAML
-        # robosuite logs to one file for all users of a machine and fails where it belongs to another, unless this module says otherwise.
+        # Or robosuite would log to one file for all users of a machine, and fail where that belongs to another.
         macros = types.ModuleType("robosuite.macros_private")
         macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL = None, "ERROR"
         sys.modules.setdefault("robosuite.macros_private", macros)
