@@ -6,6 +6,7 @@
 #   ./benchmark.sh sweep        GIPO's sigma x sigma-neg-ratio x buffer size
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
+#   ./benchmark.sh vla          GIPO and PPO on LIBERO, tiny preset, two buffer sizes, three seeds (needs requirements-vla.txt)
 #   ./benchmark.sh throughput   steps per second against the stock environment, and where the time goes
 #
 # Options: --tasks "a b"  --seeds "1 2"  --methods "ppo gipo"  --regimes "fresh stale"  --steps N  --workers N  --dry-run  --slurm
@@ -28,8 +29,9 @@ case "$suite" in
     sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
     graphgpo) methods="grpo gigpo graphgpo" seeds="1 2 3 4 5 6 7 8 9 10" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
+    vla) tasks="libero_spatial" seeds="2 3 4" methods="ppo gipo" regimes="fresh recent" steps=20480 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo, vla or throughput"; exit 0 ;;
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc) dry_run="" slurm=""
@@ -91,6 +93,18 @@ script_of() { # method, regime -> script and flags
     esac
 }
 
+vla_script() { # method, regime -> script and flags; a rollout of the tiny preset has 1,024 steps
+    local buffer
+    case $2 in
+        fresh) buffer=1024 ;; recent) buffer=10240 ;; stale) buffer=20480 ;;
+        *) die "--regimes: unknown regime '$2', choose from fresh recent stale" ;;
+    esac
+    case $1 in
+        gipo | ppo | sapo | none) echo "gipo_vla_libero.py --preset tiny --trust-weight $1 --buffer-size $buffer" ;;
+        *) die "--methods: unknown method '$1', choose from gipo ppo sapo none" ;;
+    esac
+}
+
 graphgpo_flags() { # method -> flags of graphgpo_sokoban.py
     case $1 in
         grpo | gigpo | graphgpo) echo "--advantage $1" ;;
@@ -105,6 +119,7 @@ graphgpo_flags() { # method -> flags of graphgpo_sokoban.py
 
 run_dir="runs/benchmark-$steps" eval="--eval-every 0"
 [ "$suite" != popo ] || run_dir="runs/popo-$steps" eval="--eval-every 5120"
+[ "$suite" != vla ] || run_dir="runs/vla-tiny"
 commands=""
 if [ "$suite" = graphgpo ]; then
     run_dir="runs/graphgpo-sokoban" regimes=""
@@ -119,6 +134,13 @@ if [ "$suite" = graphgpo ]; then
 fi
 for seed in $seeds; do # seeds outside: every cell has a first number early
     for method in $methods; do
+        if [ "$suite" = vla ]; then
+            for regime in $regimes; do
+                commands+="$python $(vla_script "$method" "$regime") --suite $tasks --seed $seed --exp-name ${method}_$regime"
+                commands+=" --total-timesteps $steps --run-dir $run_dir $eval"$'\n'
+            done
+            continue
+        fi
         for regime in $([ "$method" = ppo ] && echo on-policy || echo "$regimes"); do
             script=$(script_of "$method" "$regime")
             [ "$regime" != - ] || regime=""
@@ -143,7 +165,7 @@ mkdir -p "$run_dir"
 # -------------------- Running it --------------------
 run() { # one command, unless another invocation has it; a run that was begun is resumed
     local task seed name folder resume="" code=0
-    task=$(sed 's/.*--env-id \([^ ]*\).*/\1/' <<<"$1") seed=$(sed 's/.*--seed \([^ ]*\).*/\1/' <<<"$1")
+    task=$(sed -E 's/.*--(env-id|suite) ([^ ]*).*/\2/' <<<"$1") seed=$(sed 's/.*--seed \([^ ]*\).*/\1/' <<<"$1")
     name=$(sed 's/.*--exp-name \([^ ]*\).*/\1/' <<<"$1")
     folder="$run_dir/${task}__${name}__$seed"
     exec 9>"$folder.lock"

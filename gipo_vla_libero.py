@@ -25,6 +25,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import fcntl
 import functools
 import importlib.metadata
 import importlib.util
@@ -2153,9 +2154,23 @@ def clone(agent, demos: dict, interface, args, path: Path) -> None:
 
 
 def tiny_policy(args, device):
-    """The tiny preset's start: demonstrations, then a policy cloned from them; both are cached under <run-dir>/cache."""
+    """The tiny preset's start: demonstrations, then a policy cloned from them; both are cached under <run-dir>/cache.
+
+    Runs that start side by side share them: one works, the others wait for it.
+    """
     cache = Path(args.run_dir) / "cache"
     cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"waiting for the run that fills {cache}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return load_policy(str(cloned_policy(cache, args, device)), args, device)
+
+
+def cloned_policy(cache: Path, args, device) -> Path:
+    """Folder of the policy cloned with these arguments, made first where it is not in `cache`."""
     fields = "suite tasks train_init_states demos_per_state demo_noise camera_size num_images reflections max_steps noop_steps"
     settings = json.dumps({name: getattr(args, name) for name in fields.split()})
     demos_path = cache / f"demos-{zlib.crc32(settings.encode()):08x}.npz"
@@ -2172,7 +2187,7 @@ def tiny_policy(args, device):
         interface = make_interface(agent, tokenizer, norm_stats, args, device)
         clone(agent, demos, interface, args, folder.with_suffix(".pt"))
         save_policy(folder, agent, tokenizer, norm_stats)
-    return load_policy(str(folder), args, device)
+    return folder
 
 
 def demonstration_statistics(demos: dict) -> dict:

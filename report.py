@@ -84,6 +84,7 @@ def stored_runs(args: Args) -> list[dict]:
         *Path(args.runs).glob("graphgpo-sokoban/*/result.json"),
     ]
     paths += [*Path(args.results).glob("popo_countdown/runs/*/*.json"), *Path(args.runs).glob("popo-*/*/result.json")]
+    paths += [*Path(args.results).glob("vla_tiny/runs/*.json"), *Path(args.runs).glob("vla-tiny/*/result.json")]
     return [json.loads(path.read_text()) for path in sorted(paths)]
 
 
@@ -94,12 +95,14 @@ def pending(commands: list[str], args: Args) -> list[str]:
     for command in commands:
         _, script, *flags = shlex.split(command)
         module = importlib.import_module(script.removesuffix(".py"))
-        run_args = vars(tyro.cli(module.Args, args=flags))
+        run_args = module.parse_args(flags) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=flags)
+        run_args = json.loads(json.dumps(vars(run_args)))  # tuples are lists in result.json
         if script == "ppo_baseline.py" and run_args["buffer_size"] < 2 * run_args["num_envs"] * run_args["num_steps"]:
             run_args["recompute_advantages"] = False  # as the script does on-policy
         if identity({"versions": {"algorithm": module.ALGORITHM_VERSION}, "args": run_args}) not in done:
             left.append(command)
-            folder = Path(run_args["run_dir"]) / "{env_id}__{exp_name}__{seed}".format(**run_args)
+            task = run_args.get("env_id") or run_args["suite"]
+            folder = Path(run_args["run_dir"]) / f"{task}__{run_args['exp_name']}__{run_args['seed']}"
             path = folder / "args.json"
             if path.exists() and outcome_args(json.loads(path.read_text())) != outcome_args(run_args):
                 raise ValueError(f"{folder} holds a run with other arguments: move it away")
