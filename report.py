@@ -586,6 +586,114 @@ def write_popo_report(args: Args, write) -> None:
                 plot_popo(methods, axis, folder / f"{axis}-{name}.png")
 
 
+# -------------------- VLA on LIBERO --------------------
+VLA_CURVES = {
+    "success": "charts/episodic_success",
+    "entropy": "losses/entropy",
+    "utilization": "gipo/utilization",
+    "effective_sample_size": "gipo/effective_sample_size",
+    "logratio_std": "gipo/logratio_std",
+    "policy_lag": "gipo/policy_lag",
+    "clipfrac": "losses/clipfrac",
+}
+
+
+def collect_vla(args: Args) -> None:
+    """Write results/vla_tiny/runs/<run>.json for every finished run of `benchmark.sh vla`; curves have a point per rollout."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for path in sorted(Path(args.runs).glob("vla-tiny/*/result.json")):
+        result = json.loads(path.read_text())
+        file = Path(args.results) / "vla_tiny" / "runs" / f"{path.parent.name}.json"
+        if file.exists() and identity(json.loads(file.read_text())) == identity(result):
+            continue
+        events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
+        points = {name: {e.step: e.value for e in events.Scalars(tag)} for name, tag in VLA_CURVES.items()}
+        steps = sorted(points["entropy"])
+        curves = {
+            name: [round(values[step], 4) if step in values else None for step in steps] for name, values in points.items()
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result | {"curves": curves | {"steps": steps}, "machine": cpu_name()}) + "\n")
+
+
+def vla_success(run: dict, states: range, evaluation: int = -1) -> float:
+    """Share of the initial states in `states` that an evaluation of the run solved, the last one unless told."""
+    return float(np.mean([solved for _, state, solved in run["evaluations"][evaluation]["successes"] if state in states]))
+
+
+def vla_report(args: Args) -> str:
+    """Table of `benchmark.sh vla`, and its plot unless --check; empty without runs."""
+    by_cell = collections.defaultdict(dict)
+    for path in sorted((Path(args.results) / "vla_tiny" / "runs").glob("*.json")):
+        run = label(json.loads(path.read_text()))
+        by_cell[run["args"]["buffer_size"], run["method"]][run["seed"]] = run
+    if not by_cell:
+        return ""
+    runs = [run for cell in by_cell.values() for run in cell.values()]
+    machines = "; ".join(sorted({run["machine"] for run in runs}))
+    heading = f"{len(runs)} runs of {runs[0]['total_timesteps']:,} steps, --preset tiny, task 0 of libero_spatial, greedy policy. "
+    heading += f"Algorithm version {runs[0]['versions']['algorithm']}. Machine: {machines}. "
+    heading += "Success in percent, one number per seed in this order: "
+    heading += ", ".join(map(str, sorted({run["seed"] for run in runs}))) + ". Written by report.py."
+    rows = ["| buffer | method | cloned, 50 states | after RL, 50 states | mean | states 0-39 | 40-49 (never trained on) |"]
+    rows[0] += " in training, whole run | last 100 episodes |"
+    rows.append("|---" * (rows[0].count("|") - 1) + "|")
+    shown = ["effective_sample_size", "utilization", "logratio_std", "clipfrac", "entropy", "policy_lag"]
+    means = ["| buffer | method | " + " | ".join(shown).replace("_", " ") + " |", "|---" * (len(shown) + 2) + "|"]
+    percents = lambda scores: ", ".join(f"{100 * score:.0f}" for score in scores)  # noqa: E731
+    training = functools.partial(area_under_curve, name="success")
+    for (size, method), cell in sorted(by_cell.items()):
+        found = [cell[seed] for seed in sorted(cell)]
+        ends = [vla_success(run, range(50)) for run in found]
+        row = [f"{size:,}", method, percents(vla_success(run, range(50), 0) for run in found), percents(ends)]
+        row += [f"{100 * np.mean(ends):.0f}", percents(vla_success(run, range(40)) for run in found)]
+        row += [percents(vla_success(run, range(40, 50)) for run in found), percents(map(training, found))]
+        rows.append("| " + " | ".join([*row, percents(run["train_success_rate"] for run in found)]) + " |")
+        averages = [np.mean([v for run in found for v in run["curves"][name] if v is not None]) for name in shown]
+        means.append(f"| {size:,} | {method} | " + " | ".join(f"{value:.3f}" for value in averages) + " |")
+    differences = []
+    for size in sorted({size for size, _ in by_cell}):
+        ours, theirs = by_cell.get((size, "gipo"), {}), by_cell.get((size, "ppo"), {})
+        seeds = sorted(ours.keys() & theirs.keys())
+        if len(seeds) > 1:
+            scores = (lambda run: vla_success(run, range(50))), training
+            gaps = [mean_and_interval([score(ours[s]) - score(theirs[s]) for s in seeds], "+.3f") for score in scores]
+            differences.append(f"| {size:,} | {len(seeds)} | {gaps[0]} | {gaps[1]} |")
+    if not args.check:
+        plot_vla(by_cell, Path(args.results) / "vla_tiny" / "curves.png")
+    parts = ["# GIPO and PPO on LIBERO, tiny preset", heading, "\n".join(rows)]
+    if differences:
+        head = "| buffer | seeds | success after RL, 50 states | success in training, whole run |\n" + "|---" * 4 + "|\n"
+        parts += ["GIPO less PPO on the same seeds, which share the cloned policy (95 % bootstrap interval over the seeds):"]
+        parts.append(head + "\n".join(differences))
+    parts += ["Means over the run and the seeds (docs/gipo_continuous.md explains them):", "\n".join(means)]
+    return "\n\n".join([*parts, "![success in training](curves.png)"]) + "\n"
+
+
+def plot_vla(by_cell: dict, path: Path) -> None:
+    """Success in training against steps, a panel per buffer size: mean over the seeds, and every seed as a thin line."""
+    import matplotlib.pyplot as plt
+
+    sizes, methods = sorted({size for size, _ in by_cell}), ["ppo", "gipo"]
+    fig, axes = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 3.0), sharey=True, squeeze=False)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        for method in [m for m in methods if (size, m) in by_cell]:
+            cell, line = by_cell[size, method].values(), style(method, methods)
+            curves = 100 * np.array([[v or 0.0 for v in run["curves"]["success"]] for run in cell])
+            steps = next(iter(cell))["curves"]["steps"]
+            axis.plot(steps, curves.T, color=line["color"], linewidth=0.7, alpha=0.4)
+            axis.plot(steps, curves.mean(0), linewidth=1.8, **line)
+        axis.set_title(f"buffer of {size:,} steps", fontsize=10)
+        axis.set_xlabel("environment steps", fontsize=9)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.tick_params(labelsize=8)
+    axes[0][0].set_ylabel("success of the last 100 episodes, %", fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    fig.tight_layout()
+    save(fig, path)
+
+
 # -------------------- Report --------------------
 def write_report(args: Args) -> list[str]:
     """Tables, plots and the README block from the collected JSON files; the names of files whose text has changed."""
@@ -601,9 +709,9 @@ def write_report(args: Args) -> list[str]:
             if not args.check:
                 path.write_text(text)
 
-    text = graphgpo_report(args)
-    if text:
-        write(results / "graphgpo_sokoban" / "tables.md", text)
+    for folder, text in (("graphgpo_sokoban", graphgpo_report(args)), ("vla_tiny", vla_report(args))):
+        if text:
+            write(results / folder / "tables.md", text)
     readme_block = ""
     for (steps, version), runs in sorted(groups.items()):
         name = f"{steps}-v{version}"
@@ -661,6 +769,7 @@ def main(args: Args) -> None:
     if not args.check:
         collect(args)
         collect_graphgpo(args)
+        collect_vla(args)
     changed = write_report(args)
     if args.check and changed:
         sys.exit("not current: " + ", ".join(changed) + "; run python report.py")
