@@ -632,8 +632,8 @@ def vla_report(args: Args) -> str:
         return ""
     runs = [run for cell in by_cell.values() for run in cell.values()]
     machines = "; ".join(sorted({run["machine"] for run in runs}))
-    heading = f"{len(runs)} runs of {runs[0]['total_timesteps']:,} steps, --preset tiny, task 0 of libero_spatial, greedy policy. "
-    heading += f"Algorithm version {runs[0]['versions']['algorithm']}. Machine: {machines}. "
+    heading = f"{len(runs)} runs of {runs[0]['total_timesteps']:,} steps, --preset tiny, task 0 of libero_spatial. "
+    heading += f"Greedy policy. Algorithm version {runs[0]['versions']['algorithm']}. Machine: {machines}. "
     heading += "Success in percent, one number per seed in this order: "
     heading += ", ".join(map(str, sorted({run["seed"] for run in runs}))) + ". Written by report.py."
     rows = ["| buffer | method | cloned, 50 states | after RL, 50 states | mean | states 0-39 | 40-49 (never trained on) |"]
