@@ -226,30 +226,35 @@ def span(value: float, interval: tuple[float, float]) -> str:
     return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
+SCORES = {  # of a run: what the table compares
+    "success": lambda run: run["eval_success_rate"],
+    "return": lambda run: run["eval_return_mean"],
+    "area": functools.partial(area_under_curve, name="success"),
+}
+
+
 def aggregate_table(runs: list[dict]) -> str:
-    """One row per method and regime: IQM of the success rate, probability of improvement over PPO, areas, return."""
-    rows = ["| regime | method | runs | success, IQM | P(better than PPO) | area under success | area under return |"]
-    rows.append("|---|---|---|---|---|---|---|")
+    """One row per method and regime: IQM of final success and return and of the area, P(better than PPO) by each of them."""
+    rows = ["| regime | method | runs | success, IQM | area under success, IQM | return, IQM | P(success above PPO's) |"]
+    rows[0] += " P(area above) | P(return above) |"
+    rows.append("|---" * 9 + "|")
     table = cells(runs)
-    success = lambda run: run["eval_success_rate"]  # noqa: E731
     baseline = table.get(("on-policy", "ppo"), {})
     for (regime, method), tasks in table.items():
         names = sorted(tasks)
-        scores = values(tasks, names, success)
         shared = [name for name in names if name in baseline]
-        better = "-"
-        if method != "ppo" and shared:
-            # Return breaks ties of success, so that two failures or two full scores are still compared.
-            rank = lambda run: run["eval_success_rate"] * 1e6 + run["eval_return_mean"]  # noqa: E731
-            pair = values(tasks, shared, rank), values(baseline, shared, rank)
-            better = span(probability_of_improvement(*pair), improvement_interval(*pair))
-        area_success, area_return = (
-            interquartile_mean(values(tasks, names, functools.partial(area_under_curve, name=name)))
-            for name in ("success", "return")
-        )
-        count = sum(len(task) for task in scores)
-        row = [regime, method, count, span(interquartile_mean(scores), bootstrap_interval(scores, interquartile_mean)), better]
-        rows.append("| " + " | ".join(map(str, [*row, f"{area_success:.2f}", f"{area_return:,.0f}"])) + " |")
+        scores = {name: values(tasks, names, key) for name, key in SCORES.items()}
+        row = [regime, method, sum(len(task) for task in scores["success"])]
+        for name in ("success", "area"):
+            row.append(span(interquartile_mean(scores[name]), bootstrap_interval(scores[name], interquartile_mean)))
+        row.append(f"{interquartile_mean(scores['return']):,.0f}")
+        for name in ("success", "area", "return"):
+            if method == "ppo" or not shared:
+                row.append("-")
+                continue
+            pair = values(tasks, shared, SCORES[name]), values(baseline, shared, SCORES[name])
+            row.append(span(probability_of_improvement(*pair), improvement_interval(*pair)))
+        rows.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(rows)
 
 

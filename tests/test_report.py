@@ -62,6 +62,23 @@ def test_grid_means():
     assert report.area_under_curve({"curves": {"success": grid}}, "success") == pytest.approx((2 + 5 + 7) / 30)
 
 
+def test_aggregate_table_by_hand():
+    """One task, two seeds each: success ties half, returns do not, and an area counts stretches without an episode as 0."""
+
+    def run(method, regime, seed, success, score, area):
+        curve = [None, area] * 15
+        names = {"method": method, "regime": regime, "seed": seed, "env_id": "reach-v3"}
+        return names | {"eval_success_rate": success, "eval_return_mean": score, "curves": {"success": curve}}
+
+    ppo = [run("ppo", "on-policy", seed, 1.0, 4000 + seed, 0.5) for seed in (1, 2)]
+    gipo = [run("gipo", "stale", 1, 1.0, 3000, 1.0), run("gipo", "stale", 2, 0.5, 5000, 1.0)]
+    rows = report.aggregate_table(ppo + gipo).splitlines()
+    assert rows[2] == "| on-policy | ppo | 2 | 1.00 [1.00, 1.00] | 0.25 [0.25, 0.25] | 4,002 | - | - | - |"
+    cells = rows[3].strip("| ").split(" | ")
+    assert cells[:6] == ["stale", "gipo", "2", "0.75 [0.50, 1.00]", "0.50 [0.50, 0.50]", "4,000"]
+    assert [cell.split(" ")[0] for cell in cells[6:]] == ["0.25", "1.00", "0.50"]
+
+
 # -------------------- benchmark.sh --------------------
 def benchmark(*flags, cwd=ROOT, **environment):
     command = ["./benchmark.sh", *map(str, flags)]
