@@ -2,8 +2,11 @@
 
 import ast
 import dataclasses
+import json
 import math
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import ROOT
+from vla_throughput import log_ratios
 
 import gipo_continuous as gipo
 import gipo_vla_libero as vla
@@ -318,3 +323,34 @@ def test_bad_arguments_are_named(flags, words):
 def test_missing_gpu_is_named():
     with pytest.raises(ValueError, match="--cuda"):
         vla.check_args(vla.Args(model="x/y"))
+
+
+def test_measured_log_ratios_by_hand():
+    """A policy whose log-probs are the number of chunks in the pass: 4 sampled at once, evaluated as 3 and 1."""
+
+    class Counting:
+        def get_action_and_logprob(self, pixel_values, proprio, tokens=None):
+            assert proprio is None and (tokens is None or len(tokens) == len(pixel_values))
+            return pixel_values.long(), torch.full((len(pixel_values), 2), float(len(pixel_values)))
+
+    result = log_ratios(Counting(), lambda batch: {"pixel_values": torch.zeros(batch), "proprio": None}, (4,), 3)
+    assert result == {"tokens": 8, "mean": 1.5, "percentile_99.9": 3.0, "max": 3.0}
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_gpu_measurement_runs_anywhere(train, tmp_path):
+    """The command that fills the table of docs/gipo_vla_libero.md, on the tiny architecture; twice into one file."""
+    command = [sys.executable, "tests/vla_throughput.py", "--size", "tiny", "--device", "cpu", "--train", train]
+    command += ["--repeats", "1", "--batches", "2", "5", "--micro-batch", "3", "--output", str(tmp_path / "out.json")]
+    for runs in (1, 2):
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr
+        results = json.loads((tmp_path / "out.json").read_text())
+        assert len(results) == runs
+    result = results[-1]
+    assert [row["batch"] for row in result["rollout"]] == [2, 5]
+    assert result["entropy"] == pytest.approx(1.0, abs=0.01) and result["log_ratio"]["max"] < 1e-4
+    assert result["log_ratio"]["tokens"] == 56 * (3 + 5)
+    # LoRA: a forward pass and a backward pass for activations only. Full: gradients of weights, too, but not in the towers.
+    forward, update = result["tflop_per_chunk"], result["update"]["tflop_per_sample"]
+    assert update == pytest.approx(2 * forward) if train == "lora" else 2 * forward < update < 3 * forward
