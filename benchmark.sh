@@ -29,7 +29,7 @@ case "$suite" in
     sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
     graphgpo) methods="grpo gigpo graphgpo" seeds="1 2 3 4 5 6 7 8 9 10" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
-    vla) tasks="libero_spatial" seeds="2 3 4" methods="ppo gipo" regimes="fresh recent" steps=20480 ;;
+    vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="fresh recent" steps=20480 ;;
     throughput) ;;
     *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo, vla or throughput"; exit 0 ;;
 esac
