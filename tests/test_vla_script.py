@@ -1,12 +1,15 @@
 """gipo_vla_libero.py from end to end, as a user starts it, in the real simulator: a very small tiny preset."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_script, start_script
@@ -93,11 +96,29 @@ def test_interrupted_run_continues_exactly(finished):
 
 def test_clone_and_demonstrations_are_made_once(finished):
     run_dir, _, _ = finished
-    before = {path.name: path.stat().st_mtime_ns for path in (run_dir / "cache").iterdir()}
+    cached = lambda: {p.name: p.stat().st_mtime_ns for p in (run_dir / "cache").iterdir() if p.name != "lock"}  # noqa: E731
+    before = cached()
     process, _ = run_script(NAME, run_dir, *SMALL, "--exp-name", "second", "--total-timesteps", 32, "--eval-episodes", 0)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "cloning:" not in process.stdout
-    assert before == {path.name: path.stat().st_mtime_ns for path in (run_dir / "cache").iterdir()}
+    assert before == cached() and len(before) == 2
+
+
+def test_runs_side_by_side_wait_for_the_one_that_clones(tmp_path, monkeypatch, capsys):
+    """Another run holds the cache: this one says so and goes on when that has finished."""
+    order = []
+    monkeypatch.setattr(vla, "cloned_policy", lambda cache, args, device: order.append("cloned") or cache)
+    monkeypatch.setattr(vla, "load_policy", lambda folder, args, device: folder)
+    (tmp_path / "cache").mkdir()
+    args = SimpleNamespace(run_dir=str(tmp_path))
+    with open(tmp_path / "cache" / "lock", "w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = pool.submit(vla.tiny_policy, args, None)
+        time.sleep(1.0)
+        assert not waiting.done() and "waiting for the run that fills" in capsys.readouterr().out
+        order.append("released")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert waiting.result(timeout=10) == str(tmp_path / "cache") and order == ["released", "cloned"]
 
 
 def test_saved_model_evaluates_as_in_the_run(finished):
