@@ -136,8 +136,11 @@ for seed in $seeds; do # seeds outside: every cell has a first number early
     for method in $methods; do
         if [ "$suite" = vla ]; then
             for regime in $regimes; do
-                commands+="$python $(vla_script "$method" "$regime") --suite $tasks --seed $seed --exp-name ${method}_$regime"
-                commands+=" --total-timesteps $steps --run-dir $run_dir $eval"$'\n'
+                script=$(vla_script "$method" "$regime")
+                for task in $tasks; do
+                    commands+="$python $script --suite $task --seed $seed --exp-name ${method}_$regime"
+                    commands+=" --total-timesteps $steps --run-dir $run_dir $eval"$'\n'
+                done
             done
             continue
         fi

@@ -628,73 +628,81 @@ def vla_success(run: dict, states: range, evaluation: int = -1) -> float:
 
 
 def vla_report(args: Args) -> str:
-    """Table of `benchmark.sh vla`, and its plot unless --check; empty without runs."""
-    by_cell = collections.defaultdict(dict)
+    """Tables of `benchmark.sh vla`, and their plots unless --check, a set per suite, length, version; empty without runs."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(dict))
     for path in sorted((Path(args.results) / "vla_tiny" / "runs").glob("*.json")):
         run = label(json.loads(path.read_text()))
-        by_cell[run["args"]["buffer_size"], run["method"]][run["seed"]] = run
-    if not by_cell:
-        return ""
-    runs = [run for cell in by_cell.values() for run in cell.values()]
-    machines = "; ".join(sorted({run["machine"] for run in runs}))
-    heading = f"{len(runs)} runs of {runs[0]['total_timesteps']:,} steps, --preset tiny, task 0 of libero_spatial. "
-    heading += f"Greedy policy. Algorithm version {runs[0]['versions']['algorithm']}. Machine: {machines}. "
-    heading += "Success in percent, one number per seed in this order: "
-    heading += ", ".join(map(str, sorted({run["seed"] for run in runs}))) + ". Written by report.py."
-    rows = ["| buffer | method | cloned, 50 states | after RL, 50 states | mean | states 0-39 | 40-49 (never trained on) |"]
+        group = run["env_id"], run["total_timesteps"], run["versions"]["algorithm"]
+        groups[group][run["args"]["buffer_size"], run["method"]][run["seed"]] = run
+    parts = []
+    for (suite, steps, version), by_cell in sorted(groups.items()):
+        plot = f"curves-{suite}-{steps}-v{version}.png"
+        runs = [run for cell in by_cell.values() for run in cell.values()]
+        machines = "; ".join(sorted({run["machine"] for run in runs}))
+        heading = f"{len(runs)} runs, algorithm version {version}. Machine: {machines}. Success in percent, one number per seed; "
+        heading += "greedy policy but for the last two columns. Rows with other seeds are not to be compared. Written by report.py."
+        parts += [f"# GIPO and PPO on {suite}, tiny preset, {steps:,} steps", heading, *vla_tables(by_cell)]
+        parts.append(f"![success in training]({plot})")
+        if not args.check:
+            plot_vla(by_cell, Path(args.results) / "vla_tiny" / plot)
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def vla_tables(by_cell: dict) -> list[str]:
+    """Success of every cell {(buffer size, method): {seed: run}}, GIPO less PPO on shared seeds, and means of diagnostics."""
+    rows = ["| buffer | method | seeds | cloned, 50 states | after RL, 50 states | states 0-39 | 40-49 (never trained on) |"]
     rows[0] += " in training, whole run | last 100 episodes |"
     rows.append("|---" * (rows[0].count("|") - 1) + "|")
     shown = ["effective_sample_size", "utilization", "logratio_std", "clipfrac", "entropy", "policy_lag"]
-    means = ["| buffer | method | " + " | ".join(shown).replace("_", " ") + " |", "|---" * (len(shown) + 2) + "|"]
+    means = ["| buffer | method | seeds | " + " | ".join(shown).replace("_", " ") + " |", "|---" * (len(shown) + 3) + "|"]
     percents = lambda scores: ", ".join(f"{100 * score:.0f}" for score in scores)  # noqa: E731
+    final = lambda run: vla_success(run, range(50))  # noqa: E731
     training = functools.partial(area_under_curve, name="success")
     for (size, method), cell in sorted(by_cell.items()):
         found = [cell[seed] for seed in sorted(cell)]
-        ends = [vla_success(run, range(50)) for run in found]
-        row = [f"{size:,}", method, percents(vla_success(run, range(50), 0) for run in found), percents(ends)]
-        row += [f"{100 * np.mean(ends):.0f}", percents(vla_success(run, range(40)) for run in found)]
-        row += [percents(vla_success(run, range(40, 50)) for run in found), percents(map(training, found))]
-        rows.append("| " + " | ".join([*row, percents(run["train_success_rate"] for run in found)]) + " |")
-        averages = [np.mean([v for run in found for v in run["curves"][name] if v is not None]) for name in shown]
-        means.append(f"| {size:,} | {method} | " + " | ".join(f"{value:.3f}" for value in averages) + " |")
-    differences = []
+        name = f"| {size:,} | {method} | {', '.join(map(str, sorted(cell)))} | "
+        row = [percents(vla_success(run, range(50), 0) for run in found), percents(map(final, found))]
+        row += [percents(vla_success(run, states) for run in found) for states in (range(40), range(40, 50))]
+        row += [percents(map(training, found)), percents(run["train_success_rate"] for run in found)]
+        rows.append(name + " | ".join(row) + " |")
+        averages = [np.mean([v for run in found for v in run["curves"][key] if v is not None]) for key in shown]
+        means.append(name + " | ".join(f"{value:.3f}" for value in averages) + " |")
+    tables = ["\n".join(rows)]
+    differences = ["| buffer | seeds | success after RL, 50 states | success in training, whole run |", "|---" * 4 + "|"]
     for size in sorted({size for size, _ in by_cell}):
         ours, theirs = by_cell.get((size, "gipo"), {}), by_cell.get((size, "ppo"), {})
         seeds = sorted(ours.keys() & theirs.keys())
         if len(seeds) > 1:
-            scores = (lambda run: vla_success(run, range(50))), training
-            gaps = [mean_and_interval([score(ours[s]) - score(theirs[s]) for s in seeds], "+.3f") for score in scores]
+            pairs = [(ours[seed], theirs[seed]) for seed in seeds]
+            gaps = [mean_and_interval([score(a) - score(b) for a, b in pairs], "+.3f") for score in (final, training)]
             differences.append(f"| {size:,} | {len(seeds)} | {gaps[0]} | {gaps[1]} |")
-    if not args.check:
-        plot_vla(by_cell, Path(args.results) / "vla_tiny" / "curves.png")
-    parts = ["# GIPO and PPO on LIBERO, tiny preset", heading, "\n".join(rows)]
-    if differences:
-        head = "| buffer | seeds | success after RL, 50 states | success in training, whole run |\n" + "|---" * 4 + "|\n"
-        parts += ["GIPO less PPO on the same seeds, which share the cloned policy (95 % bootstrap interval over the seeds):"]
-        parts.append(head + "\n".join(differences))
-    parts += ["Means over the run and the seeds (docs/gipo_continuous.md explains them):", "\n".join(means)]
-    return "\n\n".join([*parts, "![success in training](curves.png)"]) + "\n"
+    if len(differences) > 2:
+        tables += ["GIPO less PPO on the same seeds, which share the cloned policy (95 % bootstrap interval over the seeds):"]
+        tables.append("\n".join(differences))
+    return [*tables, "Means over the run and the seeds (the README explains them):", "\n".join(means)]
 
 
 def plot_vla(by_cell: dict, path: Path) -> None:
     """Success in training against steps, a panel per buffer size: mean over the seeds, and every seed as a thin line."""
     import matplotlib.pyplot as plt
 
-    sizes, methods = sorted({size for size, _ in by_cell}), ["ppo", "gipo"]
+    sizes, methods = sorted({size for size, _ in by_cell}), ["ppo", "gipo", "sapo", "none"]
     fig, axes = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 3.0), sharey=True, squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
         for method in [m for m in methods if (size, m) in by_cell]:
-            cell, line = by_cell[size, method].values(), style(method, methods)
-            curves = 100 * np.array([[v or 0.0 for v in run["curves"]["success"]] for run in cell])
-            steps = next(iter(cell))["curves"]["steps"]
+            cell, line = by_cell[size, method], style(method, methods)
+            line["label"] += f", seed{'s' * (len(cell) > 1)} {', '.join(map(str, sorted(cell)))}"
+            curves = 100 * np.array([[v or 0.0 for v in run["curves"]["success"]] for run in cell.values()])
+            steps = next(iter(cell.values()))["curves"]["steps"]
             axis.plot(steps, curves.T, color=line["color"], linewidth=0.7, alpha=0.4)
             axis.plot(steps, curves.mean(0), linewidth=1.8, **line)
         axis.set_title(f"buffer of {size:,} steps", fontsize=10)
         axis.set_xlabel("environment steps", fontsize=9)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.set_ylim(0, 100)
         axis.tick_params(labelsize=8)
+        axis.legend(fontsize=8)
     axes[0][0].set_ylabel("success of the last 100 episodes, %", fontsize=9)
-    axes[0][0].legend(fontsize=8)
     fig.tight_layout()
     save(fig, path)
 

@@ -17,6 +17,7 @@ def run(method, seed, before, after, training, buffer_size=1024):
     evaluations = [[[0, k, float(k < before)] for k in range(50)], [[0, k, float(k >= 50 - after)] for k in range(50)]]
     curves = {name: [0.25, 0.75] for name in report.VLA_CURVES} | {"success": [None, training], "steps": [1024, 2048]}
     return {
+        "env_id": "libero_spatial",
         "exp_name": f"{method}_fresh",
         "seed": seed,
         "total_timesteps": 2048,
@@ -39,12 +40,16 @@ def test_table_by_hand(tmp_path):
     assert report.write_report(args) == [str(tmp_path / "vla_tiny" / "tables.md")]
     text = (tmp_path / "vla_tiny" / "tables.md").read_text()
     # 30 of 50 are all ten of 40-49 and 20 of the other 40; a stretch before the first finished episode counts 0.
-    assert "| 1,024 | gipo | 20, 10 | 60, 40 | 50 | 50, 25 | 100, 100 | 20, 10 | 40, 20 |" in text
-    assert "| 1,024 | ppo | 20, 10 | 30, 10 | 20 | 12, 0 | 100, 50 | 10, 20 | 20, 40 |" in text
+    assert "| 1,024 | gipo | 1, 2 | 20, 10 | 60, 40 | 50, 25 | 100, 100 | 20, 10 | 40, 20 |" in text
+    assert "| 1,024 | ppo | 1, 2 | 20, 10 | 30, 10 | 12, 0 | 100, 50 | 10, 20 | 20, 40 |" in text
     assert "| 1,024 | 2 | +0.300 [+0.300, +0.300] | +0.000 [-0.100, +0.100] |" in text
-    assert "| 1,024 | gipo | 0.500 | 0.500 |" in text and "4 runs of 2,048 steps" in text
-    assert (tmp_path / "vla_tiny" / "curves.png").stat().st_size > 10_000
+    assert "| 1,024 | gipo | 1, 2 | 0.500 | 0.500 |" in text and "4 runs, algorithm version 1" in text
+    assert (tmp_path / "vla_tiny" / "curves-libero_spatial-2048-v1.png").stat().st_size > 10_000
     assert report.write_report(args) == []
+    (folder / "4.json").write_text(json.dumps(run("gipo", 1, 0, 50, 1.0) | {"total_timesteps": 4096}))
+    assert report.write_report(args) == [str(tmp_path / "vla_tiny" / "tables.md")]
+    longer = (tmp_path / "vla_tiny" / "tables.md").read_text()
+    assert longer.startswith(text.rstrip()) and "tiny preset, 4,096 steps" in longer, "runs of other lengths stand apart"
 
 
 def test_matrix_and_what_is_finished(tmp_path):
