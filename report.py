@@ -639,8 +639,9 @@ def vla_report(args: Args) -> str:
         plot = f"curves-{suite}-{steps}-v{version}.png"
         runs = [run for cell in by_cell.values() for run in cell.values()]
         machines = "; ".join(sorted({run["machine"] for run in runs}))
-        heading = f"{len(runs)} runs, algorithm version {version}. Machine: {machines}. Success in percent, one number per seed; "
-        heading += "greedy policy but for the last two columns. Rows with other seeds are not to be compared. Written by report.py."
+        heading = f"{len(runs)} runs, algorithm version {version}. Machine: {machines}. Success in percent, one number per "
+        heading += "seed; greedy policy but for the last two columns. Rows with other seeds are not to be compared. "
+        heading += "Written by report.py."
         parts += [f"# GIPO and PPO on {suite}, tiny preset, {steps:,} steps", heading, *vla_tables(by_cell)]
         parts.append(f"![success in training]({plot})")
         if not args.check:
