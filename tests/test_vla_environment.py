@@ -1,5 +1,6 @@
 """gipo_vla_libero.py, the environment: real LIBERO simulators, in this process and in workers."""
 
+import json
 import os
 import signal
 import subprocess
@@ -254,6 +255,16 @@ def test_expert_and_success(env):
     assert obs["images"].std() > 10  # rendered although the chunk ended early
     env.reset(0, 2)
     assert env.step(chunk(UP))[1:][1] == 8  # an episode after success
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_expert_measured_alone(tmp_path):
+    """tests/vla_expert.py counts an episode that failed (task 4: the bowl in the drawer) and one that did not."""
+    command = [sys.executable, "tests/vla_expert.py", "--tasks", "0", "4", "--states", "10", "11"]
+    root = Path(__file__).parent.parent
+    subprocess.run([*command, "--output", str(tmp_path / "out.json")], cwd=root, check=True, timeout=600)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["rates"] == {"0": 1.0, "4": 0.0} and result["solved"] == {"0": {"10": 74}, "4": {}}
 
 
 @NOTHING_WITHOUT_ASSETS
