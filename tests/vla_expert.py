@@ -32,7 +32,7 @@ class Args:
 
 
 def measure(args: Args) -> dict:
-    """-> {"solved": {task: {initial state: steps}}, "rates": {task: share}, ...}; an episode that failed is not in "solved"."""
+    """-> {"solved": {task: {initial state: steps}}, "rates": {task: share}, ...}; failed episodes are not in "solved"."""
     settings = vla.PRESETS["tiny"] | {"num_envs": args.num_envs, "demo_noise": 0.0}
     script, states = vla.Args(preset="tiny", **settings), range(*args.states)
     with tempfile.TemporaryDirectory() as folder:
