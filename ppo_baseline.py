@@ -355,13 +355,12 @@ class Agent(nn.Module):
         out = self.actor(self.normalize(obs))
         if self.categorical:
             logprobs = torch.log_softmax(out.unflatten(-1, (self.action_dim, NUM_BINS)), dim=-1)
+            if action is None and deterministic:  # the mean: among 256 neighbours the most probable one says little
+                action = logprobs.exp() @ torch.linspace(-1.0, 1.0, NUM_BINS, device=out.device)
             if action is not None:
                 token = ((action + 1.0) * 0.5 * (NUM_BINS - 1)).round().long()
-            elif deterministic:
-                token = logprobs.argmax(-1)
             else:
                 token = torch.multinomial(logprobs.exp().flatten(0, -2), 1).view(logprobs.shape[:-1])
-            if action is None:
                 action = -1.0 + 2.0 * token / (NUM_BINS - 1)
             entropy = -(logprobs.exp() * logprobs).sum(-1)
             return action, logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1), entropy
