@@ -563,8 +563,10 @@ def test_categorical_head_against_torch():
     token = torch.round((action + 1) * 127.5)
     torch.testing.assert_close(logprob, reference.log_prob(token), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(entropy, reference.entropy(), rtol=1e-4, atol=1e-5)
-    best, *_ = agent.get_action_and_logprob(obs, deterministic=True)
-    np.testing.assert_allclose(best, logits.argmax(-1).numpy() / 127.5 - 1, atol=1e-6)
+    action, logprob, _ = agent.get_action_and_logprob(obs, deterministic=True)
+    mean = (reference.probs * torch.arange(gipo.NUM_BINS)).sum(-1)
+    torch.testing.assert_close(action, mean / 127.5 - 1, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprob, reference.log_prob(mean.round()), rtol=1e-4, atol=1e-5)
 
 
 def test_categorical_samples_follow_the_probabilities():
