@@ -81,8 +81,8 @@ script_of() { # method, regime -> script and flags
             [ "$1" = paper ] || rest+=" --num-steps 64 --minibatch-size 512"
             echo "$([ "$1" = paper ] && echo gipo_continuous.py || echo ppo_baseline.py) $rest" ;;
         ppo) echo "ppo_baseline.py" ;; # textbook: its own defaults
-        ppo-clip) # all but the objective as in GIPO: 10 updates of 512 steps per 512 new steps, ratio, entropy
-            rest="--buffer-size $buffer --num-steps 64 --minibatch-size 512 --ratio per-dim --ent-coef 0.001"
+        ppo-clip) # all but the objective as in GIPO: 10 updates of 512 steps per 512 new steps, head, ratio, entropy
+            rest="--buffer-size $buffer --num-steps 64 --minibatch-size 512 --policy-head categorical --ratio per-dim --ent-coef 0.001"
             echo "ppo_baseline.py $rest --$([ "$2" = fresh ] && echo update-epochs || echo updates-per-iteration) 10" ;;
         sapo | none) echo "gipo_continuous.py --buffer-size $buffer --trust-weight $1" ;;
         gipo) echo "gipo_continuous.py --buffer-size $buffer" ;;

@@ -124,7 +124,7 @@ class Args:
     """advantages from the current critic inside every update; --no-recompute-advantages keeps those of collection time"""
     vtrace: bool = False
     """V-trace targets and advantages (truncated joint ratios, arXiv 1802.01561) instead of GAE"""
-    policy_head: Literal["gaussian", "categorical"] = "gaussian"
+    policy_head: Literal["gaussian", "categorical"] = "categorical"  # GIPO: as the authors do
     """diagonal Gaussian with a tanh-bounded mean, or 256 bins per action dimension as in the paper"""
     init_log_std: float = -0.5
     """initial log standard deviation of the Gaussian head, actions being in [-1, 1] (-1 to 0)"""
@@ -134,8 +134,8 @@ class Args:
     """importance ratio of the whole action, or one per dimension as in the paper's code (sigma then acts per dimension)"""
     kl_coef: float = 0.0
     """weight of the penalty KL(mu || pi), estimated by mean(-l) (0 to 0.5)"""
-    ent_coef: float = 0.001  # GIPO: many updates per sample shrink the std fast
-    """weight of the entropy bonus (0 to 0.005); with 0.005 the std of HalfCheetah-v5 only grows"""
+    ent_coef: float = 0.001  # GIPO: many updates per sample narrow the policy fast
+    """weight of the entropy bonus (0 to 0.02)"""
     vf_coef: float = 0.5
     """weight of the value loss; actor and critic share no parameters, so it matters only through gradient clipping"""
     max_grad_norm: float = 0.5

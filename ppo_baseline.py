@@ -6,8 +6,8 @@
     python ppo_baseline.py --env-id reach-v3             # any Meta-World task, MT10, or a Gymnasium id with a Box action space
 
 --buffer-size 0 (default) is the textbook algorithm: one rollout, stored advantages, shuffled transitions, epochs.
-A larger --buffer-size is PPO-clip on replayed segments with recomputed advantages, all else as in gipo_continuous.py; to
-compare: --buffer-size 5120 --num-steps 64 --minibatch-size 512 --ratio per-dim --ent-coef 0.001.
+A larger --buffer-size is PPO-clip on replayed segments with recomputed advantages, all else as in gipo_continuous.py; compare:
+--buffer-size 5120 --num-steps 64 --minibatch-size 512 --policy-head categorical --ratio per-dim --ent-coef 0.001.
 
 Docs: docs/gipo_continuous.md.  Method: https://arxiv.org/abs/1707.06347
 """
