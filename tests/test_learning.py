@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import read_pt, read_scalars
 
-REPLAY = {"num_steps": 16, "buffer_size": 2048, "minibatch_size": 128, "updates_per_iteration": 4}
+REPLAY = {"num_steps": 16, "buffer_size": 2048, "minibatch_size": 128, "updates_per_iteration": 4, "policy_head": "gaussian"}
 ON_POLICY = {"num_steps": 32, "buffer_size": 0, "minibatch_size": 64, "update_epochs": 4}
 METHODS = {  # name -> script, fields
     "gipo": ("gipo_continuous", REPLAY),

@@ -549,7 +549,10 @@ def test_gaussian_head_against_torch():
 
 def test_initial_policy():
     """A fresh policy is centred with the flag's width whatever the observation, so that exploration starts as documented."""
-    agent = gipo.Agent(OBS_DIM, ACTION_DIM, gipo.Args(init_log_std=-0.25))
+    bins = gipo.Agent(OBS_DIM, ACTION_DIM, gipo.Args())
+    mean, _, entropy = bins.get_action_and_logprob(torch.randn(50, OBS_DIM), deterministic=True)
+    assert mean.abs().max() < 0.1 and entropy.min() > 0.999 * math.log(gipo.NUM_BINS)  # uniform
+    agent = gipo.Agent(OBS_DIM, ACTION_DIM, gipo.Args(policy_head="gaussian", init_log_std=-0.25))
     mean = agent.get_action_and_logprob(torch.randn(50, OBS_DIM), deterministic=True)[0]
     assert mean.abs().max() < 0.1
     assert torch.equal(agent.actor_logstd, torch.full((ACTION_DIM,), -0.25))
@@ -631,7 +634,7 @@ def test_normalizer_does_not_blow_up_coordinates_that_hardly_move():
 def test_normalizer_is_part_of_the_saved_model():
     agent = make_agent("gaussian")
     agent.update_normalizer(torch.randn(50, OBS_DIM) + 3.0)
-    other = gipo.Agent(OBS_DIM, ACTION_DIM, gipo.Args(hidden_size=16))
+    other = gipo.Agent(OBS_DIM, ACTION_DIM, gipo.Args(policy_head="gaussian", hidden_size=16))
     other.load_state_dict(agent.state_dict())
     obs = torch.randn(4, OBS_DIM)
     assert torch.equal(other.normalize(obs), agent.normalize(obs))
