@@ -530,7 +530,7 @@ def test_what_the_rollout_stores(script, counting_env_id, tmp_path):
     """
     sizes = {"num_envs": 2, "num_steps": 16, "total_timesteps": 96, "buffer_size": 64, "minibatch_size": 32, "hidden_size": 16}
     args = script.Args(env_id=counting_env_id, run_dir=str(tmp_path), updates_per_iteration=1, eval_episodes=0, **sizes)
-    script.main(dataclasses.replace(args, init_log_std=0.5))
+    script.main(dataclasses.replace(args, policy_head="gaussian", init_log_std=0.5))
     (checkpoint,) = tmp_path.glob("*/checkpoint.pt")
     replay = script.load_checkpoint(checkpoint)["replay"]
     assert replay["dones"].shape == (16, 4)
