@@ -75,7 +75,7 @@ script_of() { # method, regime -> script and flags
             rest=$(script_of "${1%-stored}" "$2")
             echo "$rest --no-recompute-advantages" ;;
         paper | paper-ppo) # the authors' settings, with one rollout of 512 steps instead of 500
-            rest="--policy-head categorical --ratio per-dim --no-recompute-advantages --kl-coef 0.1 --ent-coef 0 --updates-per-iteration 5"
+            rest="--policy-head categorical --num-bins 256 --ratio per-dim --no-recompute-advantages --kl-coef 0.1 --ent-coef 0 --updates-per-iteration 5"
             rest+=" --critic-learning-rate 3e-3 --lr-schedule cosine --critic-lr-schedule cosine --lr-warmup 0.001"
             rest+=" --reward-scale 0.001 --max-grad-norm 1.0 --adv-std-floor 0 --buffer-size $buffer"
             [ "$1" = paper ] || rest+=" --num-steps 64 --minibatch-size 512"

@@ -68,7 +68,10 @@ class Args:
 # -------------------- Finished runs --------------------
 def outcome_args(args: dict) -> dict:
     """The arguments that decide a run's outcome."""
-    return {key: value for key, value in args.items() if key not in NOT_OUTCOME}
+    unused = ["num_bins"] if args.get("policy_head") == "gaussian" else []
+    if args.get("policy_head") == "categorical":
+        args = {"num_bins": 256} | args  # runs from before the flag
+    return {key: value for key, value in args.items() if key not in [*NOT_OUTCOME, *unused]}
 
 
 def identity(result: dict) -> str:

@@ -341,6 +341,7 @@ BAD = [  # fields, and what the sentence must name
     ({"env_id": "Matrix-v0"}, "--env-id Matrix-v0"),
     ({"env_id": "MT10", "num_envs": 8}, "--num-envs 8"),
     ({"env_id": "reach-v3", "eval_episodes": 51}, "--eval-episodes 51"),
+    ({"num_bins": 1}, "--num-bins 1"),
     ({"buffer_size": 63}, "--buffer-size 63"),
     ({"buffer_size": 128, "minibatch_size": 160}, "--minibatch-size 160"),
     ({"buffer_size": 128, "minibatch_size": 48}, "--minibatch-size 48"),

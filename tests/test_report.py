@@ -118,7 +118,7 @@ def test_other_methods(checkout):
     assert process.returncode == 0 and len(commands) == 5
     assert all("--no-recompute-advantages" in command for command in commands)
     assert "--sigma 0.5 --sigma-neg-ratio 1.0" in commands[2] and "--policy-head categorical" in commands[3]
-    assert "--ent-coef 0 " in commands[3]
+    assert "--ent-coef 0 " in commands[3] and "--num-bins 256" in commands[3]
     assert "ppo_baseline.py" in commands[4] and "--num-steps 64" in commands[4]
 
 
@@ -160,6 +160,16 @@ def test_runs_skips_resumes_and_reports(checkout):
     # The committed JSON alone makes a run finished; other arguments or another algorithm version do not.
     shutil.rmtree(checkout / "runs")
     assert benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == ""
+    ppo_path = path.with_name(f"{folders[1].name}.json")
+    for run_path, run, bins, finished in [
+        (ppo_path, stored[1], 64, True),  # bins are a flag of the categorical head only
+        (path, stored[0], 64, False),
+        (path, stored[0], None, True),  # runs from before the flag had 256
+    ]:
+        run_path.write_text(json.dumps(run | {"args": {**run["args"], "num_bins": bins}}))
+        if bins is None:
+            run_path.write_text(json.dumps(run | {"args": {k: v for k, v in run["args"].items() if k != "num_bins"}}))
+        assert (benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == "") == finished
     stored[0]["versions"]["algorithm"] = 0
     path.write_text(json.dumps(stored[0]))
     left = benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout

@@ -39,6 +39,10 @@ class Args:
     """replay buffer in environment steps"""
     updates_per_iteration: int = 10
     """updates of 512 samples per 512 environment steps"""
+    policy_head: str = "categorical"
+    """gaussian or categorical"""
+    num_bins: int = 256
+    """of the categorical head"""
     fast_env: bool = True
     """the rewritten helper functions of Meta-World"""
     async_envs: bool = False
@@ -97,6 +101,8 @@ def measure(args: Args, env_id: str) -> dict:
             buffer_size=args.buffer_size,
             minibatch_size=512,
             updates_per_iteration=args.updates_per_iteration,
+            policy_head=args.policy_head,
+            num_bins=args.num_bins,
             hidden_size=256,
             eval_episodes=0,
             fast_env=args.fast_env,
