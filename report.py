@@ -236,6 +236,13 @@ SCORES = {  # of a run: what the table compares
 }
 
 
+def improvements(ours: dict[str, list[dict]], theirs: dict[str, list[dict]], tasks: list[str]) -> list[str]:
+    """P(better than theirs) by success, area and return, each with its interval."""
+    keys = [SCORES[name] for name in ("success", "area", "return")]
+    pairs = [(values(ours, tasks, key), values(theirs, tasks, key)) for key in keys]
+    return [span(probability_of_improvement(*pair), improvement_interval(*pair)) for pair in pairs]
+
+
 def aggregate_table(runs: list[dict]) -> str:
     """One row per method and regime: IQM of final success and return and of the area, P(better than PPO) by each of them."""
     rows = ["| regime | method | runs | success, IQM | area under success, IQM | return, IQM | P(success above PPO's) |"]
@@ -251,14 +258,27 @@ def aggregate_table(runs: list[dict]) -> str:
         for name in ("success", "area"):
             row.append(span(interquartile_mean(scores[name]), bootstrap_interval(scores[name], interquartile_mean)))
         row.append(f"{interquartile_mean(scores['return']):,.0f}")
-        for name in ("success", "area", "return"):
-            if method == "ppo" or not shared:
-                row.append("-")
-                continue
-            pair = values(tasks, shared, SCORES[name]), values(baseline, shared, SCORES[name])
-            row.append(span(probability_of_improvement(*pair), improvement_interval(*pair)))
+        row += ["-"] * 3 if method == "ppo" or not shared else improvements(tasks, baseline, shared)
         rows.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(rows)
+
+
+def same_replay_table(runs: list[dict]) -> str:
+    """One row per regime and method against PPO-clip in the same regime, over the tasks that both have; may be empty."""
+    rows = ["| regime | method against ppo-clip | tasks | success, IQM | area under success, IQM | P(success above) |"]
+    rows[0] += " P(area above) | P(return above) |"
+    rows.append("|---" * 8 + "|")
+    table = cells(runs)
+    for (regime, method), tasks in table.items():
+        clip = table.get((regime, "ppo-clip"), {})
+        shared = sorted(set(tasks) & set(clip))
+        if method != "ppo-clip" and shared:
+            row = [regime, method, len(shared)]
+            for name in ("success", "area"):
+                pair = (interquartile_mean(values(group, shared, SCORES[name])) for group in (tasks, clip))
+                row.append("{:.2f} against {:.2f}".format(*pair))
+            rows.append("| " + " | ".join(map(str, row + improvements(tasks, clip, shared))) + " |")
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
 def task_table(runs: list[dict]) -> str:
@@ -739,11 +759,14 @@ def write_report(args: Args) -> list[str]:
         common = [run for run in runs if run["env_id"] in shared]
         scope = f"Over the {len(shared)} tasks that every row has ({', '.join(sorted(shared)).replace('-v3', '')}):"
         totals = aggregate_table(common) if shared else "none yet"
+        table = same_replay_table(runs)
+        against_clip = ["Against PPO-clip on the same replay, on the tasks that both have:", table] if table else []
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py."]
         parts += [
             scope,
             aggregate_table(common),
+            *against_clip,
             "Mean success of the deterministic policy on the 50 training goals (mean return):",
         ]
         parts += [task_table(runs), paper_table(runs)]
@@ -765,7 +788,8 @@ def write_report(args: Args) -> list[str]:
                     },
                     results / f"staleness-{name}.png",
                 )
-        readme_block = f"{heading} {scope}\n\n{totals}\n\n![success in training](results/curves-{name}.png)\n"
+        parts = [f"{heading} {scope}", totals, *against_clip, f"![success in training](results/curves-{name}.png)"]
+        readme_block = "\n\n".join(parts) + "\n"
     write_popo_report(args, write)
     readme = Path(args.readme)
     if readme.exists() and readme_block:

@@ -62,14 +62,14 @@ def test_grid_means():
     assert report.area_under_curve({"curves": {"success": grid}}, "success") == pytest.approx((2 + 5 + 7) / 30)
 
 
+def run(method, regime, seed, success, score, area, env_id="reach-v3"):
+    """What the tables read of a result."""
+    names = {"method": method, "regime": regime, "seed": seed, "env_id": env_id}
+    return names | {"eval_success_rate": success, "eval_return_mean": score, "curves": {"success": [None, area] * 15}}
+
+
 def test_aggregate_table_by_hand():
     """One task, two seeds each: success ties half, returns do not, and an area counts stretches without an episode as 0."""
-
-    def run(method, regime, seed, success, score, area):
-        curve = [None, area] * 15
-        names = {"method": method, "regime": regime, "seed": seed, "env_id": "reach-v3"}
-        return names | {"eval_success_rate": success, "eval_return_mean": score, "curves": {"success": curve}}
-
     ppo = [run("ppo", "on-policy", seed, 1.0, 4000 + seed, 0.5) for seed in (1, 2)]
     gipo = [run("gipo", "stale", 1, 1.0, 3000, 1.0), run("gipo", "stale", 2, 0.5, 5000, 1.0)]
     rows = report.aggregate_table(ppo + gipo).splitlines()
@@ -77,6 +77,22 @@ def test_aggregate_table_by_hand():
     cells = rows[3].strip("| ").split(" | ")
     assert cells[:6] == ["stale", "gipo", "2", "0.75 [0.50, 1.00]", "0.50 [0.50, 0.50]", "4,000"]
     assert [cell.split(" ")[0] for cell in cells[6:]] == ["0.25", "1.00", "0.50"]
+
+
+def test_same_replay_table_by_hand():
+    """Only methods of PPO-clip's regime, only the tasks that both have; on-policy PPO and other regimes have no row."""
+    clip = [run("ppo-clip", "stale", seed, 0.5, 1000, 0.2) for seed in (1, 2)]
+    gipo = [run("gipo", "stale", 1, 1.0, 2000, 0.6), run("gipo", "stale", 2, 0.5, 900, 0.4)]
+    others = [
+        run("gipo", "stale", 1, 0.0, 0, 0.0, "push-v3"),
+        run("gipo", "recent", 1, 1.0, 1, 1.0),
+        run("ppo", "on-policy", 1, 1.0, 1, 1.0),
+    ]
+    (row,) = report.same_replay_table(clip + gipo + others).splitlines()[2:]
+    cells = row.strip("| ").split(" | ")
+    assert cells[:5] == ["stale", "gipo", "1", "0.75 against 0.50", "0.25 against 0.10"]
+    assert [cell.split(" ")[0] for cell in cells[5:]] == ["0.75", "1.00", "0.50"]
+    assert report.same_replay_table(gipo + others) == report.same_replay_table(clip) == ""
 
 
 # -------------------- benchmark.sh --------------------
