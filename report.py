@@ -32,6 +32,12 @@ CURVES = {  # name in the JSON -> TensorBoard tag
     "effective_sample_size": "gipo/effective_sample_size",
     "logratio_std": "gipo/logratio_std",
     "policy_lag": "gipo/policy_lag",
+    "trust_mean": "gipo/trust_mean",
+    "entropy": "losses/entropy",
+    "approx_kl": "losses/approx_kl",
+    "clipfrac": "losses/clipfrac",
+    "explained_variance": "losses/explained_variance",
+    "grad_norm": "losses/grad_norm",
 }
 # Arguments that name the run or its machine, not its outcome.
 NOT_OUTCOME = set("run_dir resume overwrite evaluate eval_every checkpoint_every capture_video track wandb_project".split())
@@ -293,6 +299,20 @@ def task_table(runs: list[dict]) -> str:
             found = tasks.get(name, [])
             success, score = (np.mean([r[f"eval_{key}"] for r in found] or [0]) for key in ("success_rate", "return_mean"))
             row.append(f"{success:.0%} ({score:,.0f})" if found else "-")
+        rows.append("| " + " | ".join(row) + " |")
+    return "\n".join(rows)
+
+
+def diagnostics_table(runs: list[dict]) -> str:
+    """One row per regime and method: means of the logged diagnostics over the first and the last fifth of the runs."""
+    shown = [name for name in CURVES if name not in ("return", "success")]
+    rows = ["| regime | method | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 2) + "|"]
+    for (regime, method), tasks in cells(runs).items():
+        row = [regime, method]
+        for name in shown:
+            curves = [run["curves"][name] for group in tasks.values() for run in group if name in run["curves"]]
+            fifths = np.array([curve[:6] + curve[-6:] for curve in curves], dtype=float).reshape(-1, 2, 6)
+            row.append(" / ".join(f"{value:.2g}" for value in np.nanmean(fifths, axis=(0, 2))) if curves else "-")
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 
@@ -770,6 +790,7 @@ def write_report(args: Args) -> list[str]:
             "Mean success of the deterministic policy on the 50 training goals (mean return):",
         ]
         parts += [task_table(runs), paper_table(runs)]
+        parts += ["Diagnostics, mean of the first / last fifth of a run (the README explains them):", diagnostics_table(runs)]
         write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
         if not args.check:
             plot_curves(runs, results / f"curves-{name}.png")

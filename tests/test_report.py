@@ -95,6 +95,16 @@ def test_same_replay_table_by_hand():
     assert report.same_replay_table(gipo + others) == report.same_replay_table(clip) == ""
 
 
+def test_diagnostics_table_by_hand():
+    """First and last fifth of 30 stretches; empty stretches and curves that an old file lacks are left out."""
+    runs = [run("gipo", "stale", seed, 1.0, 1, 1.0) for seed in (1, 2)] + [run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
+    runs[0]["curves"]["entropy"] = [None, 20.0, 20.0, 20.0, 20.0, 20.0] + [99.0] * 18 + [6.0] * 6
+    runs[1]["curves"]["entropy"] = [10.0] * 6 + [99.0] * 18 + [8.0] * 6
+    header, _, ppo, gipo = [[cell.strip() for cell in line.split("|")] for line in report.diagnostics_table(runs).splitlines()]
+    column = header.index("entropy")
+    assert gipo[column] == f"{(5 * 20 + 6 * 10) / 11:.2g} / 7" and ppo[column] == "-"
+
+
 # -------------------- benchmark.sh --------------------
 def benchmark(*flags, cwd=ROOT, **environment):
     command = ["./benchmark.sh", *map(str, flags)]
