@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -309,9 +310,12 @@ def test_dead_and_stuck_workers_are_replaced(envs, capsys):
     os.kill(pids[0], signal.SIGKILL)
     envs.processes[0].join()
     os.kill(pids[1], signal.SIGSTOP)
+    wake = threading.Timer(60, os.kill, (pids[1], signal.SIGCONT))  # a worker that is awaited for ever: fail, do not hang
+    wake.start()
     envs.step_async([1], [chunk(UP)])
     start = time.monotonic()
     answers = envs.wait([0, 1])
+    wake.cancel()
     assert time.monotonic() - start < 60  # not the 120 s of --env-timeout
     envs.args.env_timeout = 120.0
     assert "its process died" in (output := capsys.readouterr().out) and "no answer within 2 s" in output
