@@ -269,21 +269,30 @@ def aggregate_table(runs: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def is_variant(run: dict) -> bool:
+    """Stored advantages and the paper's settings: compared with their counterparts, not listed among the main rows."""
+    return run["method"].endswith("-stored") or run["method"].startswith("paper")
+
+
 def same_replay_table(runs: list[dict]) -> str:
-    """One row per regime and method against PPO-clip in the same regime, over the tasks that both have; may be empty."""
-    rows = ["| regime | method against ppo-clip | tasks | success, IQM | area under success, IQM | P(success above) |"]
+    """One row per regime, method and its PPO-clip counterpart in the same regime, over the tasks both have; may be empty."""
+    rows = ["| regime | method | against | tasks | success, IQM | area under success, IQM | P(success above) |"]
     rows[0] += " P(area above) | P(return above) |"
-    rows.append("|---" * 8 + "|")
+    rows.append("|---" * 9 + "|")
     table = cells(runs)
     for (regime, method), tasks in table.items():
-        clip = table.get((regime, "ppo-clip"), {})
-        shared = sorted(set(tasks) & set(clip))
-        if method != "ppo-clip" and shared:
-            row = [regime, method, len(shared)]
+        opponents = ["ppo-clip"]
+        opponents += ["ppo-clip-stored"] if method.endswith("-stored") else ["paper-ppo"] if method == "paper" else []
+        for opponent in opponents:
+            theirs = table.get((regime, opponent), {})
+            shared = sorted(set(tasks) & set(theirs))
+            if method == opponent or not shared:
+                continue
+            row = [regime, method, opponent, len(shared)]
             for name in ("success", "area"):
-                pair = (interquartile_mean(values(group, shared, SCORES[name])) for group in (tasks, clip))
+                pair = (interquartile_mean(values(group, shared, SCORES[name])) for group in (tasks, theirs))
                 row.append("{:.2f} against {:.2f}".format(*pair))
-            rows.append("| " + " | ".join(map(str, row + improvements(tasks, clip, shared))) + " |")
+            rows.append("| " + " | ".join(map(str, row + improvements(tasks, theirs, shared))) + " |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
@@ -775,8 +784,9 @@ def write_report(args: Args) -> list[str]:
         seeds, tasks = len({run["seed"] for run in runs}), len({run["env_id"] for run in runs})
         heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
         # A comparison over all tasks is one over the same tasks: those that every cell has.
-        shared = set.intersection(*(set(tasks) for tasks in cells(runs).values()))
-        common = [run for run in runs if run["env_id"] in shared]
+        main = [run for run in runs if not is_variant(run)] or runs
+        shared = set.intersection(*(set(tasks) for tasks in cells(main).values()))
+        common = [run for run in main if run["env_id"] in shared]
         scope = f"Over the {len(shared)} tasks that every row has ({', '.join(sorted(shared)).replace('-v3', '')}):"
         totals = aggregate_table(common) if shared else "none yet"
         table = same_replay_table(runs)
@@ -793,7 +803,7 @@ def write_report(args: Args) -> list[str]:
         parts += ["Diagnostics, mean of the first / last fifth of a run (the README explains them):", diagnostics_table(runs)]
         write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
         if not args.check:
-            plot_curves(runs, results / f"curves-{name}.png")
+            plot_curves(main, results / f"curves-{name}.png")
             replayed = [run for run in common if run["regime"] != "on-policy"]
             if replayed:
                 plot_against_buffer(

@@ -80,19 +80,25 @@ def test_aggregate_table_by_hand():
 
 
 def test_same_replay_table_by_hand():
-    """Only methods of PPO-clip's regime, only the tasks that both have; on-policy PPO and other regimes have no row."""
+    """Only PPO-clip's regime, only the tasks that both have; on-policy PPO and other regimes have no row."""
     clip = [run("ppo-clip", "stale", seed, 0.5, 1000, 0.2) for seed in (1, 2)]
     gipo = [run("gipo", "stale", 1, 1.0, 2000, 0.6), run("gipo", "stale", 2, 0.5, 900, 0.4)]
-    others = [
-        run("gipo", "stale", 1, 0.0, 0, 0.0, "push-v3"),
-        run("gipo", "recent", 1, 1.0, 1, 1.0),
-        run("ppo", "on-policy", 1, 1.0, 1, 1.0),
-    ]
+    others = [run("gipo", "stale", 1, 0.0, 0, 0.0, "push-v3")]
+    others += [run("gipo", "recent", 1, 1.0, 1, 1.0), run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
     (row,) = report.same_replay_table(clip + gipo + others).splitlines()[2:]
     cells = row.strip("| ").split(" | ")
-    assert cells[:5] == ["stale", "gipo", "1", "0.75 against 0.50", "0.25 against 0.10"]
-    assert [cell.split(" ")[0] for cell in cells[5:]] == ["0.75", "1.00", "0.50"]
+    assert cells[:6] == ["stale", "gipo", "ppo-clip", "1", "0.75 against 0.50", "0.25 against 0.10"]
+    assert [cell.split(" ")[0] for cell in cells[6:]] == ["0.75", "1.00", "0.50"]
     assert report.same_replay_table(gipo + others) == report.same_replay_table(clip) == ""
+
+
+def test_variants_meet_their_counterparts():
+    """Stored advantages against PPO-clip with fresh and with stored ones, the paper's settings against PPO's under them."""
+    names = ["ppo-clip", "gipo", "ppo-clip-stored", "gipo-stored", "paper", "paper-ppo"]
+    runs = [run(name, "stale", 1, 1.0, 1, 1.0) for name in names]
+    pairs = {tuple(row.strip("| ").split(" | ")[1:3]) for row in report.same_replay_table(runs).splitlines()[2:]}
+    assert pairs == {(name, "ppo-clip") for name in names[1:]} | {("gipo-stored", "ppo-clip-stored"), ("paper", "paper-ppo")}
+    assert [run["method"] for run in runs if not report.is_variant(run)] == names[:2]
 
 
 def test_diagnostics_table_by_hand():
