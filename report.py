@@ -11,6 +11,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import platform
 import re
 import shlex
@@ -170,7 +171,12 @@ def interquartile_mean(scores) -> float:
 
 
 def bootstrap_interval(scores: list[np.ndarray], statistic, repetitions: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of `statistic(scores)`; every task's seeds are resampled within the task."""
+    """95 % percentile interval of `statistic(scores)`; every task's seeds are resampled within the task.
+
+    NaN where no task has a second run: nothing is known of the spread then, and resampling would call it zero.
+    """
+    if max(map(len, scores)) < 2:
+        return math.nan, math.nan
     rng = np.random.default_rng(seed)
     draws = [statistic([task[rng.integers(0, len(task), len(task))] for task in scores]) for _ in range(repetitions)]
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -184,7 +190,9 @@ def probability_of_improvement(ours: list[np.ndarray], theirs: list[np.ndarray])
 
 
 def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the probability of improvement, both sides resampled."""
+    """95 % bootstrap interval of the probability of improvement, both sides resampled; NaN where one has single runs only."""
+    if min(max(map(len, side)) for side in (ours, theirs)) < 2:
+        return math.nan, math.nan
     pairs = [*ours, *theirs]
     return bootstrap_interval(pairs, lambda s: probability_of_improvement(s[: len(ours)], s[len(ours) :]), repetitions)
 
@@ -232,7 +240,7 @@ def values(tasks: dict[str, list[dict]], names: list[str], key) -> list[np.ndarr
 
 
 def span(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return f"{value:.2f}" if math.isnan(interval[0]) else f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 SCORES = {  # of a run: what the table compares
@@ -456,7 +464,7 @@ def collect_graphgpo(args: Args) -> None:
 def mean_and_interval(scores, form: str = ".3f") -> str:
     """Mean over the seeds with its 95 % bootstrap interval."""
     low, high = bootstrap_interval([np.asarray(scores, dtype=float)], lambda s: float(s[0].mean()))
-    return f"{np.mean(scores):{form}} [{low:{form}}, {high:{form}}]"
+    return f"{np.mean(scores):{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
 def graphgpo_report(args: Args) -> str:

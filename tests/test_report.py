@@ -44,6 +44,16 @@ def test_bootstrap_interval_of_a_mean():
     assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
 
 
+def test_single_runs_have_no_interval():
+    """Resampling one run per task would give an interval of width 0."""
+    single, double = [np.array([0.2]), np.array([0.7])], [np.array([0.2, 0.3]), np.array([0.7])]
+    assert report.span(0.5, report.bootstrap_interval(single, report.interquartile_mean)) == "0.50"
+    assert report.span(0.5, report.improvement_interval(single, double)) == "0.50"
+    assert report.span(0.5, report.improvement_interval(double, single)) == "0.50"
+    assert "[" in report.span(0.5, report.bootstrap_interval(double, report.interquartile_mean))
+    assert "[" in report.span(0.5, report.improvement_interval(double, double))
+
+
 def test_paper_score():
     """Min and max of the method means, per task: task x has means 10 and 20, task y 100 and 300."""
     runs = [
