@@ -289,8 +289,9 @@ def same_replay_table(runs: list[dict]) -> str:
     rows.append("|---" * 9 + "|")
     table = cells(runs)
     for (regime, method), tasks in table.items():
-        opponents = ["ppo-clip"]
-        opponents += ["ppo-clip-stored"] if method.endswith("-stored") else ["paper-ppo"] if method == "paper" else []
+        opponents = ["ppo-clip"] + ["ppo-clip-stored"] * method.endswith("-stored")
+        if method.startswith("paper"):
+            opponents = ["paper-ppo"]
         for opponent in opponents:
             theirs = table.get((regime, opponent), {})
             shared = sorted(set(tasks) & set(theirs))
