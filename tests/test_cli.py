@@ -20,7 +20,7 @@ REACH = f"--env-id reach-v3 {SMALL} --total-timesteps 2000 --eval-every 1000 --c
 RATES = "--learning-rate 1e-4 --critic-learning-rate 5e-4 --lr-schedule cosine --critic-lr-schedule constant --lr-warmup 0.1"
 HORIZON = "--gamma 0.95 --gae-lambda 0.9 --reward-scale 0.02 --seed 3"
 LOSS = "--kl-coef 0.1 --ent-coef 0.01 --vf-coef 1 --max-grad-norm 1 --adv-std-floor 0 --init-log-std -1"
-HEAD = "--policy-head categorical --ratio per-dim"
+HEAD = "--policy-head categorical --num-bins 32 --ratio per-dim"
 
 RUNS = {  # name -> script, flags; each runs once, and every field of Args appears here or in SPECIAL
     "gipo-reach": ("gipo_continuous", f"{REACH} {RATES} {HORIZON} --buffer-size 512 --exp-name a --updates-per-iteration 2"),
@@ -192,6 +192,12 @@ def test_model_files(finished, name):
     assert {value.shape[:2] for value in replay.values()} == {(32, segments)}
     assert replay["versions"].unique().tolist() == list(range(33 - segments // 2, 33))
     assert replay["obs"].shape[2:] == (39,) and replay["actions"].shape[2:] == (4,)
+
+
+@pytest.mark.parametrize("name", ["gipo-bins", "ppo-bins"])
+def test_number_of_bins(finished, name):
+    actor = read_pt(finished(name)[1] / "model.pt")["model"]["actor.4.weight"]
+    assert actor.shape == (2 * 32, 32)  # Reacher's two action dimensions; hidden units
 
 
 def test_schedules_move_the_learning_rate(finished):
