@@ -2287,12 +2287,11 @@ def main(args: Args) -> dict:
     torch.manual_seed(args.seed * 1000 + rank)  # equal networks, different actions
     simulators = Simulators(args, config, args.num_envs)
     everyone = [i for group in simulators.groups for i in group]
-    has_checkpoint = args.resume and (run_folder / f"checkpoint-{rank}.pt").exists()
-    if has_checkpoint:
-        checkpoint = load_checkpoint(run_folder / f"checkpoint-{rank}.pt")
+    if any_rank(args.resume and (run_folder / "checkpoint.pt").exists()):
         trained = load_checkpoint(run_folder / "checkpoint.pt", device)
-        if trained["iteration"] != checkpoint["iteration"]:
-            raise ValueError(f"--resume: the checkpoint files of {run_folder} differ in age; start anew with --overwrite")
+        if trained["world_size"] != world:
+            raise ValueError(f"--resume: {run_folder} was run by {trained['world_size']} processes, not {world}: use as many")
+        checkpoint = load_checkpoint(run_folder / f"checkpoint-{rank}-{trained['iteration']}.pt")
         load_trained(agent, trained["model"])
         optimizer.load_state_dict(trained["optimizer"])
         for key, value in checkpoint["replay"].items():
@@ -2451,13 +2450,11 @@ def main(args: Args) -> dict:
                 last_print = time.time()
 
         # ==================== CHECKPOINT ====================
-        # Also before every evaluation, and when asked to stop: one file of trained weights, one of each process's own data.
+        # Also before every evaluation, and when asked to stop. First each process's own data, under the iteration's number,
+        # then checkpoint.pt, which says which of them count: a run that dies in between still has the previous ones.
         seconds["wall"] = time.time() - start_time
         due = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every)
         if any_rank(due or bool(stop_signals)):
-            if rank == 0:
-                trained = {"model": trained_state(agent), "optimizer": optimizer.state_dict(), "iteration": iteration}
-                save_checkpoint(run_folder / "checkpoint.pt", trained)
             state = {
                 "replay": {key: value[:, :num_filled] for key, value in rb.items()},
                 "iteration": iteration,
@@ -2471,9 +2468,19 @@ def main(args: Args) -> dict:
                 "numpy_rng": rng.bit_generator.state,
                 "cuda_rng": torch.cuda.get_rng_state(device) if args.cuda else None,
             }
-            save_checkpoint(run_folder / f"checkpoint-{rank}.pt", state)
+            own = run_folder / f"checkpoint-{rank}-{iteration}.pt"
+            save_checkpoint(own, state)
+            if world > 1:
+                dist.barrier()
             if rank == 0:
+                trained = {"model": trained_state(agent), "optimizer": optimizer.state_dict()}
+                trained |= {"iteration": iteration, "world_size": world}
+                save_checkpoint(run_folder / "checkpoint.pt", trained)
                 writer.flush()
+            if world > 1:
+                dist.barrier()
+            for outdated in set(run_folder.glob(f"checkpoint-{rank}-*")) - {own}:
+                outdated.unlink()
 
     simulators.close()
     if writer:

@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
 
 def test_run_folder_and_result(finished):
     _, folder, output = finished
-    assert {"args.json", "checkpoint.pt", "checkpoint-0.pt", "model", "best_model", "result.json"} <= set(os.listdir(folder))
+    assert {"args.json", "checkpoint.pt", "checkpoint-0-6.pt", "model", "best_model", "result.json"} <= set(os.listdir(folder))
     result = read_json(folder / "result.json")
     keys = "env_id exp_name seed total_timesteps eval_success_rate eval_return_mean eval_episodes train_return_mean sps"
     keys += " train_success_rate wall_seconds peak_memory_mb git_commit versions args"
@@ -69,6 +69,19 @@ def test_scalars(finished):
     assert 0 < scalars["losses/entropy"][0][1] < 5.55  # log 256
 
 
+def resume_and_compare(folder, run_dir, flags):
+    """The resumed run ends with the weights, replay and files of the uninterrupted one in `folder`."""
+    again, _ = run_script(NAME, run_dir, *flags, "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    resumed = run_dir / f"libero_spatial__{flags[-1]}__1"
+    for name in ("checkpoint.pt", "checkpoint-0-6.pt"):
+        one, two = read_pt(folder / name), read_pt(resumed / name)
+        for state in (one, two):
+            state.pop("seconds", None)
+        assert differences(one, two) == []
+    assert sorted(p.name for p in resumed.glob("checkpoint*")) == ["checkpoint-0-6.pt", "checkpoint.pt"]
+
+
 def test_interrupted_run_continues_exactly(finished):
     """SIGTERM in the middle: exit code 143, and the resumed run ends with the weights and replay of the uninterrupted one."""
     run_dir, folder, _ = finished
@@ -76,22 +89,43 @@ def test_interrupted_run_continues_exactly(finished):
     process = start_script(NAME, run_dir, *flags)
     stopped = run_dir / "libero_spatial__stopped__1"
     deadline = time.time() + 300
-    while not (stopped / "checkpoint-0.pt").exists() and process.poll() is None and time.time() < deadline:
+    while not (stopped / "checkpoint.pt").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 143, output
     assert "--resume" in output
     assert not (stopped / "result.json").exists()
-    again, _ = run_script(NAME, run_dir, *flags, "--resume")
-    assert again.returncode == 0, again.stdout + again.stderr
-    for name in ("checkpoint.pt", "checkpoint-0.pt"):
-        one, two = read_pt(folder / name), read_pt(stopped / name)
-        for state in (one, two):
-            state.pop("seconds", None)
-        assert differences(one, two) == []
+    resume_and_compare(folder, run_dir, flags)
     steps = [step for step, _ in read_scalars(stopped)["losses/entropy"]]
     assert sorted(set(steps)) == [32, 64, 96, 128, 160, 192]
+
+
+def test_a_run_that_dies_between_two_files_of_a_checkpoint_loses_no_more_than_that_checkpoint(finished):
+    """No process has a chance to clean up: os._exit before checkpoint.pt is replaced for the second time."""
+    run_dir, folder, _ = finished
+    flags = [*SMALL, "--exp-name", "died"]
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import gipo_vla_libero as vla
+save = vla.save_checkpoint
+def die(path, state):
+    if path.name == "checkpoint.pt" and path.exists():
+        os._exit(9)
+    save(path, state)
+vla.save_checkpoint = die
+if __name__ == "__main__":
+    vla.main(vla.parse_args())
+"""
+    (run_dir / "dies.py").write_text(code)
+    command = [sys.executable, str(run_dir / "dies.py"), *flags, "--run-dir", str(run_dir)]
+    assert subprocess.run(command, timeout=600).returncode == 9
+    died = run_dir / "libero_spatial__died__1"
+    files = ["checkpoint-0-2.pt", "checkpoint-0-4.pt", "checkpoint.pt"]
+    assert sorted(p.name for p in died.glob("checkpoint*")) == files
+    (died / "checkpoint-0-5.tmp").write_text("an even earlier death")
+    resume_and_compare(folder, run_dir, flags)
 
 
 def test_clone_and_demonstrations_are_made_once(finished):
@@ -177,9 +211,13 @@ def test_two_processes_train_together(finished, tmp_path):
     assert process.returncode == 0, process.stdout + process.stderr
     folder = Path(run_dir) / "libero_spatial__pair__1"
     assert read_json(folder / "result.json")["eval_episodes"] == 2
-    one, two = (read_pt(folder / f"checkpoint-{rank}.pt") for rank in (0, 1))
+    one, two = (read_pt(folder / f"checkpoint-{rank}-6.pt") for rank in (0, 1))
     assert one["iteration"] == two["iteration"] == 6
     assert not (one["replay"]["tokens"] == two["replay"]["tokens"]).all()
+
+    (folder / "result.json").unlink()  # as if the run had to go on
+    alone, _ = run_script(NAME, run_dir, *command[command.index("--preset") :], "--resume")
+    assert alone.returncode == 2 and "was run by 2 processes, not 1" in alone.stderr
 
 
 def test_importing_does_nothing():
