@@ -56,6 +56,8 @@ POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours;
     "popo-uncapped": "ablations",
 }
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito, 2008
+METHODS = ("gipo", "ppo-clip", "ppo", "sapo", "none")  # those whose colour is the same in every plot
+LINES = {"on-policy": "solid", "fresh": "dotted", "recent": "solid", "stale": "dashed", "very-stale": "dashdot"}
 
 
 @dataclass
@@ -350,8 +352,10 @@ def paper_table(runs: list[dict]) -> str:
 
 
 # -------------------- Plots --------------------
-def style(method: str, methods: list[str]) -> dict:
-    return {"color": COLORS[methods.index(method) % len(COLORS)], "label": method}
+def style(method: str, methods) -> dict:
+    """Colour and label of a method: its place in METHODS, then in the sorted rest of `methods`."""
+    order = [*METHODS, *sorted(set(methods) - set(METHODS))]
+    return {"color": COLORS[order.index(method) % len(COLORS)], "label": method}
 
 
 def plot_curves(runs: list[dict], path: Path) -> None:
@@ -359,18 +363,18 @@ def plot_curves(runs: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     table, names = cells(runs), sorted({run["env_id"] for run in runs})
-    series = list(table)
-    labels = [f"{method}, {regime}" for regime, method in series]
+    methods = {method for _, method in table}
     columns = min(len(names), 5)
     rows = -(-len(names) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.1 * rows + 0.5))
     for axis, name in zip(np.ravel(axes), names, strict=False):
-        for key, text in zip(series, labels, strict=True):
-            found = table[key].get(name, [])
+        for regime, method in table:
+            found = table[regime, method].get(name, [])
             if found:
                 curves = np.array([[v or 0.0 for v in run["curves"]["success"]] for run in found])
                 steps = np.array(found[0]["curves"]["steps"]) / 1000
-                line = {**style(text, labels), "linewidth": 1.3}
+                line = {"color": style(method, methods)["color"], "linestyle": LINES[regime], "linewidth": 1.3}
+                line["label"] = f"{method}, {regime}"
                 axis.plot(steps, curves.mean(0), **line)
                 axis.fill_between(steps, curves.min(0), curves.max(0), color=line["color"], alpha=0.15, linewidth=0)
         axis.set_title(name.removesuffix("-v3"), fontsize=9)
@@ -380,8 +384,9 @@ def plot_curves(runs: list[dict], path: Path) -> None:
         axis.axis("off")
     fig.supxlabel("thousand environment steps", fontsize=9)
     fig.supylabel("success in training", fontsize=9)
-    fig.legend(*np.ravel(axes)[0].get_legend_handles_labels(), loc="upper center", ncols=min(len(labels), 4), fontsize=8)
-    fig.tight_layout(rect=(0, 0, 1, 1 - 0.25 / fig.get_figheight() * -(-len(labels) // 4) - 0.02))
+    entries = {text: handle for axis in np.ravel(axes) for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    fig.legend(entries.values(), entries.keys(), loc="upper center", ncols=min(len(entries), 4), fontsize=8)
+    fig.tight_layout(rect=(0, 0, 1, 1 - 0.25 / fig.get_figheight() * -(-len(table) // 4) - 0.02))
     save(fig, path)
 
 
@@ -396,7 +401,7 @@ def plot_against_buffer(runs: list[dict], panels: dict, path: Path) -> None:
         if ("on-policy", "ppo") in table:
             tasks = table["on-policy", "ppo"]
             level = interquartile_mean(values(tasks, sorted(tasks), key))
-            axis.axhline(level, color="#555555", linestyle="--", linewidth=1, label="ppo, on-policy")
+            axis.axhline(level, **style("ppo", ()) | {"linestyle": "--", "linewidth": 1, "label": "ppo, on-policy"})
         for method in methods:
             points = []
             for regime in REGIMES[1:]:
@@ -409,7 +414,10 @@ def plot_against_buffer(runs: list[dict], panels: dict, path: Path) -> None:
             sizes, middles, lows, highs = np.array(points).T
             errors = np.maximum([middles - lows, highs - middles], 0)
             axis.errorbar(sizes, middles, errors, marker="o", capsize=2, linewidth=1.3, markersize=4, **style(method, methods))
+        ticks = sorted({size for line in axis.containers for size in line.lines[0].get_xdata()})
         axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{size:,.0f}" for size in ticks], minor=False)
+        axis.minorticks_off()
         axis.set_xlabel("replay buffer, environment steps", fontsize=9)
         axis.set_title(title, fontsize=10)
         if title != "return":
@@ -616,7 +624,7 @@ def plot_popo(methods: dict[str, list[dict]], axis_name: str, path: Path) -> Non
             curves = 100 * np.array([popo_curve(run, axis_name, grid) for run in methods[name]])
             rng = np.random.default_rng(0)
             draws = [curves[rng.integers(0, len(curves), len(curves))].mean(0) for _ in range(1000)]
-            line = style(name, list(POPO_METHODS))
+            line = {"color": COLORS[list(POPO_METHODS).index(name) % len(COLORS)], "label": name}
             axis.plot(grid, curves.mean(0), linewidth=1.6, **line)
             axis.fill_between(grid, *np.percentile(draws, [2.5, 97.5], axis=0), color=line["color"], alpha=0.15, linewidth=0)
         axis.set_title(panel, fontsize=10)
@@ -748,7 +756,7 @@ def plot_vla(by_cell: dict, path: Path) -> None:
     """Success in training against steps, a panel per buffer size: mean over the seeds, and every seed as a thin line."""
     import matplotlib.pyplot as plt
 
-    sizes, methods = sorted({size for size, _ in by_cell}), ["ppo", "gipo", "sapo", "none"]
+    sizes, methods = sorted({size for size, _ in by_cell}), METHODS
     fig, axes = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 3.0), sharey=True, squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
         for method in [m for m in methods if (size, m) in by_cell]:
