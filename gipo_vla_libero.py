@@ -4,7 +4,7 @@
     loss  = -mean(omega * rho * A)       over the action tokens of replayed segments; omega is a constant in the backward pass
 
     python gipo_vla_libero.py --preset tiny                                # a small policy on a CPU, from nothing
-    -> clones a scripted expert (20 to 64 % of 50 initial states), then RL, an hour on 2 cores: see the docs for what RL adds
+    -> clones a scripted expert (20 to 64 % of 50 initial states), then RL, too short to show a gain; an hour on 2 cores
     python gipo_vla_libero.py --model <folder or hub id>                   # one GPU: a public 7B checkpoint, LoRA
     torchrun --nproc-per-node 8 gipo_vla_libero.py --model ...             # several GPUs
     python gipo_vla_libero.py --model ... --evaluate ... --eval-episodes 50
