@@ -121,6 +121,9 @@ class Args:
     """pixels of a rendered image's side; public checkpoints expect 256"""
     reflections: bool = True
     """render reflections as LIBERO does; off is 1.6 times faster and changes pixels by 1 of 255 on average"""
+    fast_env: bool = False
+    """evaluate the dynamics once per physics step instead of robosuite's three times: 1.6 times as fast on a CPU, and equal up
+    to the tolerance of MuJoCo's solver"""
     render_every_step: bool = False
     """render every step of a chunk instead of the last one, the only one the policy sees: for videos"""
     max_steps: int = 0
@@ -255,6 +258,7 @@ PRESETS = {
         "render": "osmesa",
         "camera_size": 84,
         "reflections": False,
+        "fast_env": True,
         "use_proprio": True,
         "jpeg": False,
         "center_crop": False,
@@ -404,6 +408,40 @@ def instruction(suite: str, task: int) -> str:
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", task_names(suite)[task]).replace("_", " ")
 
 
+def evaluate_dynamics_once(world) -> None:
+    """Change `world.step` of a robosuite environment: one pass through MuJoCo's dynamics per physics step of 2 ms, not three.
+
+    robosuite calls mj_forward, and in its controller once more, before mj_step, which does it all again. Positions and
+    velocities (mj_step1) are all that the controller needs; mj_step2 then adds its torques and moves on. Only the constraint
+    solver's first guess differs, so states agree to its tolerance: 1e-6 in free motion, 1e-4 after contacts.
+    """
+    import mujoco
+
+    stock_step = world.step
+
+    def step(action):
+        sim, known = world.sim, False
+
+        def forward():
+            nonlocal known
+            if not known:
+                mujoco.mj_step1(sim.model._model, sim.data._data)
+            known = True
+
+        def advance(with_udd=True):
+            nonlocal known
+            mujoco.mj_step2(sim.model._model, sim.data._data)
+            known = False
+
+        sim.forward, sim.step = forward, advance
+        try:
+            return stock_step(action)
+        finally:
+            del sim.forward, sim.step  # between steps, for resets and whoever sets a state, they are robosuite's own
+
+    world.step = step
+
+
 class LiberoEnv:
     """One LIBERO simulator in this process: 1.2 GB, 20 control steps per simulated second.
 
@@ -446,6 +484,8 @@ class LiberoEnv:
         self.rendering = True
         for camera in self.cameras:
             self.env.env.modify_observable(f"{camera}_image", "sensor", self._switched(camera, self.env.env))
+        if self.args.fast_env:
+            evaluate_dynamics_once(self.env.env)
         self.task = task
 
     def _switched(self, camera: str, env):
@@ -2171,7 +2211,8 @@ def tiny_policy(args, device):
 
 def cloned_policy(cache: Path, args, device) -> Path:
     """Folder of the policy cloned with these arguments, made first where it is not in `cache`."""
-    fields = "suite tasks train_init_states demos_per_state demo_noise camera_size num_images reflections max_steps noop_steps"
+    fields = "suite tasks train_init_states demos_per_state demo_noise camera_size num_images reflections fast_env max_steps"
+    fields += " noop_steps"
     settings = json.dumps({name: getattr(args, name) for name in fields.split()})
     demos_path = cache / f"demos-{zlib.crc32(settings.encode()):08x}.npz"
     demos = collect_demonstrations(args, demos_path, args.tasks, range(args.train_init_states), args.demos_per_state)

@@ -29,6 +29,7 @@ def make_args(**changes):
     fields = {"suite": "libero_spatial", "render": "auto", "camera_size": 64, "num_images": 1, "render_every_step": False}
     fields |= {
         "reflections": False,
+        "fast_env": False,
         "chunk": 8,
         "max_steps": 0,
         "noop_steps": 10,
@@ -164,6 +165,46 @@ def test_reset_is_reproducible(env):
     env.step(random_chunks(0, 1)[0])
     assert np.allclose(state(env)[1:], path[1:], atol=1e-9)
     env.task = None  # built anew for the tests that follow: a hard reset drops the camera switch
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_fast_simulator_equals_the_stock_one_up_to_the_solvers_tolerance(env):
+    """Through free motion, a push against the table and a success; the stock simulator is untouched between its steps."""
+    import mujoco
+
+    def play(chunks) -> list:
+        first = env.reset(0, 2)
+        results = [(env.env.sim.data.qpos.copy(), first["proprio"], 0.0)]
+        for part in chunks:
+            obs, rewards, *_, terminated, _ = env.step(part)
+            results.append((env.env.sim.data.qpos.copy(), obs["proprio"], float(rewards.sum())))
+            if terminated:
+                break
+        return results
+
+    demo = vla.scripted_expert(env, 0, 2, 0.0, np.random.default_rng(0))["actions"]
+    padded = np.concatenate([demo, demo[-1:].repeat(8, 0)])
+    plans = [random_chunks(0, 3), [chunk(-UP)] * 4, [padded[i : i + 8] for i in range(0, len(demo), 8)]]
+    stock = [play(plan) for plan in plans]
+    env.args.fast_env, env.task = True, None
+    fast = [play(plan) for plan in plans]
+    again = play(plans[0])
+    assert np.array_equal(again[-1][0], fast[0][-1][0])  # reproducible, or a resumed run would not be the same
+    for slow_path, fast_path in zip(stock, fast, strict=True):
+        assert len(slow_path) == len(fast_path)  # success comes in the same chunk
+        for (qpos, proprio, reward), (fast_qpos, fast_proprio, fast_reward) in zip(slow_path, fast_path, strict=True):
+            assert np.abs(qpos - fast_qpos).max() < 2e-3 and np.abs(proprio - fast_proprio).max() < 1e-3
+            assert reward == fast_reward
+    assert stock[2][-1][2] == 1.0 and not np.array_equal(stock[1][-1][0], fast[1][-1][0])  # it did take the other way
+    calls, sim, step1 = [], env.env.sim, mujoco.mj_step1
+    assert "forward" not in vars(sim) and "step" not in vars(sim)
+    mujoco.mj_step1 = lambda model, data: (calls.append(1), step1(model, data))
+    env.reset(0, 2)
+    calls.clear()
+    env.step(chunk(UP))
+    mujoco.mj_step1 = step1
+    assert len(calls) == 8 * 25  # once per physics step
+    env.args.fast_env, env.task = False, None
 
 
 @NOTHING_WITHOUT_ASSETS
