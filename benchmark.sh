@@ -101,7 +101,8 @@ vla_script() { # method, regime -> script and flags; a rollout of the tiny prese
     esac
     case $1 in
         gipo | ppo | sapo | none) echo "gipo_vla_libero.py --preset tiny --trust-weight $1 --buffer-size $buffer" ;;
-        *) die "--methods: unknown method '$1', choose from gipo ppo sapo none" ;;
+        gipo-*-*) echo "$(vla_script gipo "$2") --sigma $(cut -d- -f2 <<<"$1") --sigma-neg-ratio ${1##*-}" ;;
+        *) die "--methods: unknown method '$1', choose from gipo ppo sapo none gipo-SIGMA-NEGRATIO" ;;
     esac
 }
 

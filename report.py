@@ -42,7 +42,7 @@ CURVES = {  # name in the JSON -> TensorBoard tag
 }
 # Arguments that name the run or its machine, not its outcome.
 NOT_OUTCOME = set("run_dir resume overwrite evaluate eval_every checkpoint_every capture_video track wandb_project".split())
-NOT_OUTCOME |= {"torch_threads", "async_envs", "fast_env"}
+NOT_OUTCOME |= {"torch_threads", "async_envs"}
 PAPER_METHODS = ["ppo-clip", "sapo", *(f"gipo-{sigma}-{ratio}" for sigma in (0.2, 0.5, "1.0") for ratio in (0.5, "1.0"))]
 POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours; the panel of the plots
     "grpo": "methods",
@@ -80,6 +80,10 @@ def outcome_args(args: dict) -> dict:
     unused = ["num_bins"] if args.get("policy_head") == "gaussian" else []
     if args.get("policy_head") == "categorical":
         args = {"num_bins": 256} | args  # runs from before the flag
+    if "suite" in args:
+        args = {"fast_env": False} | args  # likewise
+    else:
+        unused.append("fast_env")  # Meta-World's is equal to 1e-15, LIBERO's up to the solver's tolerance only
     return {key: value for key, value in args.items() if key not in [*NOT_OUTCOME, *unused]}
 
 

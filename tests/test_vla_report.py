@@ -68,6 +68,20 @@ def test_matrix_and_what_is_finished(tmp_path):
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps({"versions": {"algorithm": vla.ALGORITHM_VERSION}, "args": args[0]}))
     assert report.pending(lines, report.Args(runs=str(tmp_path), results=str(tmp_path))) == lines[1:]
+    older = {key: value for key, value in args[0].items() if key != "fast_env"}  # LIBERO's own steps, so another run
+    (folder / "result.json").write_text(json.dumps({"versions": {"algorithm": vla.ALGORITHM_VERSION}, "args": older}))
+    assert report.pending(lines, report.Args(runs=str(tmp_path), results=str(tmp_path))) == lines
+    stock = [f"{lines[0]} --no-fast-env"]
+    assert report.pending(stock, report.Args(runs=str(tmp_path), results=str(tmp_path))) == []
+
+
+def test_sigma_in_the_methods_name():
+    command = ["./benchmark.sh", "vla", "--dry-run", "--seeds", "7", "--regimes", "fresh"]
+    command += ["--methods", "gipo-0.2-1 gipo-0.5-0.5"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    runs = [vla.parse_args(line.split()[2:]) for line in process.stdout.splitlines()]
+    assert [(a.trust_weight, a.sigma, a.sigma_neg_ratio) for a in runs] == [("gipo", 0.2, 1.0), ("gipo", 0.5, 0.5)]
+    assert [a.exp_name for a in runs] == ["gipo-0.2-1_fresh", "gipo-0.5-0.5_fresh"]
 
 
 RESULTS = sorted((ROOT / "results" / "vla_tiny" / "runs").glob("*.json"))
@@ -78,7 +92,7 @@ def test_committed_run(path):
     """What a reader needs to repeat it, 50 initial states at both ends, and a start that all methods of the seed share."""
     result = json.loads(path.read_text())
     assert result.keys() >= {"args", "git_commit", "versions", "machine", "curves", "evaluations", "wall_seconds"}
-    assert set(result["args"]) == set(vars(vla.Args())) and not result["git_commit"].endswith("-dirty")
+    assert set(result["args"]) | {"fast_env"} == set(vars(vla.Args())) and not result["git_commit"].endswith("-dirty")
     assert [e["step"] for e in result["evaluations"]] == [0, result["total_timesteps"]]
     assert all([state for _, state, _ in e["successes"]] == list(range(50)) for e in result["evaluations"])
     same = [other for other in map(json.loads, (p.read_text() for p in RESULTS)) if other["seed"] == result["seed"]]
