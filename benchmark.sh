@@ -84,12 +84,13 @@ script_of() { # method, regime -> script and flags
         ppo-clip) # all but the objective as in GIPO: 10 updates of 512 steps per 512 new steps, head, ratio, entropy
             rest="--buffer-size $buffer --num-steps 64 --minibatch-size 512 --policy-head categorical --ratio per-dim --ent-coef 0.001"
             echo "ppo_baseline.py $rest --$([ "$2" = fresh ] && echo update-epochs || echo updates-per-iteration) 10" ;;
+        ppo-clip-*) echo "$(script_of ppo-clip "$2") --clip-coef ${1#ppo-clip-}" ;; # with another epsilon
         sapo | none) echo "gipo_continuous.py --buffer-size $buffer --trust-weight $1" ;;
         gipo) echo "gipo_continuous.py --buffer-size $buffer" ;;
         gipo-*-*)
             rest=${1#gipo-}
             echo "gipo_continuous.py --buffer-size $buffer --sigma ${rest%-*} --sigma-neg-ratio ${rest#*-}" ;;
-        *) die "--methods: unknown method '$1', choose from ppo ppo-clip sapo none gipo gipo-SIGMA-NEGRATIO, any of them with -stored, paper, paper-ppo" ;;
+        *) die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO, any of them with -stored, paper, paper-ppo" ;;
     esac
 }
 

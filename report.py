@@ -284,18 +284,24 @@ def aggregate_table(runs: list[dict]) -> str:
 
 
 def is_variant(run: dict) -> bool:
-    """Stored advantages and the paper's settings: compared with their counterparts, not listed among the main rows."""
-    return run["method"].endswith("-stored") or run["method"].startswith("paper")
+    """Another sigma or clip, stored advantages, the paper's settings: compared with PPO-clip, not among the main rows."""
+    return run["method"] not in METHODS
 
 
 def same_replay_table(runs: list[dict]) -> str:
-    """One row per regime, method and its PPO-clip counterpart in the same regime, over the tasks both have; may be empty."""
+    """One row per regime, method and PPO-clip it meets in the same regime, over the tasks both have; may be empty.
+
+    All methods meet `ppo-clip`; GIPO, SAPO and no clip also PPO-clip with another epsilon, those with stored advantages the
+    one with stored advantages.
+    """
     rows = ["| regime | method | against | tasks | success, IQM | area under success, IQM | P(success above) |"]
     rows[0] += " P(area above) | P(return above) |"
     rows.append("|---" * 9 + "|")
     table = cells(runs)
     for (regime, method), tasks in table.items():
-        opponents = ["ppo-clip"] + ["ppo-clip-stored"] * method.endswith("-stored")
+        stored = method.endswith("-stored")
+        clips = [m for r, m in table if r == regime and m.startswith("ppo-clip-") and m.endswith("-stored") == stored]
+        opponents = ["ppo-clip"] + ([] if method.startswith("ppo-clip") and not stored else clips)
         if method.startswith("paper"):
             opponents = ["paper-ppo"]
         for opponent in opponents:
