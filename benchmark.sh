@@ -74,6 +74,9 @@ script_of() { # method, regime -> script and flags
         *-stored) # advantages of collection time
             rest=$(script_of "${1%-stored}" "$2")
             echo "$rest --no-recompute-advantages" ;;
+        *-outward) # the one-sided trust weight
+            rest=$(script_of "${1%-outward}" "$2")
+            echo "$rest --trust-side outward" ;;
         paper | paper-ppo) # the authors' settings, with one rollout of 512 steps instead of 500
             rest="--policy-head categorical --num-bins 256 --ratio per-dim --no-recompute-advantages --kl-coef 0.1 --ent-coef 0 --updates-per-iteration 5"
             rest+=" --critic-learning-rate 3e-3 --lr-schedule cosine --critic-lr-schedule cosine --lr-warmup 0.001"
@@ -90,7 +93,7 @@ script_of() { # method, regime -> script and flags
         gipo-*-*)
             rest=${1#gipo-}
             echo "gipo_continuous.py --buffer-size $buffer --sigma ${rest%-*} --sigma-neg-ratio ${rest#*-}" ;;
-        *) die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO, any of them with -stored, paper, paper-ppo" ;;
+        *) die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO, any of them with -stored, GIPO with -outward, paper, paper-ppo" ;;
     esac
 }
 
