@@ -81,7 +81,7 @@ script_of() { # method, regime -> script and flags
             rest="--policy-head categorical --num-bins 256 --ratio per-dim --no-recompute-advantages --kl-coef 0.1 --ent-coef 0 --updates-per-iteration 5"
             rest+=" --critic-learning-rate 3e-3 --lr-schedule cosine --critic-lr-schedule cosine --lr-warmup 0.001"
             rest+=" --reward-scale 0.001 --max-grad-norm 1.0 --adv-std-floor 0 --buffer-size $buffer"
-            [ "$1" = paper ] || rest+=" --num-steps 64 --minibatch-size 512"
+            [ "$1" = paper ] && rest+=" --sigma 1" || rest+=" --num-steps 64 --minibatch-size 512"
             echo "$([ "$1" = paper ] && echo gipo_continuous.py || echo ppo_baseline.py) $rest" ;;
         ppo) echo "ppo_baseline.py" ;; # textbook: its own defaults
         ppo-clip) # all but the objective as in GIPO: 10 updates of 512 steps per 512 new steps, head, ratio, entropy

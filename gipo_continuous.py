@@ -145,8 +145,8 @@ class Args:
     """advantages are divided by their standard deviation, but by no less than this share of its largest value so far"""
 
     # ---- GIPO
-    sigma: float = 1.0  # GIPO: the trust weight
-    """sigma: width of the trust weight in units of the log ratio (0.2 to 2; joint ratios spread wider than per-dim ones)"""
+    sigma: float = 0.2  # GIPO: the trust weight
+    """sigma: width of the trust weight in units of the log ratio (0.2 to 1; joint ratios spread wider: 0.5 to 2)"""
     sigma_neg_ratio: float = 1.0
     """sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"

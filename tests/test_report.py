@@ -105,16 +105,16 @@ def test_same_replay_table_by_hand():
 def test_variants_meet_their_counterparts():
     """Stored advantages against PPO-clip with fresh and with stored ones, the paper's settings against PPO's under them, and
     GIPO with any sigma also against PPO-clip with another epsilon."""
-    names = ["ppo-clip", "gipo", "ppo-clip-stored", "gipo-stored", "paper", "paper-ppo", "ppo-clip-0.5", "gipo-0.2-1"]
+    names = ["ppo-clip", "gipo", "ppo-clip-stored", "gipo-stored", "paper", "paper-ppo", "ppo-clip-0.5", "gipo-1.0-1.0"]
     runs = [run(name, "stale", 1, 1.0, 1, 1.0) for name in names]
     pairs = {tuple(row.strip("| ").split(" | ")[1:3]) for row in report.same_replay_table(runs).splitlines()[2:]}
     assert pairs == {(name, "ppo-clip") for name in names if not name.startswith("paper") and name != "ppo-clip"} | {
         ("gipo-stored", "ppo-clip-stored"),
         ("gipo", "ppo-clip-0.5"),
-        ("gipo-0.2-1", "ppo-clip-0.5"),
+        ("gipo-1.0-1.0", "ppo-clip-0.5"),
         ("paper", "paper-ppo"),
     }
-    assert [run["method"] for run in runs if not report.is_variant(run)] == names[:2]
+    assert [run["method"] for run in runs if not report.is_variant(run)] == [*names[:2], "ppo-clip-0.5"]
 
 
 def test_diagnostics_table_by_hand():
