@@ -14,7 +14,7 @@ METHODS = {  # name -> script, fields
     "gipo": ("gipo_continuous", REPLAY),
     "gipo-bins-per-dim": (
         "gipo_continuous",
-        {**REPLAY, "policy_head": "categorical", "ratio": "per-dim", "updates_per_iteration": 8, "sigma": 0.5},  # 0.2 is slower
+        {**REPLAY, "policy_head": "categorical", "ratio": "per-dim", "updates_per_iteration": 8, "sigma": 0.5},  # 0.2: slower
     ),
     "gipo-vtrace": ("gipo_continuous", {**REPLAY, "vtrace": True}),
     "gipo-stored": ("gipo_continuous", {**REPLAY, "buffer_size": 512, "recompute_advantages": False}),
