@@ -55,7 +55,7 @@ POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours;
     "popo-ineff": "ablations",
     "popo-uncapped": "ablations",
 }
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito, 2008
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#999999"]  # Okabe and Ito, 2008
 METHODS = ("gipo", "ppo-clip", "ppo", "sapo", "none", "ppo-clip-0.5")  # the main rows; each has one colour in all plots
 LINES = {"on-policy": "solid", "fresh": "dotted", "recent": "solid", "stale": "dashed", "very-stale": "dashdot"}
 
