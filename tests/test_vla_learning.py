@@ -148,7 +148,8 @@ def test_update_does_not_depend_on_the_micro_batch(train, ratio):
     for micro_batch in (64, 3):
         agent, interface = tiny_agent(args)
         results.append(gradients_after(agent, random_minibatch(agent, interface, args), interface, args, micro_batch))
-    assert_close(results[0][0], results[1][0])
+    # Rounding depends on the processor, and 56 summed log-ratios in an exponent magnify it (1.2e-5 on an AMD EPYC).
+    assert_close(results[0][0], results[1][0], 1e-4)
     assert_close(results[0][1], results[1][1], 1e-4)
     assert max(float(g.abs().max()) for g in results[0][0].values()) > 1e-6
 
