@@ -160,14 +160,16 @@ def test_dry_run_prints_exact_commands(checkout):
 
 def test_other_methods(checkout):
     """Stored advantages, and the paper's own settings; every printed command is accepted by its script."""
-    methods = "gipo-stored ppo-clip-stored gipo-0.5-1.0-stored paper paper-ppo"
+    methods = "gipo-stored ppo-clip-stored gipo-0.5-1.0-stored paper paper-ppo ppo-clip-0.5 gipo-0.5-1-outward"
     process = benchmark("quick", "--methods", methods, "--seeds", "1", "--tasks", "reach-v3", "--dry-run", cwd=checkout)
     commands = process.stdout.splitlines()
-    assert process.returncode == 0 and len(commands) == 5
-    assert all("--no-recompute-advantages" in command for command in commands)
+    assert process.returncode == 0 and len(commands) == 7
+    assert ["--no-recompute-advantages" in command for command in commands] == [True] * 5 + [False] * 2
     assert "--sigma 0.5 --sigma-neg-ratio 1.0" in commands[2] and "--policy-head categorical" in commands[3]
-    assert "--ent-coef 0 " in commands[3] and "--num-bins 256" in commands[3]
+    assert "--ent-coef 0 " in commands[3] and "--num-bins 256" in commands[3] and "--sigma 1 " in commands[3]
     assert "ppo_baseline.py" in commands[4] and "--num-steps 64" in commands[4]
+    assert "ppo_baseline.py" in commands[5] and "--clip-coef 0.5" in commands[5]
+    assert "--sigma 0.5 --sigma-neg-ratio 1 --trust-side outward" in commands[6]
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_reset_is_reproducible(env):
 
 
 @NOTHING_WITHOUT_ASSETS
-def test_fast_simulator_equals_the_stock_one_up_to_the_solvers_tolerance(env):
+def test_fast_simulator_equals_the_stock_one_up_to_the_solvers_tolerance(env, monkeypatch):
     """Through free motion, a push against the table and a success; the stock simulator is untouched between its steps."""
     import mujoco
 
@@ -186,7 +186,9 @@ def test_fast_simulator_equals_the_stock_one_up_to_the_solvers_tolerance(env):
     padded = np.concatenate([demo, demo[-1:].repeat(8, 0)])
     plans = [random_chunks(0, 3), [chunk(-UP)] * 4, [padded[i : i + 8] for i in range(0, len(demo), 8)]]
     stock = [play(plan) for plan in plans]
-    env.args.fast_env, env.task = True, None
+    monkeypatch.setattr(env.args, "fast_env", True)
+    env.task = None  # built anew now,
+    monkeypatch.setattr(env, "task", None)  # and, since None is what it goes back to, for the tests that follow
     fast = [play(plan) for plan in plans]
     again = play(plans[0])
     assert np.array_equal(again[-1][0], fast[0][-1][0])  # reproducible, or a resumed run would not be the same
@@ -198,13 +200,11 @@ def test_fast_simulator_equals_the_stock_one_up_to_the_solvers_tolerance(env):
     assert stock[2][-1][2] == 1.0 and not np.array_equal(stock[1][-1][0], fast[1][-1][0])  # it did take the other way
     calls, sim, step1 = [], env.env.sim, mujoco.mj_step1
     assert "forward" not in vars(sim) and "step" not in vars(sim)
-    mujoco.mj_step1 = lambda model, data: (calls.append(1), step1(model, data))
+    monkeypatch.setattr(mujoco, "mj_step1", lambda model, data: (calls.append(1), step1(model, data)))
     env.reset(0, 2)
     calls.clear()
     env.step(chunk(UP))
-    mujoco.mj_step1 = step1
     assert len(calls) == 8 * 25  # once per physics step
-    env.args.fast_env, env.task = False, None
 
 
 @NOTHING_WITHOUT_ASSETS
