@@ -67,7 +67,7 @@ import tyro
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
+ALGORITHM_VERSION = 2  # raised whenever equal arguments give other results; the benchmark never mixes versions
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 CHUNK = 8  # environment steps per decision of the policy
 
@@ -190,6 +190,8 @@ class Args:
     """discount factor per chunk"""
     gae_lambda: float = 0.95
     """lambda of GAE, per chunk"""
+    bootstrap_time_limit: bool = False
+    """let an episode that runs out of steps bootstrap from its last value; else it has failed, as in LIBERO's success rate"""
     recompute_advantages: bool = True
     """advantages from the current critic for every update; --no-recompute-advantages keeps those of collection time"""
     ratio: Literal["token", "action", "chunk"] = "token"
@@ -1786,7 +1788,8 @@ class Simulators:
         for k, (i, a) in enumerate(zip(indices, answers, strict=True)):
             if "rewards" in a:
                 outcome["rewards"][k], outcome["executed"][k] = a["rewards"].sum(), a["num_executed"]
-                outcome["terminations"][k] = a["terminated"]
+                failed = a["truncated"] and not (a.get("restarted") or self.args.bootstrap_time_limit)
+                outcome["terminations"][k] = a["terminated"] or failed
                 outcome["dones"][k] = self.ended[i] = a["terminated"] or a["truncated"]
                 self.episodes[i]["return"] += float(a["rewards"].sum())
                 self.episodes[i]["length"] += int(a["num_executed"])

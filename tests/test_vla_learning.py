@@ -232,6 +232,23 @@ def test_an_episode_bootstraps_from_its_own_last_observation():
     assert abs(float(moved(T, 2)[T - 1, 2] - plain[T - 1, 2]) - 5 * args.gamma) < 1e-4
 
 
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_running_out_of_steps_is_a_failure_unless_told_otherwise(monkeypatch, bootstrap):
+    """Success, time limit, a replaced simulator, an episode that goes on: which of them has no future value, which ends."""
+    args = tiny_args(bootstrap_time_limit=bootstrap)
+    obs = {"images": np.zeros((1, 28, 28, 3), np.uint8), "proprio": np.zeros(8, np.float32)}
+    ends = [(True, False, {}), (False, True, {}), (False, True, {"restarted": True}), (False, False, {})]
+    answers = [
+        {"obs": obs, "rewards": np.eye(8)[0] * won, "num_executed": 8, "terminated": won, "truncated": late} | more
+        for won, late, more in ends
+    ]
+    monkeypatch.setattr(vla, "VectorEnv", lambda args, num_envs: SimpleNamespace(wait=lambda indices: answers))
+    simulators = vla.Simulators(args, tiny_agent(args)[0].config, len(ends))
+    simulators.episodes = [{"return": 0.0, "length": 0} for _ in ends]
+    outcome = simulators.wait(range(len(ends)))
+    assert outcome["terminations"].tolist() == [1, not bootstrap, 0, 0] and outcome["dones"].tolist() == [1, 1, 1, 0]
+
+
 @pytest.mark.parametrize("method", ["gipo", "ppo"])
 def test_policy_gradient_on_fresh_data(method):
     """At ratio 1 the update is the plain policy gradient, whatever the objective."""
