@@ -6,7 +6,7 @@
 #   ./benchmark.sh sweep        GIPO's sigma x sigma-neg-ratio x buffer size
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
-#   ./benchmark.sh vla          GIPO and PPO on LIBERO, tiny preset, two buffer sizes, three seeds (needs requirements-vla.txt)
+#   ./benchmark.sh vla          GIPO and PPO on LIBERO, tiny preset, two buffer sizes, three seeds (6 hours on 2 cores; needs requirements-vla.txt)
 #   ./benchmark.sh throughput   steps per second against the stock environment, and where the time goes
 #
 # Options: --tasks "a b"  --seeds "1 2"  --methods "ppo gipo"  --regimes "fresh stale"  --steps N  --workers N  --dry-run  --slurm
@@ -29,7 +29,7 @@ case "$suite" in
     sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
     graphgpo) methods="grpo gigpo graphgpo" seeds="1 2 3 4 5 6 7 8 9 10" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
-    vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="fresh recent" steps=20480 ;;
+    vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="recent stale" steps=102400 ;;
     throughput) ;;
     *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo, vla or throughput"; exit 0 ;;
 esac
@@ -100,7 +100,7 @@ script_of() { # method, regime -> script and flags
 vla_script() { # method, regime -> script and flags; a rollout of the tiny preset has 1,024 steps
     local buffer
     case $2 in
-        fresh) buffer=1024 ;; recent) buffer=10240 ;; stale) buffer=20480 ;;
+        fresh) buffer=1024 ;; recent) buffer=10240 ;; stale) buffer=102400 ;; # stale keeps the whole run
         *) die "--regimes: unknown regime '$2', choose from fresh recent stale" ;;
     esac
     case $1 in

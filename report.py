@@ -718,9 +718,9 @@ def vla_report(args: Args) -> str:
         plot = f"curves-{suite}-{steps}-v{version}.png"
         runs = [run for cell in by_cell.values() for run in cell.values()]
         machines = "; ".join(sorted({run["machine"] for run in runs}))
-        heading = f"{len(runs)} runs, algorithm version {version}. Machine: {machines}. Success in percent, one number per "
-        heading += "seed; greedy policy but for the last two columns. Rows with other seeds are not to be compared. "
-        heading += "Written by report.py."
+        heading = f"{len(runs)} run{'s' * (len(runs) > 1)}, algorithm version {version}. Machine: {machines}. Success in "
+        heading += "percent, one number per seed; greedy policy but for the last three columns. Rows with other seeds are not "
+        heading += "to be compared. Written by report.py."
         parts += [f"# GIPO and PPO on {suite}, tiny preset, {steps:,} steps", heading, *vla_tables(by_cell)]
         parts.append(f"![success in training]({plot})")
         if not args.check:
@@ -731,7 +731,7 @@ def vla_report(args: Args) -> str:
 def vla_tables(by_cell: dict) -> list[str]:
     """Success of every cell {(buffer size, method): {seed: run}}, GIPO less PPO on shared seeds, and means of diagnostics."""
     rows = ["| buffer | method | seeds | cloned, 50 states | after RL, 50 states | states 0-39 | 40-49 (never trained on) |"]
-    rows[0] += " in training, whole run | last 100 episodes |"
+    rows[0] += " sampled: cloned | whole run | last 100 episodes |"
     rows.append("|---" * (rows[0].count("|") - 1) + "|")
     shown = ["effective_sample_size", "utilization", "logratio_std", "clipfrac", "entropy", "policy_lag"]
     means = ["| buffer | method | seeds | " + " | ".join(shown).replace("_", " ") + " |", "|---" * (len(shown) + 3) + "|"]
@@ -743,6 +743,8 @@ def vla_tables(by_cell: dict) -> list[str]:
         name = f"| {size:,} | {method} | {', '.join(map(str, sorted(cell)))} | "
         row = [percents(vla_success(run, range(50), 0) for run in found), percents(map(final, found))]
         row += [percents(vla_success(run, states) for run in found) for states in (range(40), range(40, 50))]
+        # The policy is still the clone's while only the critic trains.
+        row += [percents(run["curves"]["success"][run["args"]["critic_warmup"] - 1] for run in found)]
         row += [percents(map(training, found)), percents(run["train_success_rate"] for run in found)]
         rows.append(name + " | ".join(row) + " |")
         averages = [np.mean([v for run in found for v in run["curves"][key] if v is not None]) for key in shown]

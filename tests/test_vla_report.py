@@ -13,9 +13,10 @@ import report
 
 
 def run(method, seed, before, after, training, buffer_size=1024):
-    """A run whose greedy policy solves the first `before` initial states, later the last `after`; two points of curve."""
+    """A run whose greedy policy solves the first `before` initial states, later the last `after`; three points of curve."""
     evaluations = [[[0, k, float(k < before)] for k in range(50)], [[0, k, float(k >= 50 - after)] for k in range(50)]]
-    curves = {name: [0.25, 0.75] for name in report.VLA_CURVES} | {"success": [None, training], "steps": [1024, 2048]}
+    curves = {name: [0.25, 0.5, 0.75] for name in report.VLA_CURVES}
+    curves |= {"success": [None, before / 100, training], "steps": [1024, 2048, 3072]}
     return {
         "env_id": "libero_spatial",
         "exp_name": f"{method}_fresh",
@@ -24,7 +25,7 @@ def run(method, seed, before, after, training, buffer_size=1024):
         "train_success_rate": training,
         "versions": {"algorithm": 1},
         "machine": "abacus",
-        "args": {"buffer_size": buffer_size},
+        "args": {"buffer_size": buffer_size, "critic_warmup": 2},
         "evaluations": [{"successes": successes} for successes in evaluations],
         "curves": curves,
     }
@@ -33,16 +34,16 @@ def run(method, seed, before, after, training, buffer_size=1024):
 def test_table_by_hand(tmp_path):
     folder = tmp_path / "vla_tiny" / "runs"
     folder.mkdir(parents=True)
-    runs = run("gipo", 1, 10, 30, 0.4), run("gipo", 2, 5, 20, 0.2), run("ppo", 1, 10, 15, 0.2), run("ppo", 2, 5, 5, 0.4)
+    runs = run("gipo", 1, 10, 30, 0.5), run("gipo", 2, 5, 20, 0.2), run("ppo", 1, 10, 15, 0.2), run("ppo", 2, 5, 5, 0.4)
     for i, result in enumerate(runs):
         (folder / f"{i}.json").write_text(json.dumps(result))
     args = report.Args(runs=str(tmp_path / "none"), results=str(tmp_path), readme=str(tmp_path / "README.md"))
     assert report.write_report(args) == [str(tmp_path / "vla_tiny" / "tables.md")]
     text = (tmp_path / "vla_tiny" / "tables.md").read_text()
     # 30 of 50 are all ten of 40-49 and 20 of the other 40; a stretch before the first finished episode counts 0.
-    assert "| 1,024 | gipo | 1, 2 | 20, 10 | 60, 40 | 50, 25 | 100, 100 | 20, 10 | 40, 20 |" in text
-    assert "| 1,024 | ppo | 1, 2 | 20, 10 | 30, 10 | 12, 0 | 100, 50 | 10, 20 | 20, 40 |" in text
-    assert "| 1,024 | 2 | +0.300 [+0.300, +0.300] | +0.000 [-0.100, +0.100] |" in text
+    assert "| 1,024 | gipo | 1, 2 | 20, 10 | 60, 40 | 50, 25 | 100, 100 | 10, 5 | 20, 8 | 50, 20 |" in text
+    assert "| 1,024 | ppo | 1, 2 | 20, 10 | 30, 10 | 12, 0 | 100, 50 | 10, 5 | 10, 15 | 20, 40 |" in text
+    assert "| 1,024 | 2 | +0.300 [+0.300, +0.300] | +0.017 [-0.067, +0.100] |" in text
     assert "| 1,024 | gipo | 1, 2 | 0.500 | 0.500 |" in text and "4 runs, algorithm version 1" in text
     assert (tmp_path / "vla_tiny" / "curves-libero_spatial-2048-v1.png").stat().st_size > 10_000
     assert report.write_report(args) == []
@@ -60,9 +61,11 @@ def test_matrix_and_what_is_finished(tmp_path):
     lines = process.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 12
     args = [vars(vla.parse_args(line.split()[2:])) for line in lines]
-    assert all(a["preset"] == "tiny" and a["total_timesteps"] == 20_480 and a["eval_every"] == 0 for a in args)
+    assert all(a["preset"] == "tiny" and a["total_timesteps"] == 102_400 and a["eval_every"] == 0 for a in args)
     first = [a for a in args if a["seed"] == 7]
-    assert {(a["trust_weight"], a["buffer_size"]) for a in first} == {(m, b) for m in ("gipo", "ppo") for b in (1024, 10_240)}
+    assert {(a["trust_weight"], a["buffer_size"]) for a in first} == {
+        (m, b) for m in ("gipo", "ppo") for b in (10_240, 102_400)
+    }
     assert len({json.dumps({k: v for k, v in a.items() if k not in ("trust_weight", "exp_name")}) for a in first}) == 2
     folder = tmp_path / "vla-tiny" / "libero_spatial__x__7"
     folder.mkdir(parents=True)
@@ -89,11 +92,12 @@ RESULTS = sorted((ROOT / "results" / "vla_tiny" / "runs").glob("*.json"))
 
 @pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
 def test_committed_run(path):
-    """What a reader needs to repeat it, 50 initial states at both ends, and a start that all methods of the seed share."""
+    """What a reader needs to repeat it, all 50 initial states in every evaluation, and a start that the methods share."""
     result = json.loads(path.read_text())
     assert result.keys() >= {"args", "git_commit", "versions", "machine", "curves", "evaluations", "wall_seconds"}
-    assert set(result["args"]) | {"fast_env"} == set(vars(vla.Args())) and not result["git_commit"].endswith("-dirty")
-    assert [e["step"] for e in result["evaluations"]] == [0, result["total_timesteps"]]
+    assert set(result["args"]) == set(vars(vla.Args())) and not result["git_commit"].endswith("-dirty")
+    steps = [e["step"] for e in result["evaluations"]]
+    assert steps == sorted(set(steps)) and (steps[0], steps[-1]) == (0, result["total_timesteps"])
     assert all([state for _, state, _ in e["successes"]] == list(range(50)) for e in result["evaluations"])
     same = [other for other in map(json.loads, (p.read_text() for p in RESULTS)) if other["seed"] == result["seed"]]
     assert all(other["evaluations"][0]["successes"] == result["evaluations"][0]["successes"] for other in same)
