@@ -288,6 +288,24 @@ def is_variant(run: dict) -> bool:
     return run["method"] not in METHODS
 
 
+def comparable(runs: list[dict]) -> tuple[list[dict], str]:
+    """The runs that may share one row of scores each, since their cells have the same tasks, and a line that says so.
+
+    Those of the cells that have every task, if on-policy PPO is one of them; otherwise those on the tasks that every cell has.
+    """
+    table = cells(runs)
+    every = {run["env_id"] for run in runs}
+    complete = [cell for cell, tasks in table.items() if set(tasks) == every]
+    tasks = every if ("on-policy", "ppo") in complete else set.intersection(*(set(tasks) for tasks in table.values()))
+    listed = ", ".join(sorted(tasks)).replace("-v3", "") or "none"
+    chosen = [run for run in runs if run["env_id"] in tasks]
+    if tasks != every:
+        return chosen, f"Over the {len(tasks)} tasks that every row has ({listed}):"
+    left_out = ", ".join(f"{method} {regime}" for regime, method in table if (regime, method) not in complete)
+    note = f"; without the rows that lack tasks ({left_out})" if left_out else ""
+    return [run for run in chosen if (run["regime"], run["method"]) in complete], f"Over all {len(tasks)} tasks{note}:"
+
+
 def same_replay_table(runs: list[dict]) -> str:
     """One row per regime, method and PPO-clip it meets in the same regime, over the tasks both have; may be empty.
 
@@ -812,19 +830,16 @@ def write_report(args: Args) -> list[str]:
         name = f"{steps}-v{version}"
         seeds, tasks = len({run["seed"] for run in runs}), len({run["env_id"] for run in runs})
         heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
-        # A comparison over all tasks is one over the same tasks: those that every cell has.
         main = [run for run in runs if not is_variant(run)] or runs
-        shared = set.intersection(*(set(tasks) for tasks in cells(main).values()))
-        common = [run for run in main if run["env_id"] in shared]
-        scope = f"Over the {len(shared)} tasks that every row has ({', '.join(sorted(shared)).replace('-v3', '')}):"
-        totals = aggregate_table(common) if shared else "none yet"
+        common, scope = comparable(main)
+        totals = aggregate_table(common) if common else "none yet"
         table = same_replay_table(runs)
         against_clip = ["Against PPO-clip on the same replay, on the tasks that both have:", table] if table else []
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py."]
         parts += [
             scope,
-            aggregate_table(common),
+            totals,
             *against_clip,
             "Mean success of the deterministic policy on the 50 training goals (mean return):",
         ]

@@ -117,6 +117,19 @@ def test_variants_meet_their_counterparts():
     assert [run["method"] for run in runs if not report.is_variant(run)] == [*names[:2], "ppo-clip-0.5"]
 
 
+def test_only_rows_with_the_same_tasks_are_compared():
+    """All tasks, without the rows that lack some, once on-policy PPO has them all; until then the tasks that all rows have."""
+    ppo = [run("ppo", "on-policy", 1, 1.0, 1, 1.0, task) for task in ("reach-v3", "push-v3")]
+    gipo = [run("gipo", "stale", 1, 1.0, 1, 1.0, task) for task in ("reach-v3", "push-v3")]
+    part = run("gipo", "recent", 1, 1.0, 1, 1.0)
+    runs, scope = report.comparable([*ppo, *gipo, part])
+    assert runs == [*ppo, *gipo] and scope == "Over all 2 tasks; without the rows that lack tasks (gipo recent):"
+    assert report.comparable([*ppo, *gipo]) == ([*ppo, *gipo], "Over all 2 tasks:")
+    runs, scope = report.comparable([ppo[0], *gipo, part])
+    assert runs == [ppo[0], gipo[0], part] and scope == "Over the 1 tasks that every row has (reach):"
+    assert report.comparable([ppo[0], gipo[1]]) == ([], "Over the 0 tasks that every row has (none):")
+
+
 def test_diagnostics_table_by_hand():
     """First and last fifth of 30 stretches; empty stretches and curves that an old file lacks are left out."""
     runs = [run("gipo", "stale", seed, 1.0, 1, 1.0) for seed in (1, 2)] + [run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
