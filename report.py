@@ -430,7 +430,8 @@ def plot_against_buffer(runs: list[dict], panels: dict, path: Path) -> None:
             tasks = table["on-policy", "ppo"]
             level = interquartile_mean(values(tasks, sorted(tasks), key))
             axis.axhline(level, **style("ppo", ()) | {"linestyle": "--", "linewidth": 1, "label": "ppo, on-policy"})
-        for method in methods:
+        ticks = set()
+        for i, method in enumerate(methods):
             points = []
             for regime in REGIMES[1:]:
                 tasks = table.get((regime, method))
@@ -441,10 +442,11 @@ def plot_against_buffer(runs: list[dict], panels: dict, path: Path) -> None:
                     points.append((size, interquartile_mean(scores), *bootstrap_interval(scores, interquartile_mean, 500)))
             sizes, middles, lows, highs = np.array(points).T
             errors = np.maximum([middles - lows, highs - middles], 0)
+            ticks |= set(sizes)
+            sizes = sizes * 1.06 ** (i - (len(methods) - 1) / 2)  # side by side, or one interval hides another
             axis.errorbar(sizes, middles, errors, marker="o", capsize=2, linewidth=1.3, markersize=4, **style(method, methods))
-        ticks = sorted({size for line in axis.containers for size in line.lines[0].get_xdata()})
         axis.set_xscale("log")
-        axis.set_xticks(ticks, [f"{size:,.0f}" for size in ticks], minor=False)
+        axis.set_xticks(sorted(ticks), [f"{size:,.0f}" for size in sorted(ticks)], minor=False)
         axis.minorticks_off()
         axis.set_xlabel("replay buffer, environment steps", fontsize=9)
         axis.set_title(title, fontsize=10)
@@ -833,28 +835,26 @@ def write_report(args: Args) -> list[str]:
         main = [run for run in runs if not is_variant(run)] or runs
         common, scope = comparable(main)
         totals = aggregate_table(common) if common else "none yet"
+        against = "Against PPO-clip on the same replay, on the tasks that both have"
         table = same_replay_table(runs)
-        against_clip = ["Against PPO-clip on the same replay, on the tasks that both have:", table] if table else []
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py."]
         parts += [
             scope,
             totals,
-            *against_clip,
+            *([f"{against}:", table] if table else []),
             "Mean success of the deterministic policy on the 50 training goals (mean return):",
         ]
         parts += [task_table(runs), paper_table(runs)]
         parts += ["Diagnostics, mean of the first / last fifth of a run (the README explains them):", diagnostics_table(runs)]
         write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
+        replayed = [run for run in common if run["regime"] != "on-policy"]
         if not args.check:
-            plot_curves(main, results / f"curves-{name}.png")
-            replayed = [run for run in common if run["regime"] != "on-policy"]
+            plot_curves(common or main, results / f"curves-{name}.png")
             if replayed:
-                plot_against_buffer(
-                    common,
-                    {"success rate": lambda r: r["eval_success_rate"], "return": lambda r: r["eval_return_mean"]},
-                    results / f"buffer-{name}.png",
-                )
+                panels = {"success rate": "success", "area under success": "area", "return": "return"}
+                panels = {title: SCORES[name] for title, name in panels.items()}
+                plot_against_buffer(common, panels, results / f"buffer-{name}.png")
                 plot_against_buffer(
                     replayed,
                     {
@@ -863,7 +863,13 @@ def write_report(args: Args) -> list[str]:
                     },
                     results / f"staleness-{name}.png",
                 )
-        parts = [f"{heading} {scope}", totals, *against_clip, f"![success in training](results/curves-{name}.png)"]
+        parts = [f"{heading} {scope}", totals]
+        table = same_replay_table(main)
+        if table:
+            parts += [f"{against} ([more variants, every task, diagnostics](results/benchmark-{name}.md)):", table]
+        parts.append(f"![success in training](results/curves-{name}.png)")
+        if replayed:
+            parts.append(f"![success, area and return against buffer size](results/buffer-{name}.png)")
         readme_block = "\n\n".join(parts) + "\n"
     write_popo_report(args, write)
     readme = Path(args.readme)
