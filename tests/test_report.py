@@ -125,8 +125,9 @@ def test_only_rows_with_the_same_tasks_are_compared():
     runs, scope = report.comparable([*ppo, *gipo, part])
     assert runs == [*ppo, *gipo] and scope == "Over all 2 tasks; without the rows that lack tasks (gipo recent):"
     assert report.comparable([*ppo, *gipo]) == ([*ppo, *gipo], "Over all 2 tasks:")
-    runs, scope = report.comparable([ppo[0], *gipo, part])
-    assert runs == [ppo[0], gipo[0], part] and scope == "Over the 1 tasks that every row has (reach):"
+    clip = [r | {"method": "ppo-clip"} for r in gipo]
+    runs, scope = report.comparable([ppo[0], *gipo, *clip, part])
+    assert runs == [ppo[0], gipo[0], clip[0], part] and scope == "Over the 1 tasks that every row has (reach):"
     assert report.comparable([ppo[0], gipo[1]]) == ([], "Over the 0 tasks that every row has (none):")
 
 
