@@ -172,8 +172,13 @@ def collect(args: Args) -> None:
 
 # -------------------- Statistics --------------------
 def interquartile_mean(scores) -> float:
-    """Mean of the middle half of all scores (25 % cut from either side, in whole scores)."""
-    return float(scipy.stats.trim_mean(np.concatenate([np.ravel(s) for s in scores]), 0.25))
+    """Mean of the middle half of all scores (25 % cut from either side, in whole scores), `scores` being one array per task.
+
+    Every task counts the same: where some have more runs, all are repeated up to the least common multiple.
+    """
+    tasks = [np.ravel(task) for task in scores]
+    count = math.lcm(*map(len, tasks))
+    return float(scipy.stats.trim_mean(np.concatenate([np.repeat(task, count // len(task)) for task in tasks]), 0.25))
 
 
 def bootstrap_interval(scores: list[np.ndarray], statistic, repetitions: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -23,6 +23,12 @@ def test_interquartile_mean():
     assert report.interquartile_mean([np.array([2.0, 4.0, 9.0])]) == 5.0  # a quarter of 3 is less than one score
 
 
+def test_tasks_with_more_runs_count_no_more():
+    """Two runs of an easy task and three of a hard one weigh the same: six of each, three cut from either side."""
+    assert report.interquartile_mean([[1.0, 0.8], [0.0, 0.2, 0.4]]) == pytest.approx((0.2 + 0.4 * 2 + 0.8 * 3) / 6)
+    assert report.interquartile_mean([[1.0, 1.0, 1.0], [0.0]]) == pytest.approx(0.5)
+
+
 def test_probability_of_improvement():
     ours, theirs = [np.array([1.0, 2.0]), np.array([0.0])], [np.array([1.0, 0.0]), np.array([3.0])]
     # First task: 1 > 1 is a tie, 1 > 0, 2 > 1, 2 > 0, so 3.5 of 4. Second task: 0.
