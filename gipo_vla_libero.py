@@ -478,9 +478,7 @@ class LiberoEnv:
             ignore_done=True,  # robosuite's own horizon of 1000 steps goes on counting over episodes
         )
         path = libero_root() / "init_files" / self.args.suite / f"{name}.pruned_init"
-        self.init_states = torch.load(
-            path, weights_only=False
-        )  # the files are numpy arrays in pickles, and come with the package
+        self.init_states = torch.load(path, weights_only=False)  # numpy arrays in pickles; they come with the package
         if not self.args.reflections:
             flags = self.env.sim._render_context_offscreen.scn.flags
             flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0

@@ -168,6 +168,34 @@ def test_reset_is_reproducible(env):
 
 
 @NOTHING_WITHOUT_ASSETS
+def test_reset_is_liberos_evaluation_protocol(env):
+    """A stock simulator: hard reset, initial state of the package's file, ten steps that only open the gripper."""
+    import mujoco
+    import torch
+    from libero.libero.envs import OffScreenRenderEnv
+
+    obs, mine, fixtures = env.reset(0, 3), state(env), env.env.sim.model.body_pos.copy()
+    name = vla.task_names("libero_spatial")[0]
+    stock = OffScreenRenderEnv(
+        bddl_file_name=str(vla.libero_root() / "bddl_files" / "libero_spatial" / f"{name}.bddl"),
+        camera_heights=64,
+        camera_widths=64,
+    )
+    np.random.seed(3)  # where the fixtures stand; LIBERO leaves it to chance
+    stock.reset()
+    stock.sim._render_context_offscreen.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+    states = torch.load(vla.libero_root() / "init_files" / "libero_spatial" / f"{name}.pruned_init", weights_only=False)
+    stock.set_init_state(states[3])
+    for _ in range(10):
+        raw, *_ = stock.step([0.0] * 6 + [-1.0])
+    assert np.allclose(stock.sim.model.body_pos, fixtures, atol=1e-12)
+    assert np.allclose(stock.get_sim_state()[1:], mine[1:], atol=1e-9)
+    assert np.array_equal(raw["agentview_image"][::-1, ::-1], obs["images"][0])
+    stock.close()
+    env.task = None  # built anew: OpenGL objects of a closed simulator
+
+
+@NOTHING_WITHOUT_ASSETS
 def test_fast_simulator_equals_the_stock_one_up_to_the_solvers_tolerance(env, monkeypatch):
     """Through free motion, a push against the table and a success; the stock simulator is untouched between its steps."""
     import mujoco
