@@ -18,14 +18,14 @@ cd "$(dirname "$0")"
 
 TEN="reach-v3 push-v3 pick-place-v3 door-open-v3 drawer-open-v3 drawer-close-v3 button-press-topdown-v3"
 TEN+=" peg-insert-side-v3 window-open-v3 window-close-v3"
-GRID="gipo-0.2-0.5 gipo-0.2-1.0 gipo-0.5-0.5 gipo-0.5-1.0 gipo-1.0-0.5 gipo-1.0-1.0" # sigma, sigma-neg-ratio
+GRID="gipo gipo-0.2-0.5 gipo-0.5-0.5 gipo-0.5-1.0 gipo-1.0-0.5 gipo-1.0-1.0" # sigma, sigma-neg-ratio; gipo is 0.2, 1.0
 
 die() { echo "error: $1" >&2; exit 2; }
 
 suite="${1:-}"
 case "$suite" in
     quick) tasks="reach-v3 button-press-topdown-v3" seeds="1 2" methods="ppo gipo" regimes="recent" steps=200000 ;;
-    main) tasks="$TEN" seeds="1 2 3 4 5" methods="ppo ppo-clip gipo sapo none $GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
+    main) tasks="$TEN" seeds="1 2 3 4 5" methods="ppo ppo-clip $GRID sapo none" regimes="fresh recent stale very-stale" steps=300000 ;;
     sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
     graphgpo) methods="grpo gigpo graphgpo" seeds="1 2 3 4 5 6 7 8 9 10" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
@@ -71,6 +71,7 @@ script_of() { # method, regime -> script and flags
         *) die "--regimes: unknown regime '$2', choose from fresh recent stale very-stale" ;;
     esac
     case $1 in
+        ppo-stored | sapo*-outward | none*-outward | paper*-outward | ppo*-outward) die "--methods: '$1' is no method: that flag would do nothing" ;;
         *-stored) # advantages of collection time
             rest=$(script_of "${1%-stored}" "$2")
             echo "$rest --no-recompute-advantages" ;;
@@ -82,6 +83,7 @@ script_of() { # method, regime -> script and flags
             rest+=" --critic-learning-rate 3e-3 --lr-schedule cosine --critic-lr-schedule cosine --lr-warmup 0.001"
             rest+=" --reward-scale 0.001 --max-grad-norm 1.0 --adv-std-floor 0 --buffer-size $buffer"
             [ "$1" = paper ] && rest+=" --sigma 1" || rest+=" --num-steps 64 --minibatch-size 512"
+            [ "$1 $2" != "paper-ppo fresh" ] || rest+=" --update-epochs 5" # on-policy, where --updates-per-iteration is not read
             echo "$([ "$1" = paper ] && echo gipo_continuous.py || echo ppo_baseline.py) $rest" ;;
         ppo) echo "ppo_baseline.py" ;; # textbook: its own defaults
         ppo-clip) # all but the objective as in GIPO: 10 updates of 512 steps per 512 new steps, head, ratio, entropy
@@ -175,7 +177,7 @@ run() { # one command, unless another invocation has it; a run that was begun is
     local task seed name folder resume="" code=0
     task=$(sed -E 's/.*--(env-id|suite) ([^ ]*).*/\2/' <<<"$1") seed=$(sed 's/.*--seed \([^ ]*\).*/\1/' <<<"$1")
     name=$(sed 's/.*--exp-name \([^ ]*\).*/\1/' <<<"$1")
-    folder="$run_dir/${task}__${name}__$seed"
+    folder="$run_dir/${task//\//-}__${name}__$seed"
     exec 9>"$folder.lock"
     if ! flock -n 9; then
         echo "$folder: another invocation has it"
@@ -203,9 +205,10 @@ if [ -n "$slurm" ]; then
 #SBATCH --time=04:00:00
 #SBATCH --output=$run_dir/slurm-%a.out
 cd "$PWD"
-run_dir=$run_dir left=1 failures=/dev/stdout finished=\$(mktemp) start=\$(date +%s)
+run_dir=$run_dir left=1 failures=\$(mktemp) finished=\$(mktemp) start=\$(date +%s)
 $(declare -f run)
 run "\$(sed -n "\${SLURM_ARRAY_TASK_ID}p" $run_dir/commands.txt)"
+cat "\$failures" && [ ! -s "\$failures" ]
 SBATCH
     echo "sbatch $run_dir/array.sbatch     # $left runs; afterwards: $python report.py"
     exit

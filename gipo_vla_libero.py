@@ -2139,13 +2139,18 @@ def saved_args(args, run_folder: Path):
     if not (run_folder / "args.json").exists():
         return args
     saved = json.loads((run_folder / "args.json").read_text())
+    version = saved.pop("algorithm_version", None)
+    if version != ALGORITHM_VERSION:
+        raise ValueError(f"--resume: {run_folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
     saved["tasks"] = tuple(saved["tasks"])
     if set(saved) != set(vars(args)):
         raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
+    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
+    typed = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}  # maybe with the default's value
     default = Args(preset=args.preset, **PRESETS[args.preset])
     for name in sorted(set(saved) - {"run_dir", "resume", "overwrite"}):
         given = getattr(args, name)
-        if given != getattr(default, name) and given != saved[name]:
+        if (given != getattr(default, name) or name in typed) and given != saved[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[name]}: drop the flag")
     return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
@@ -2251,6 +2256,8 @@ def main(args: Args) -> dict:
     # ==================== SETUP ====================
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run_folder = Path(args.run_dir) / f"{args.suite}__{args.exp_name}__{args.seed}"
+    if args.resume and args.overwrite:
+        raise ValueError("--resume and --overwrite contradict each other: drop one of them")
     if args.resume:
         args = saved_args(args, run_folder)
     elif run_folder.exists() and not (args.overwrite or args.evaluate or rank):
@@ -2364,7 +2371,7 @@ def main(args: Args) -> dict:
         if not args.resume:
             shutil.rmtree(run_folder, ignore_errors=True)
             run_folder.mkdir(parents=True)
-        write_json(run_folder / "args.json", config_json)
+        write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION})
         from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
 
         if args.track:

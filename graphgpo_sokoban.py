@@ -813,11 +813,17 @@ def saved_args(args, run_folder: Path):
     if not (run_folder / "args.json").exists():
         return args
     saved = json.loads((run_folder / "args.json").read_text())
+    version = saved.pop("algorithm_version", None)
+    if version != ALGORITHM_VERSION:
+        raise ValueError(f"--resume: {run_folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
     if set(saved) != set(vars(args)):
         raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
+    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
+    typed = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}  # maybe with the default's value
     for field in dataclasses.fields(args):
         given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
-        if field.name not in own and given != field.default and given != saved[field.name]:
+        named = field.name in typed or given != field.default
+        if field.name not in own and named and given != saved[field.name]:
             flag = f"--{field.name.replace('_', '-')}"
             raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[field.name]}: drop the flag")
     return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
@@ -905,6 +911,8 @@ def main(args: Args) -> dict:
 
     # ==================== SETUP ====================
     run_folder = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    if args.resume and args.overwrite:
+        raise ValueError("--resume and --overwrite contradict each other: drop one of them")
     if args.resume:
         args = saved_args(args, run_folder)
     elif run_folder.exists() and not args.overwrite:
@@ -929,7 +937,7 @@ def main(args: Args) -> dict:
     if not args.resume:
         shutil.rmtree(run_folder, ignore_errors=True)
         run_folder.mkdir(parents=True)
-    write_json(run_folder / "args.json", config)
+    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION})
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5 if not args.model else 1e-8)
 
     num_iterations, iteration, total_steps = math.ceil(args.total_episodes / num_envs), 0, 0

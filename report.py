@@ -43,7 +43,7 @@ CURVES = {  # name in the JSON -> TensorBoard tag
 # Arguments that name the run or its machine, not its outcome.
 NOT_OUTCOME = set("run_dir resume overwrite evaluate eval_every checkpoint_every capture_video track wandb_project".split())
 NOT_OUTCOME |= {"torch_threads", "async_envs"}
-PAPER_METHODS = ["ppo-clip", "sapo", *(f"gipo-{sigma}-{ratio}" for sigma in (0.2, 0.5, "1.0") for ratio in (0.5, "1.0"))]
+PAPER_METHODS = "ppo-clip sapo gipo-0.2-0.5 gipo gipo-0.5-0.5 gipo-0.5-1.0 gipo-1.0-0.5 gipo-1.0-1.0".split()  # gipo: 0.2-1.0
 POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours; the panel of the plots
     "grpo": "methods",
     "grpo-filter": "methods",
@@ -118,9 +118,11 @@ def pending(commands: list[str], args: Args) -> list[str]:
         if identity({"versions": {"algorithm": module.ALGORITHM_VERSION}, "args": run_args}) not in done:
             left.append(command)
             task = run_args.get("env_id") or run_args["suite"]
-            folder = Path(run_args["run_dir"]) / f"{task}__{run_args['exp_name']}__{run_args['seed']}"
-            path = folder / "args.json"
-            if path.exists() and outcome_args(json.loads(path.read_text())) != outcome_args(run_args):
+            folder = Path(run_args["run_dir"]) / f"{task.replace('/', '-')}__{run_args['exp_name']}__{run_args['seed']}"
+            saved = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else None
+            if saved is not None and saved.pop("algorithm_version", None) != module.ALGORITHM_VERSION:
+                raise ValueError(f"{folder} holds a run of another algorithm version: move it away")
+            if saved is not None and outcome_args(saved) != outcome_args(run_args):
                 raise ValueError(f"{folder} holds a run with other arguments: move it away")
     return left
 
@@ -141,14 +143,22 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def is_stored(result: dict, file: Path) -> bool:
+    """Whether `file` holds this run already, or one of a newer algorithm version."""
+    if not file.exists():
+        return False
+    stored = json.loads(file.read_text())
+    return stored["versions"]["algorithm"] > result["versions"]["algorithm"] or identity(stored) == identity(result)
+
+
 def collect(args: Args) -> None:
-    """Write results/runs/<steps>/<run>.json for every finished run folder, over one of other arguments or another version."""
+    """Write results/runs/<steps>/<run>.json for every finished run folder, over one of other arguments or an older version."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for path in sorted(Path(args.runs).glob("benchmark-*/*/result.json")):
         result = json.loads(path.read_text())
         file = Path(args.results) / "runs" / str(result["args"]["total_timesteps"]) / f"{path.parent.name}.json"
-        if file.exists() and identity(json.loads(file.read_text())) == identity(result):
+        if is_stored(result, file):
             continue
         events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
         tags, total = events.Tags()["scalars"], result["total_timesteps"]
@@ -165,15 +175,16 @@ def collect(args: Args) -> None:
         result = json.loads(path.read_text())
         steps = str(result["args"]["total_timesteps"])
         file = Path(args.results) / "popo_countdown" / "runs" / steps / f"{path.parent.name}.json"
-        if not file.exists() or identity(json.loads(file.read_text())) != identity(result):
+        if not is_stored(result, file):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(result | {"machine": cpu_name()}) + "\n")
 
 
 # -------------------- Statistics --------------------
 def interquartile_mean(scores) -> float:
-    """Mean of the middle half of all scores (25 % cut from either side, in whole scores), `scores` being one array per task.
+    """Mean of the middle half of all scores, `scores` being one array per task.
 
+    As in `rliable`, a quarter is cut from either side in whole scores, rounded down: 7 of 30.
     Every task counts the same: where some have more runs, all are repeated up to the least common multiple.
     """
     tasks = [np.ravel(task) for task in scores]
@@ -184,9 +195,9 @@ def interquartile_mean(scores) -> float:
 def bootstrap_interval(scores: list[np.ndarray], statistic, repetitions: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of `statistic(scores)`; every task's seeds are resampled within the task.
 
-    NaN where no task has a second run: nothing is known of the spread then, and resampling would call it zero.
+    NaN where a task has one run: nothing is known of its spread then, and resampling would call it zero.
     """
-    if max(map(len, scores)) < 2:
+    if min(map(len, scores)) < 2:
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
     draws = [statistic([task[rng.integers(0, len(task), len(task))] for task in scores]) for _ in range(repetitions)]
@@ -201,16 +212,21 @@ def probability_of_improvement(ours: list[np.ndarray], theirs: list[np.ndarray])
 
 
 def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the probability of improvement, both sides resampled; NaN where one has single runs only."""
-    if min(max(map(len, side)) for side in (ours, theirs)) < 2:
-        return math.nan, math.nan
+    """95 % bootstrap interval of the probability of improvement, both sides resampled; NaN where a task has a single run."""
     pairs = [*ours, *theirs]
     return bootstrap_interval(pairs, lambda s: probability_of_improvement(s[: len(ours)], s[len(ours) :]), repetitions)
 
 
+def filled_curve(run: dict, name: str) -> list[float]:
+    """A training curve without gaps: 0 before the first episode, else the last value where a stretch saw no episode end."""
+    return list(itertools.accumulate(run["curves"][name], lambda last, value: last if value is None else value, initial=0.0))[
+        1:
+    ]
+
+
 def area_under_curve(run: dict, name: str) -> float:
-    """Mean of a training curve over the run: its area, in units of the curve. Stretches before the first episode count 0."""
-    return float(np.mean([value or 0.0 for value in run["curves"][name]]))
+    """Mean of a training curve over the run: its area, in units of the curve."""
+    return float(np.mean(filled_curve(run, name)))
 
 
 def paper_scores(runs: list[dict], methods: list[str]) -> dict[str, list[np.ndarray]]:
@@ -250,10 +266,11 @@ def values(tasks: dict[str, list[dict]], names: list[str], key) -> list[np.ndarr
     return [np.array([key(run) for run in tasks[name]], dtype=float) for name in names]
 
 
-def span(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.2f}" if math.isnan(interval[0]) else f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+def span(value: float, interval: tuple[float, float], form: str = ".2f") -> str:
+    return f"{value:{form}}" + ("" if math.isnan(interval[0]) else f" [{interval[0]:{form}}, {interval[1]:{form}}]")
 
 
+GAINS = "What each method gains when the buffer grows from one rollout of 512 steps (fresh) to 20,000 (stale):"
 SCORES = {  # of a run: what the table compares
     "success": lambda run: run["eval_success_rate"],
     "return": lambda run: run["eval_return_mean"],
@@ -286,6 +303,11 @@ def aggregate_table(runs: list[dict]) -> str:
         row += ["-"] * 3 if method == "ppo" or not shared else improvements(tasks, baseline, shared)
         rows.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(rows)
+
+
+def has_success(run: dict) -> bool:
+    """Whether the task reports success: Meta-World's do, Gymnasium's own do not."""
+    return run["eval_success_rate"] is not None
 
 
 def is_variant(run: dict) -> bool:
@@ -340,6 +362,35 @@ def same_replay_table(runs: list[dict]) -> str:
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
+def gain_table(runs: list[dict]) -> str:
+    """What each method gains from old data: its IQM in the regime stale less that in fresh; then the gains less PPO-clip's.
+
+    Over the tasks that all these cells have; seeds are resampled in every cell. May be empty.
+    """
+    table = cells(runs)
+    methods = [method for regime, method in table if regime == "fresh" and ("stale", method) in table]
+    tasks = sorted(set.intersection(*(set(table[r, m]) for m in methods for r in ("stale", "fresh"))) if methods else ())
+    if not tasks:
+        return ""
+
+    def gain(scores):  # of one method: its stale runs, then its fresh ones
+        return interquartile_mean(scores[: len(tasks)]) - interquartile_mean(scores[len(tasks) :])
+
+    def less(scores):  # of two methods
+        return gain(scores[: 2 * len(tasks)]) - gain(scores[2 * len(tasks) :])
+
+    rows = ["| from fresh to stale | success, IQM | area under success, IQM | return, IQM |", "|---" * 4 + "|"]
+    lines = [(method, [method], gain) for method in methods]
+    lines += [(f"{m} less ppo-clip", [m, "ppo-clip"], less) for m in methods if m != "ppo-clip" and "ppo-clip" in methods]
+    for name, compared, statistic in lines:
+        row = [name]
+        for key, form in (("success", "+.2f"), ("area", "+.2f"), ("return", "+,.0f")):
+            scores = [v for m in compared for r in ("stale", "fresh") for v in values(table[r, m], tasks, SCORES[key])]
+            row.append(span(statistic(scores), bootstrap_interval(scores, statistic), form))
+        rows.append("| " + " | ".join(row) + " |")
+    return "\n".join(rows)
+
+
 def task_table(runs: list[dict]) -> str:
     """One row per task, one column per method and regime: mean success (mean return), over the seeds."""
     table = cells(runs)
@@ -350,8 +401,9 @@ def task_table(runs: list[dict]) -> str:
         row = [name.removesuffix("-v3")]
         for tasks in table.values():
             found = tasks.get(name, [])
-            success, score = (np.mean([r[f"eval_{key}"] for r in found] or [0]) for key in ("success_rate", "return_mean"))
-            row.append(f"{success:.0%} ({score:,.0f})" if found else "-")
+            score = f"({np.mean([run['eval_return_mean'] for run in found]):,.0f})" if found else "-"
+            success = f"{np.mean([run['eval_success_rate'] for run in found]):.0%} " if found and has_success(found[0]) else ""
+            row.append(success + score)
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 
@@ -404,7 +456,7 @@ def plot_curves(runs: list[dict], path: Path) -> None:
         for regime, method in table:
             found = table[regime, method].get(name, [])
             if found:
-                curves = np.array([[v or 0.0 for v in run["curves"]["success"]] for run in found])
+                curves = np.array([filled_curve(run, "success") for run in found])
                 steps = np.array(found[0]["curves"]["steps"]) / 1000
                 line = {"color": style(method, methods)["color"], "linestyle": LINES[regime], "linewidth": 1.3}
                 line["label"] = f"{method}, {regime}"
@@ -491,7 +543,7 @@ def collect_graphgpo(args: Args) -> None:
     for path in sorted(Path(args.runs).glob("graphgpo-sokoban/*/result.json")):
         result = json.loads(path.read_text())
         file = Path(args.results) / "graphgpo_sokoban" / "runs" / f"{path.parent.name}.json"
-        if file.exists() and identity(json.loads(file.read_text())) == identity(result):
+        if is_stored(result, file):
             continue
         events, total = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload(), result["total_episodes"]
         tags = events.Tags()["scalars"]
@@ -507,8 +559,7 @@ def collect_graphgpo(args: Args) -> None:
 
 def mean_and_interval(scores, form: str = ".3f") -> str:
     """Mean over the seeds with its 95 % bootstrap interval."""
-    low, high = bootstrap_interval([np.asarray(scores, dtype=float)], lambda s: float(s[0].mean()))
-    return f"{np.mean(scores):{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+    return span(np.mean(scores), bootstrap_interval([np.asarray(scores, dtype=float)], lambda s: float(s[0].mean())), form)
 
 
 def graphgpo_report(args: Args) -> str:
@@ -714,7 +765,7 @@ def collect_vla(args: Args) -> None:
     for path in sorted(Path(args.runs).glob("vla-tiny/*/result.json")):
         result = json.loads(path.read_text())
         file = Path(args.results) / "vla_tiny" / "runs" / f"{path.parent.name}.json"
-        if file.exists() and identity(json.loads(file.read_text())) == identity(result):
+        if is_stored(result, file):
             continue
         events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
         points = {name: {e.step: e.value for e in events.Scalars(tag)} for name, tag in VLA_CURVES.items()}
@@ -799,7 +850,7 @@ def plot_vla(by_cell: dict, path: Path) -> None:
         for method in [m for m in methods if (size, m) in by_cell]:
             cell, line = by_cell[size, method], style(method, methods)
             line["label"] += f", seed{'s' * (len(cell) > 1)} {', '.join(map(str, sorted(cell)))}"
-            curves = 100 * np.array([[v or 0.0 for v in run["curves"]["success"]] for run in cell.values()])
+            curves = 100 * np.array([filled_curve(run, "success") for run in cell.values()])
             steps = next(iter(cell.values()))["curves"]["steps"]
             axis.plot(steps, curves.T, color=line["color"], linewidth=0.7, alpha=0.4)
             axis.plot(steps, curves.mean(0), linewidth=1.8, **line)
@@ -832,29 +883,31 @@ def write_report(args: Args) -> list[str]:
     for folder, text in (("graphgpo_sokoban", graphgpo_report(args)), ("vla_tiny", vla_report(args))):
         if text:
             write(results / folder / "tables.md", text)
-    readme_block = ""
+    readme_block, most = "", max(map(len, groups.values()), default=0)
     for (steps, version), runs in sorted(groups.items()):
         name = f"{steps}-v{version}"
         seeds, tasks = len({run["seed"] for run in runs}), len({run["env_id"] for run in runs})
         heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
-        main = [run for run in runs if not is_variant(run)] or runs
-        common, scope = comparable(main)
+        scored = [run for run in runs if has_success(run)]
+        main = [run for run in scored if not is_variant(run)] or scored
+        common, scope = comparable(main) if main else ([], "No task with a success flag:")
         totals = aggregate_table(common) if common else "none yet"
         against = "Against PPO-clip on the same replay, on the tasks that both have"
-        table = same_replay_table(runs)
+        table, gains = same_replay_table(scored), gain_table(common)
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py."]
         parts += [
             scope,
             totals,
             *([f"{against}:", table] if table else []),
+            *([GAINS, gains] if gains else []),
             "Mean success of the deterministic policy on the 50 training goals (mean return):",
         ]
         parts += [task_table(runs), paper_table(runs)]
         parts += ["Diagnostics, mean of the first / last fifth of a run (the README explains them):", diagnostics_table(runs)]
         write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
         replayed = [run for run in common if run["regime"] != "on-policy"]
-        if not args.check:
+        if main and not args.check:
             plot_curves(common or main, results / f"curves-{name}.png")
             if replayed:
                 panels = {"success rate": "success", "area under success": "area", "return": "return"}
@@ -868,10 +921,13 @@ def write_report(args: Args) -> list[str]:
                     },
                     results / f"staleness-{name}.png",
                 )
+        if len(runs) < most:
+            continue
         parts = [f"{heading} {scope}", totals]
         table = same_replay_table(main)
         if table:
             parts += [f"{against} ([more variants, every task, diagnostics](results/benchmark-{name}.md)):", table]
+        parts += [GAINS, gains] if gains else []
         parts.append(f"![success in training](results/curves-{name}.png)")
         if replayed:
             parts.append(f"![success, area and return against buffer size](results/buffer-{name}.png)")

@@ -95,7 +95,7 @@ def test_run_leaves_what_the_design_says(finished, name):
     files = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
     assert files == {"args.json", "checkpoint.pt", "model.pt", "best_model.pt", "result.json"}
     assert result == read_json(folder / "result.json") and result.keys() == RESULT_KEYS
-    assert result["args"] == read_json(folder / "args.json")
+    assert result["args"] | {"algorithm_version": 1} == read_json(folder / "args.json")
     assert result["iterations"] == 10 and result["eval_episodes"] == 32
     assert result["curve"][0]["updates"] == 0 and len(result["curve"]) == 4
     assert result["curve"][-1] == {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_bootstrap_interval_of_a_mean():
 
 def test_single_runs_have_no_interval():
     """Resampling one run per task would give an interval of width 0."""
-    single, double = [np.array([0.2]), np.array([0.7])], [np.array([0.2, 0.3]), np.array([0.7])]
+    single, double = [np.array([0.2, 0.3]), np.array([0.7])], [np.array([0.2, 0.3]), np.array([0.7, 0.7])]
     assert report.span(0.5, report.bootstrap_interval(single, report.interquartile_mean)) == "0.50"
     assert report.span(0.5, report.improvement_interval(single, double)) == "0.50"
     assert report.span(0.5, report.improvement_interval(double, single)) == "0.50"
@@ -75,13 +76,19 @@ def test_grid_means():
     points = [(5, 1.0), (10, 3.0), (11, 5.0), (300, 7.0)]  # 30 stretches of 10 steps: (0, 10], (10, 20], ...
     grid = report.on_grid(points, 300)
     assert grid[:3] == [2.0, 5.0, None] and grid[-1] == 7.0 and len(grid) == 30
-    assert report.area_under_curve({"curves": {"success": grid}}, "success") == pytest.approx((2 + 5 + 7) / 30)
+
+
+def test_area_fills_gaps():
+    """Episodes that end together, as in eight environments in step, leave stretches without a value in a short run."""
+    curve = [None, None, 1.0, None, 0.5, None]
+    assert report.filled_curve({"curves": {"success": curve}}, "success") == [0.0, 0.0, 1.0, 1.0, 0.5, 0.5]
+    assert report.area_under_curve({"curves": {"success": curve}}, "success") == pytest.approx(3 / 6)
 
 
 def run(method, regime, seed, success, score, area, env_id="reach-v3"):
     """What the tables read of a result."""
     names = {"method": method, "regime": regime, "seed": seed, "env_id": env_id}
-    return names | {"eval_success_rate": success, "eval_return_mean": score, "curves": {"success": [None, area] * 15}}
+    return names | {"eval_success_rate": success, "eval_return_mean": score, "curves": {"success": [None] * 15 + [area] * 15}}
 
 
 def test_aggregate_table_by_hand():
@@ -106,6 +113,67 @@ def test_same_replay_table_by_hand():
     assert cells[:6] == ["stale", "gipo", "ppo-clip", "1", "0.75 against 0.50", "0.25 against 0.10"]
     assert [cell.split(" ")[0] for cell in cells[6:]] == ["0.75", "1.00", "0.50"]
     assert report.same_replay_table(gipo + others) == report.same_replay_table(clip) == ""
+
+
+def test_gain_table_by_hand():
+    """One task, two seeds: stale less fresh, and GIPO's gain less PPO-clip's; methods that lack a regime have no row."""
+    runs = [run("gipo", "fresh", s, 0.2, 1000, 0.2) for s in (1, 2)] + [
+        run("gipo", "stale", s, 0.9, 3000, 0.6) for s in (1, 2)
+    ]
+    runs += [run("ppo-clip", "fresh", s, 0.4, 2000, 0.4) for s in (1, 2)]
+    runs += [run("ppo-clip", "stale", 1, 0.4, 2500, 0.4), run("ppo-clip", "stale", 2, 0.8, 2500, 0.4)]
+    rows = [
+        row.strip("| ").split(" | ") for row in report.gain_table([*runs, run("ppo", "on-policy", 1, 1, 1, 1)]).splitlines()
+    ]
+    assert rows[2] == ["ppo-clip", "+0.20 [+0.00, +0.40]", "+0.00 [+0.00, +0.00]", "+500 [+500, +500]"]
+    assert rows[3] == ["gipo", "+0.70 [+0.70, +0.70]", "+0.20 [+0.20, +0.20]", "+2,000 [+2,000, +2,000]"]
+    assert rows[4][0] == "gipo less ppo-clip"
+    assert rows[4][1:] == ["+0.50 [+0.30, +0.70]", "+0.20 [+0.20, +0.20]", "+1,500 [+1,500, +1,500]"]
+    assert len(rows) == 5 and report.gain_table(runs[:2]) == ""
+
+
+def test_tasks_without_a_success_flag_have_returns_only(tmp_path):
+    """HalfCheetah in the benchmark: its cell shows the return, and the comparisons by success leave the task out."""
+    runs = [run("gipo", "stale", 1, 0.5, 2000, 0.5), run("gipo", "stale", 1, None, 3000, 0.0, "HalfCheetah-v5")]
+    rows = report.task_table(runs).splitlines()
+    assert rows[2:] == ["| HalfCheetah-v5 | (3,000) |", "| reach | 50% (2,000) |"]
+
+    meta_world = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    cheetah = meta_world | {"env_id": "HalfCheetah-v5", "eval_success_rate": None}
+    cheetah["curves"] = meta_world["curves"] | {"success": [None] * 30}
+    folder = tmp_path / "runs" / "300000"
+    folder.mkdir(parents=True)
+    args = report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md"))
+    (folder / "HalfCheetah-v5__gipo_stale__1.json").write_text(json.dumps(cheetah))
+    report.write_report(args)
+    assert "No task with a success flag" in (tmp_path / "benchmark-300000-v1.md").read_text()
+    (folder / "reach-v3__gipo_stale__1.json").write_text(json.dumps(meta_world))
+    report.write_report(args)
+    table = (tmp_path / "benchmark-300000-v1.md").read_text()
+    assert "| stale | gipo | 1 |" in table and f"| HalfCheetah-v5 | ({cheetah['eval_return_mean']:,.0f}) |" in table
+
+
+def test_readme_shows_the_largest_set_of_runs(tmp_path):
+    """A few runs of another length have their own tables, and leave the README's block as it is."""
+    result = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    (tmp_path / "README.md").write_text("<!-- benchmark -->\n<!-- /benchmark -->\n")
+    for steps, seeds in (("300000", (1, 2)), ("2000000", (1,))):
+        (tmp_path / "runs" / steps).mkdir(parents=True)
+        for seed in seeds:
+            (tmp_path / "runs" / steps / f"{seed}.json").write_text(json.dumps(result | {"seed": seed}))
+    report.write_report(report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md")))
+    assert "2 runs of 300,000 steps" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "benchmark-2000000-v1.md").exists()
+
+
+def test_a_newer_version_is_not_overwritten(tmp_path):
+    """Other arguments are, and so is an older version."""
+    result = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    assert not report.is_stored(result, tmp_path / "x.json")
+    for version, gamma, stored in [(1, 0.99, True), (1, 0.5, False), (0, 0.99, False), (2, 0.99, True)]:
+        file = result | {"args": result["args"] | {"gamma": gamma}, "versions": {"algorithm": version}}
+        (tmp_path / "x.json").write_text(json.dumps(file))
+        assert report.is_stored(result, tmp_path / "x.json") == stored
 
 
 def test_variants_meet_their_counterparts():
@@ -167,8 +235,10 @@ SMALL = ["--tasks", "reach-v3", "--seeds", "1", "--methods", "gipo ppo", "--regi
 def test_dry_run_prints_exact_commands(checkout):
     process = benchmark("main", "--dry-run", cwd=checkout)
     commands = process.stdout.splitlines()
-    # 10 tasks x 5 seeds: PPO on-policy once, ten other methods in four regimes.
-    assert process.returncode == 0 and len(commands) == len(set(commands)) == 10 * 5 * (1 + 10 * 4)
+    # 10 tasks x 5 seeds: PPO on-policy once, nine other methods in four regimes. None differs from another by its name only.
+    assert process.returncode == 0 and len(commands) == 10 * 5 * (1 + 9 * 4)
+    assert len({re.sub(r"--exp-name \S+", "", command) for command in commands}) == len(commands)
+    assert {m for m in report.PAPER_METHODS if not any(f"--exp-name {m}_stale" in command for command in commands)} == set()
     assert all("--total-timesteps 300000" in command for command in commands)
     (stale,) = (c for c in commands if "reach-v3 --seed 2 --exp-name ppo-clip_stale" in c)
     assert "ppo_baseline.py --buffer-size 20000 --num-steps 64 --minibatch-size 512 --policy-head categorical" in stale
@@ -190,6 +260,8 @@ def test_other_methods(checkout):
     assert "ppo_baseline.py" in commands[4] and "--num-steps 64" in commands[4]
     assert "ppo_baseline.py" in commands[5] and "--clip-coef 0.5" in commands[5]
     assert "--sigma 0.5 --sigma-neg-ratio 1 --trust-side outward" in commands[6]
+    process = benchmark("quick", "--methods", "paper-ppo", "--regimes", "fresh", "--dry-run", cwd=checkout)
+    assert all("--update-epochs 5" in command for command in process.stdout.splitlines()) and process.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -200,6 +272,9 @@ def test_other_methods(checkout):
         (["quick", "--methods", "dqn"], "dqn"),
         (["quick", "--regimes", "old"], "old"),
         (["quick", "--seeds"], "--seeds"),
+        (["quick", "--methods", "sapo-outward"], "sapo-outward"),
+        (["quick", "--methods", "ppo-stored"], "ppo-stored"),
+        (["quick", "--methods", "paper-ppo-outward"], "paper-ppo-outward"),
     ],
 )
 def test_bad_options(flags, named):
@@ -267,6 +342,9 @@ def test_folder_of_another_run_is_refused(checkout):
     folder.mkdir(parents=True)
     (folder / "args.json").write_text("{}")
     process = benchmark("quick", *SMALL, cwd=checkout)
+    assert process.returncode == 2 and "holds a run of another algorithm version" in process.stderr and not process.stdout
+    (folder / "args.json").write_text('{"algorithm_version": 1}')
+    process = benchmark("quick", *SMALL, cwd=checkout)
     assert process.returncode == 2 and "holds a run with other arguments" in process.stderr and not process.stdout
 
 
@@ -285,7 +363,13 @@ def test_slurm_script(checkout):
     script = checkout / "runs" / "benchmark-512" / "array.sbatch"
     environment = {**PYTHON, "SLURM_ARRAY_TASK_ID": "1"}
     subprocess.run(["bash", script], cwd=checkout, env=environment, check=True, capture_output=True)
-    assert (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1" / "result.json").exists()
+    folder = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1"
+    assert (folder / "result.json").exists()
+    (folder / "args.json").unlink()
+    (folder / "result.json").unlink()
+    (folder / "checkpoint.pt").write_bytes(b"half a file")
+    process = subprocess.run(["bash", script], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert process.returncode == 1 and "gipo_fresh__1.log (exit code 2)" in process.stdout  # so that sbatch shows it as failed
 
 
 # -------------------- What is committed --------------------

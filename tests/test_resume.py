@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -231,10 +232,36 @@ def test_multi_task_run_resumes_without_its_other_flags(script, tmp_path):
     args = module.Args(env_id="MT10", num_envs=10, run_dir=str(tmp_path))
     folder = tmp_path / f"MT10__{args.exp_name}__1"
     folder.mkdir()
-    module.write_json(folder / "args.json", vars(args))
+    module.write_json(folder / "args.json", vars(args) | {"algorithm_version": module.ALGORITHM_VERSION})
     module.write_json(folder / "result.json", {"eval_success_rate": 1.0})
     result = module.main(module.Args(env_id="MT10", run_dir=str(tmp_path), resume=True))
     assert result == {"eval_success_rate": 1.0}
+
+
+@ALL_SCRIPTS
+def test_another_algorithm_version_is_not_continued(script, tmp_path, monkeypatch):
+    """Neither its checkpoint nor its result: one run never mixes two versions."""
+    module = importlib.import_module(script)
+    flags = [*PENDULUM, "--total-timesteps", "200"]
+    folder = run_inline(script, tmp_path, flags)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    monkeypatch.setattr(module, "ALGORITHM_VERSION", module.ALGORITHM_VERSION + 1)
+    with pytest.raises(ValueError, match=r"--resume: .* is of version 1, not 2: --overwrite starts anew"):
+        run_inline(script, tmp_path, [*flags, "--resume"])
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@ALL_SCRIPTS
+def test_a_flag_with_its_default_value_contradicts_too(script, tmp_path, monkeypatch):
+    flags = [*PENDULUM, "--total-timesteps", "200", "--gamma", "0.9"]
+    run_inline(script, tmp_path, flags)
+    typed = ["--env-id", "Pendulum-v1", "--run-dir", str(tmp_path), "--resume"]
+    args = importlib.import_module(script).Args(env_id="Pendulum-v1", run_dir=str(tmp_path), resume=True)
+    monkeypatch.setattr(sys, "argv", [script, *typed])
+    assert importlib.import_module(script).main(args)["args"]["gamma"] == 0.9
+    monkeypatch.setattr(sys, "argv", [script, *typed, "--gamma=0.99"])
+    with pytest.raises(ValueError, match=r"--gamma 0.99 contradicts the run to resume, which has 0.9: drop the flag"):
+        importlib.import_module(script).main(args)
 
 
 # -------------------- Determinism --------------------
