@@ -7,7 +7,7 @@
     -> success rate 1.0 on the 50 training goals after 300,000 steps, 4 minutes on 2 CPU cores
 
 What differs from PPO (`diff ppo_baseline.py gipo_continuous.py`; every hunk is marked by a `# GIPO:` comment):
-1. A smooth trust weight replaces the hard clip: every sample keeps a gradient, which fades with |log ratio| and is bounded:
+1. A smooth trust weight replaces the hard clip: no sample is cut off, its gradient fades with |log ratio| and is bounded:
    omega * rho <= exp(sigma^2 / 2).
 2. So data is not thrown away after one rollout: a replay buffer keeps the segments of many past rollouts.
 3. Actions in the buffer are old, the critic is not: every update recomputes the advantages with the current critic.

@@ -10,7 +10,7 @@
     python gipo_vla_libero.py --model ... --evaluate ... --eval-episodes 50
 
 What differs from PPO, which is --trust-weight ppo here:
-1. A smooth trust weight replaces the hard clip: every token keeps a gradient, which fades with |log ratio| and is bounded.
+1. A smooth trust weight replaces the hard clip: no token is cut off, its gradient fades with |log ratio| and is bounded.
 2. A replay buffer keeps segments of many rollouts: simulating and rendering cost as much as the policy does.
 3. Values and advantages of a segment are recomputed with the current critic in every update.
 4. The ratio is one per action token, step or chunk (--ratio); each has a sigma of its own.
@@ -115,6 +115,8 @@ class Args:
     """RL starts episodes from the first k of the 50 initial states of a task"""
     task_sampling: Literal["failure", "uniform"] = "failure"
     """next task with probability proportional to 1 + its failures in its last 100 episodes, or uniformly"""
+    episodes_per_task: int = 4
+    """episodes in a row of a simulator on one task: another scene takes 3 to 6 s to compile, and its whole group waits"""
     render: Literal["auto", "egl", "osmesa"] = "auto"
     """MuJoCo's renderer; auto: EGL on a machine with an NVIDIA GPU, else (or when EGL fails) OSMesa"""
     camera_size: int = 256
@@ -185,7 +187,7 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """how both step sizes fall to 0 over the run"""
     lr_warmup: float = 0.02
-    """share of the run over which both step sizes rise linearly to their value"""
+    """share of the run over which the policy's step size rises linearly to its value, once the critic's warm-up is over"""
     gamma: float = 0.99
     """discount factor per chunk"""
     gae_lambda: float = 0.95
@@ -257,6 +259,7 @@ PRESETS = {
         "num_envs": 4,
         "env_groups": 2,
         "train_init_states": 40,
+        "episodes_per_task": 1,
         "render": "osmesa",
         "camera_size": 84,
         "reflections": False,
@@ -320,10 +323,13 @@ def render_variables(render: str) -> dict[str, str]:
     """
     if render == "inherited":  # by a worker, from the process that started it
         return {}
+    # Each process of torchrun draws on its own GPU, if the numbers agree.
+    rank, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    own = visible[rank] if len(visible) > rank and visible[rank].isdigit() else str(rank)
     has_gpu, chosen, failures = Path("/proc/driver/nvidia").exists(), os.environ.get("MUJOCO_EGL_DEVICE_ID"), []
     order = ["egl", "osmesa"] if has_gpu else ["osmesa", "egl"]  # equally fast without a GPU, and OSMesa has fewer moods
     for gl in order if render == "auto" else [render]:
-        for device in [chosen or "0"] if chosen or gl == "osmesa" else "01234567":
+        for device in [chosen or "0"] if chosen or gl == "osmesa" else sorted("01234567", key=lambda number: number != own):
             variables = {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl, "MUJOCO_EGL_DEVICE_ID": device}
             variables["LP_NUM_THREADS"] = "1"  # or Mesa draws with a thread per core in every process
             try:
@@ -339,7 +345,7 @@ def render_variables(render: str) -> dict[str, str]:
                     print(f"warning: images are rendered with {gl}, device {device}: {'; '.join(failures)}", flush=True)
                 return variables
             failures.append(f"{gl}, device {device}: {error}")
-            if "must be an integer between" in error:  # no such device, so no further ones either
+            if "must be an integer between" in error and device != own:  # no such device, so no further ones either
                 break
     raise ValueError(f"--render {render}: MuJoCo cannot draw ({'; '.join(failures)}): apt-get install libosmesa6, or libegl1")
 
@@ -1136,7 +1142,8 @@ class Agent(nn.Module):
         self.config, self.append_stop, self.causal = config, append_stop, attention == "causal"
         self.prefix = num_images * config.patches + use_proprio  # tokens between BOS and the rest of the prompt
         self.pad_multiple = 1  # sequence lengths are rounded up to a multiple of it: 32 for static, aligned shapes
-        self.source_folder = None  # where the weights came from
+        self.source_folder = None  # of the checkpoint whose layout a saved policy has
+        self.start_folder = None  # whose weights the adapters train on: source_folder, or that of a peft adapter on top of it
         d, features = config.hidden, config.dino.width + config.siglip.width
         self.vision_backbone = VisionBackbone(config)
         self.projector = MLP(features, 4 * features, d, d)
@@ -1203,14 +1210,23 @@ class Agent(nn.Module):
         return self.value_head(hidden)
 
     def get_action_and_logprob(
-        self, pixel_values, prompt_ids, prompt_lengths, proprio=None, tokens=None, deterministic=False, temperature=1.0
+        self,
+        pixel_values,
+        prompt_ids,
+        prompt_lengths,
+        proprio=None,
+        tokens=None,
+        deterministic=False,
+        temperature=1.0,
+        train_policy=True,
     ):
-        """Sample a chunk of action tokens, or take one.
+        """Sample a chunk of action tokens, or take one; without `train_policy` only the value has a gradient.
 
         -> tokens (B, chunk, 7) int64 in 0..255, their log-probs and the entropies, both float32 of the tempered distribution
         and of the same shape, value (B,), raw logits (B, 56, 256).
         """
-        logits, hidden = self(pixel_values, prompt_ids, prompt_lengths, proprio)
+        with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
+            logits, hidden = self(pixel_values, prompt_ids, prompt_lengths, proprio)
         logprobs = torch.log_softmax(logits / temperature, -1)
         shape = (len(logits), self.config.chunk, self.config.action_dim)
         if tokens is None and deterministic:
@@ -1445,25 +1461,55 @@ def load_heads(agent: Agent, folder: Path) -> None:
             head.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
 
 
+@torch.no_grad()
+def load_adapters(agent: Agent, lora: dict) -> None:
+    """Put the content of lora.pt on top of its base: as adapters again, or added to the float32 weights of full training."""
+    for key, value in lora["trained"].items():
+        module, name = agent.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
+        if name == "weight" or (isinstance(module, LoRALinear) and getattr(module, name).shape == value.shape):
+            getattr(module, name).copy_(value)
+        elif isinstance(module, LoRALinear):
+            raise ValueError(f"--lora-rank: the policy has adapters of rank {lora['rank']}, give --lora-rank {lora['rank']}")
+        elif name == "lora_b":
+            a = lora["trained"][key.removesuffix("b") + "a"]
+            module.weight += (lora["alpha"] / lora["rank"] * value @ a).to(module.weight)
+    for module in agent.modules():
+        if isinstance(module, LoRALinear) and not math.isclose(module.scale, lora["alpha"] / lora["rank"], rel_tol=1e-4):
+            raise ValueError(
+                f"--lora-alpha: the policy's adapters have {lora['alpha']:g}, give --lora-alpha {lora['alpha']:g}"
+            )
+
+
 def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, dict]:
     """Folder or hub id -> agent ready to train as args.train says, tokenizer, norm_stats {data set: {action, proprio}}."""
-    folder = base = find_folder(name)
-    adapter = next((f for f in (folder, folder / "lora_adapter") if (f / "adapter_config.json").exists()), None)
-    if adapter is not None and not any(path.name.startswith("model") for path in folder.glob("*.safetensors")):
+    folder = start = find_folder(name)
+    lora = load_checkpoint(folder / "lora.pt") if (folder / "lora.pt").exists() else None
+    if lora is not None and not Path(lora["base"]).is_dir():
+        print(
+            f"warning: {lora['base']}, on which {name} was trained, is gone: its adapters stay merged in bfloat16", flush=True
+        )
+        lora = None
+    if lora is not None:
+        start = Path(lora["base"])
+    base, adapter = start, next((f for f in (start, start / "lora_adapter") if (f / "adapter_config.json").exists()), None)
+    if adapter is not None and not any(path.name.startswith("model") for path in start.glob("*.safetensors")):
         base = find_folder(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
     config = config_from_folder(base)
     agent = build_agent(config, args, device)
     report = load_weights(agent, base)
-    if base != folder:
+    if base != start:
         report += ", " + merge_adapter(agent, adapter)
     print(f"{name}: {report}", flush=True)
     load_heads(agent, folder)
-    agent.source_folder = str(base)
+    agent.source_folder, agent.start_folder = str(base), str(start.resolve())
     norm_stats = json.loads((base / "config.json").read_text()).get("norm_stats") or {}
     if (folder / "dataset_statistics.json").exists():
         norm_stats |= json.loads((folder / "dataset_statistics.json").read_text())
     tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
     prepare_training(agent, args)
+    if lora is not None:
+        load_adapters(agent, lora)
+        print(f"{name}: the adapters of {lora['base']}, unmerged", flush=True)
     return agent, tokenizer, norm_stats
 
 
@@ -1524,7 +1570,8 @@ def write_shards(folder: Path, tensors) -> None:
 def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, source_folder=None) -> None:
     """Write a folder that `load_policy` and the public loaders read: the files of the source folder with our weights.
 
-    Beside the public files: value_head.pt, and lora.pt with the unmerged adapters, since merging rounds them to bfloat16.
+    Beside the public files: value_head.pt, and lora.pt with the unmerged adapters, since merging rounds to bfloat16, in which
+    most of an early adapter vanishes (an entry of W changes only if it moves by half a step of its own grid, 0.2 %).
     """
     folder, source = Path(folder), source_folder or agent.source_folder
     source, config, size = Path(source) if source else None, agent.config, agent.config.image_size
@@ -1556,9 +1603,12 @@ def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, source_folder
     torch.save(agent.value_head.state_dict(), new / "value_head.pt")
     if agent.proprio_projector is not None:
         torch.save(agent.proprio_projector.state_dict(), new / "proprio_projector--latest_checkpoint.pt")
-    lora = {key: p.detach() for key, p in agent.named_parameters() if ".lora_" in key}
-    if lora:
-        torch.save({"base": str(source), "lora": lora}, new / "lora.pt")
+    layer = next((module for module in agent.modules() if isinstance(module, LoRALinear)), None)
+    if layer is not None and agent.start_folder is not None:
+        trained = {key: p.detach().cpu() for key, p in agent.named_parameters() if ".lora_" in key or "lm_head" in key}
+        rank = len(layer.lora_a)
+        settings = {"base": agent.start_folder, "rank": rank, "alpha": round(layer.scale * rank, 6)}
+        torch.save(settings | {"trained": trained}, new / "lora.pt")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(new, folder)
 
@@ -1616,6 +1666,8 @@ def memory_plan(agent: Agent, args, micro_batch: int, prompt_length: int = 36) -
     else:
         activations = config.layers * layer + args.num_images * width * sum(n * (8 * c.width + 2 * c.mlp) for c, n in tokens)
     parts = {"weights": weights, "gradients and Adam": 12 * trained, f"{micro_batch} chunks": micro_batch * activations}
+    if args.train == "full" and args.dtype == "bfloat16" and not args.gradient_checkpointing:
+        parts["masters in bfloat16"] = 2 * trained  # kept for the backward pass
     text = " + ".join(f"{name} {size / gib:.1f}" for name, size in parts.items())
     tflop = flops_per_chunk(config, args.num_images, seq) / 1e12
     total = sum(parts.values()) / gib
@@ -1750,7 +1802,7 @@ class Simulators:
 
     `obs` holds each simulator's newest observation as the buffer stores it. Where `ended` is set it is the last one of a
     finished episode: it gets a row of its own, on which no action is taken while the simulator resets. So the value of a row
-    always bootstraps from the next row, and a slow reset never holds up the others.
+    always bootstraps from the next row.
     """
 
     def __init__(self, args, config, num_envs: int):
@@ -1761,7 +1813,7 @@ class Simulators:
         self.proprio = torch.zeros(num_envs, 8)
         self.tasks = torch.zeros(num_envs, dtype=torch.long)
         self.ended = torch.zeros(num_envs, dtype=torch.bool)
-        self.episodes = [{} for _ in range(num_envs)]  # task, init_state, actions so far, return, length
+        self.episodes = [{} for _ in range(num_envs)]  # task, init_state, repeat, actions so far, return, length
 
     def observe(self, indices, observations) -> None:
         """Keep what simulators `indices` see now."""
@@ -1769,9 +1821,10 @@ class Simulators:
         self.images[indices] = resize_images(images, self.config, self.args)
         self.proprio[indices] = torch.as_tensor(np.stack([obs["proprio"] for obs in observations]), dtype=torch.float32)
 
-    def start(self, i: int, task: int, init_state: int) -> None:
-        """Begin an episode on simulator i; `wait` has its first observation."""
-        self.episodes[i] = {"task": task, "init_state": init_state, "actions": [], "return": 0.0, "length": 0}
+    def start(self, i: int, task: int, init_state: int, repeat: int = 1) -> None:
+        """Begin an episode on simulator i, its `repeat`-th in a row on this task; `wait` has its first observation."""
+        self.episodes[i] = {"task": task, "init_state": init_state, "repeat": repeat}
+        self.episodes[i] |= {"actions": [], "return": 0.0, "length": 0}
         self.tasks[i], self.ended[i] = task, False
         self.envs.reset_async([i], [task], [init_state])
 
@@ -1803,7 +1856,7 @@ class Simulators:
     def restore(self, snapshot: list[dict]) -> None:
         """Play the episodes of a snapshot again up to where they were."""
         for i, saved in enumerate(snapshot):
-            self.start(i, saved["task"], saved["init_state"])
+            self.start(i, saved["task"], saved["init_state"], saved["repeat"])
         everyone = list(range(len(snapshot)))
         self.wait(everyone)
         for t in range(max(len(e["actions"]) for e in snapshot)):
@@ -1819,6 +1872,13 @@ def sample_task(failures: dict, args, rng) -> tuple[int, int]:
     """The next episode's task, by its recent failures, and one of the initial states for training."""
     weights = np.array([1.0 + (sum(failures[t]) if args.task_sampling == "failure" else 0.0) for t in args.tasks])
     return int(rng.choice(args.tasks, p=weights / weights.sum())), int(rng.integers(args.train_init_states))
+
+
+def next_episode(episode: dict, failures: dict, args, rng) -> tuple[int, int, int]:
+    """Task, initial state and number in a row on its task of the episode that follows `episode` on a simulator."""
+    if episode and episode["repeat"] < args.episodes_per_task:
+        return episode["task"], int(rng.integers(args.train_init_states)), episode["repeat"] + 1
+    return *sample_task(failures, args, rng), 1
 
 
 @torch.no_grad()
@@ -1884,6 +1944,7 @@ def record_videos(agent, interface, args, folder: Path) -> None:
     simulators = Simulators(dataclasses.replace(args, render_every_step=True), interface.config, 1)
     folder.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
+        simulators.episodes = [{}]  # none in flight, that evaluate() would play again
         evaluate(agent, interface, simulators, dataclasses.replace(args, tasks=(task,), eval_episodes=1))
         if not dist.is_initialized() or dist.get_rank() == 0:
             frames = [frame[:, ::-1] for frame in simulators.envs.call(0, operator.attrgetter("frames"))]
@@ -1926,12 +1987,12 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
         std = max(std, args.adv_std_floor * agent.adv_std_peak.item())
         normalized = ((advantages.flatten() - mean) / (std + 1e-8)).to(device)
 
-    totals, extremes = collections.defaultdict(float), {"gipo/trust_min": 1.0, "gipo/logratio_max": 0.0}
+    totals, extremes = collections.defaultdict(float), torch.tensor([-1.0, 0.0], device=device)  # of -trust, of abs(l)
     optimizer.zero_grad()
     for piece in index.split(micro_batch):
         tokens = flat["tokens"][piece].to(device)
         _, newlogprob, entropy, newvalue, _ = agent.get_action_and_logprob(
-            **inputs(piece), tokens=tokens, temperature=args.temperature
+            **inputs(piece), tokens=tokens, temperature=args.temperature, train_policy=train_policy
         )
         logratio, mask = group_logratio(
             newlogprob - flat["logprobs"][piece].to(device), flat["executed"][piece].to(device), args.ratio
@@ -1971,11 +2032,12 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
                 "returns2": (returns[piece] ** 2).sum(),
             }.items():
                 totals[name] += value.double().cpu()
-            extremes["gipo/trust_min"] = min(extremes["gipo/trust_min"], trust[mask].min().item())
-            extremes["gipo/logratio_max"] = max(extremes["gipo/logratio_max"], log_r.abs().max().item())
+            if mask.any():  # none: only rows of simulators that had to be replaced
+                extremes = torch.maximum(extremes, torch.stack([-trust[mask].min(), log_r.abs().max()]))
     grad_norms = []
-    for group in optimizer.param_groups:
-        average_gradients(group["params"])
+    for i, group in enumerate(optimizer.param_groups):
+        if train_policy or i > 0:  # a gradient of zeros would not be none: it would move Adam's averages
+            average_gradients(group["params"])
         grad_norms.append(nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm).item())
     optimizer.step()
 
@@ -1983,8 +2045,12 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
     (sums,) = sum_over_ranks(torch.stack([torch.as_tensor(totals[name]) for name in names]).to(device))
     mean_unit = {name: (value / units).item() for name, value in zip(names, sums.cpu(), strict=True)}
     mean_row = {name: (value / count).item() for name, value in zip(names, sums.cpu(), strict=True)}
+    if dist.is_initialized():
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
     returns_var = max(mean_row["returns2"] - mean_row["returns"] ** 2, 1e-12)
-    return extremes | {
+    return {
+        "gipo/trust_min": -extremes[0].item(),
+        "gipo/logratio_max": extremes[1].item(),
         "losses/policy_loss": mean_unit["policy_loss"],
         "losses/value_loss": mean_row["value_loss"],
         "losses/entropy": mean_unit["entropy"],
@@ -2018,12 +2084,15 @@ def lr_share(schedule: str, progress: float, warmup: float) -> float:
 
 
 def find_micro_batch(agent, interface, args) -> int:
-    """Largest power of two of chunks, up to 512, whose two passes fit the GPU beside Adam's moments; 64 on a CPU."""
+    """Largest power of two of chunks, up to 512, whose two passes fit the GPU beside gradients and Adam; 64 on a CPU."""
     if not args.cuda:
         return 64
     image_shape = (args.num_images, agent.config.image_size, agent.config.image_size, 3)
     limit = 0.9 * torch.cuda.get_device_properties(interface.device).total_memory
-    limit -= 8 * sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    limit -= 8 * sum(p.numel() for p in trained)
+    for p in trained:  # they are there during every pass of an update but the first
+        p.grad = torch.zeros_like(p)
     largest = 1
     for size in [2**k for k in range(10)]:
         rows = torch.zeros(size, dtype=torch.long)
@@ -2035,11 +2104,13 @@ def find_micro_batch(agent, interface, args) -> int:
             fits = torch.cuda.max_memory_allocated() < limit
         except torch.OutOfMemoryError:
             fits = False
-        agent.zero_grad()
+        logprob = value = None  # and with them the graph
+        agent.zero_grad(set_to_none=False)
         torch.cuda.empty_cache()
         if not fits:
             break
         largest = size
+    agent.zero_grad()
     return largest
 
 
@@ -2095,10 +2166,10 @@ def check_args(args) -> None:
     """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
     rollout = args.num_envs * args.num_steps * CHUNK
     buffer = max(args.buffer_size, rollout)
-    positive = "total_timesteps num_envs env_groups train_init_states camera_size env_timeout temperature lora_rank lora_alpha"
+    positive = "total_timesteps num_envs env_groups train_init_states episodes_per_task camera_size env_timeout temperature"
     positive += " num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate reward_scale max_grad_norm"
     positive += " sigma sigma_neg_ratio clip_coef sapo_tau_pos sapo_tau_neg demos_per_state clone_batch clone_learning_rate"
-    positive += " checkpoint_every"
+    positive += " checkpoint_every lora_rank lora_alpha"
     limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
     limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
     not_negative = "seed buffer_size eval_every eval_episodes max_steps noop_steps critic_warmup kl_coef ent_coef vf_coef"
@@ -2260,6 +2331,8 @@ def main(args: Args) -> dict:
         raise ValueError("--resume and --overwrite contradict each other: drop one of them")
     if args.resume:
         args = saved_args(args, run_folder)
+    elif args.model and not args.evaluate and Path(args.model).resolve().is_relative_to(run_folder.resolve()):
+        raise ValueError(f"--model {args.model} lies in {run_folder}, which a new run replaces: --exp-name names another one")
     elif run_folder.exists() and not (args.overwrite or args.evaluate or rank):
         raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
     args = dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(num_tasks(args.suite))))
@@ -2274,7 +2347,7 @@ def main(args: Args) -> dict:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(hours=6))  # cloning may take hours
-        if rank == 0 and run_folder.exists() and args.overwrite:
+        if rank == 0 and run_folder.exists() and args.overwrite and not args.evaluate:
             shutil.rmtree(run_folder)
         dist.barrier()
     torch.manual_seed(args.seed)
@@ -2287,6 +2360,9 @@ def main(args: Args) -> dict:
         agent, tokenizer, norm_stats = tiny_policy(args, device)
     if world > 1 and not rank:
         dist.barrier()
+    if world > 1:  # the first process may have cloned, so that its adapters and heads are drawn from other random numbers
+        for p in [p for p in agent.parameters() if p.requires_grad]:
+            dist.broadcast(p.data, 0)
     stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -2310,7 +2386,8 @@ def main(args: Args) -> dict:
     micro_batch = find_micro_batch(agent, interface, args) if args.micro_batch == "auto" else int(args.micro_batch)
     if rank == 0:
         print(memory_plan(agent, args, micro_batch), flush=True)
-    optimizer = torch.optim.AdamW(parameter_groups(agent), lr=0.0, weight_decay=0.0)
+    # fused: otherwise a step needs four more bytes per parameter
+    optimizer = torch.optim.AdamW(parameter_groups(agent), lr=0.0, weight_decay=0.0, fused=args.cuda)
 
     # Replay of whole segments, time first: rb[key][:, j] is segment j, one simulator's part of one rollout, (T, S, ...).
     rollout_size = args.num_envs * args.num_steps * chunk * world
@@ -2340,12 +2417,13 @@ def main(args: Args) -> dict:
     simulators = Simulators(args, config, args.num_envs)
     everyone = [i for group in simulators.groups for i in group]
     if any_rank(args.resume and (run_folder / "checkpoint.pt").exists()):
-        trained = load_checkpoint(run_folder / "checkpoint.pt", device)
+        trained = load_checkpoint(run_folder / "checkpoint.pt")
         if trained["world_size"] != world:
             raise ValueError(f"--resume: {run_folder} was run by {trained['world_size']} processes, not {world}: use as many")
         checkpoint = load_checkpoint(run_folder / f"checkpoint-{rank}-{trained['iteration']}.pt")
         load_trained(agent, trained["model"])
         optimizer.load_state_dict(trained["optimizer"])
+        del trained  # 79 GB in full training
         for key, value in checkpoint["replay"].items():
             rb[key][:, : value.shape[1]] = value
         iteration, seconds, evaluations = checkpoint["iteration"], checkpoint["seconds"], checkpoint["evaluations"]
@@ -2360,10 +2438,12 @@ def main(args: Args) -> dict:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
     else:
         for i in everyone:
-            simulators.start(i, *sample_task(failures, args, rng))
+            simulators.start(i, *next_episode({}, failures, args, rng))
         simulators.wait(everyone)
     with torch.random.fork_rng([device] if args.cuda else []):  # so that a resumed run draws what an uninterrupted one does
-        self_check(agent, interface.inputs(simulators.images, simulators.proprio, simulators.tasks), args.temperature)
+        few = slice(min(4, micro_batch))  # no more than an update has at once
+        few_inputs = interface.inputs(simulators.images[few], simulators.proprio[few], simulators.tasks[few])
+        self_check(agent, few_inputs, args.temperature)
 
     config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
     writer = None
@@ -2412,9 +2492,10 @@ def main(args: Args) -> dict:
             break
         iteration += 1
         iteration_start = time.perf_counter()
-        share = lr_share(args.lr_schedule, (iteration - 1) / num_iterations, args.lr_warmup)
-        for group, lr in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate), strict=True):
-            group["lr"] = lr * share
+        share = lr_share(args.lr_schedule, (iteration - 1) / num_iterations, 0.0)
+        ramp = min((iteration - args.critic_warmup) / max(args.lr_warmup * num_iterations, 1e-9), 1.0)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * share * max(ramp, 0.0)
+        optimizer.param_groups[1]["lr"] = args.critic_learning_rate * share
 
         # ==================== ROLLOUT ====================
         # T chunks of every simulator, into the oldest N segments of the ring; row T is what the last chunk led to.
@@ -2446,7 +2527,7 @@ def main(args: Args) -> dict:
                     actions = interface.actions(tokens)
                     for i, action in zip(group, actions, strict=True):
                         if simulators.ended[i]:
-                            simulators.start(i, *sample_task(failures, args, rng))
+                            simulators.start(i, *next_episode(simulators.episodes[i], failures, args, rng))
                         else:
                             simulators.act([i], [action])
                 seconds["policy"] += time.perf_counter() - t0

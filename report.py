@@ -81,7 +81,7 @@ def outcome_args(args: dict) -> dict:
     if args.get("policy_head") == "categorical":
         args = {"num_bins": 256} | args  # runs from before the flag
     if "suite" in args:
-        args = {"fast_env": False} | args  # likewise
+        args = {"fast_env": False, "episodes_per_task": 1} | args  # likewise
     else:
         unused.append("fast_env")  # Meta-World's is equal to 1e-15, LIBERO's up to the solver's tolerance only
     return {key: value for key, value in args.items() if key not in [*NOT_OUTCOME, *unused]}

@@ -2,11 +2,13 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import math
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,7 +156,7 @@ def test_update_does_not_depend_on_the_micro_batch(train, ratio):
     assert max(float(g.abs().max()) for g in results[0][0].values()) > 1e-6
 
 
-def rank_worker(rank, world, port, args, out):
+def rank_worker(rank, world, port, args, out, **kwargs):
     torch.set_num_threads(1)
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -162,10 +164,18 @@ def rank_worker(rank, world, port, args, out):
     mb = random_minibatch(agent, interface, args)
     share = SEGMENTS // world
     part = {key: value[:, rank * share : (rank + 1) * share] for key, value in mb.items()}
-    gradients, stats = gradients_after(agent, part, interface, args, 5)
-    torch.save({"gradients": gradients, "stats": stats}, f"{out}/{world}-{rank}.pt")
+    gradients, stats = gradients_after(agent, part, interface, args, 5, **kwargs)
+    none = [name for name, p in agent.named_parameters() if p.requires_grad and p.grad is None]
+    torch.save({"gradients": gradients, "stats": stats, "none": none}, f"{out}/{world}-{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
+
+
+def two_processes(args, out, **kwargs):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(functools.partial(rank_worker, **kwargs), (2, port, args, out), nprocs=2)
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -173,15 +183,22 @@ def test_two_processes_make_the_update_of_one_on_the_joined_batch(tmp_path, trai
     """gloo: the segment halves differ in length of episodes, so advantage statistics and token counts must be joint."""
     args = tiny_args(train=train, max_grad_norm=0.05)
     rank_worker(0, 1, 0, args, tmp_path)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(rank_worker, (2, port, args, tmp_path), nprocs=2)
+    two_processes(args, tmp_path)
     one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert_close(one["gradients"], first["gradients"])
     assert_close(first["gradients"], second["gradients"], 1e-7)
-    sums = {key: value for key, value in one["stats"].items() if key not in ("gipo/trust_min", "gipo/logratio_max")}
-    assert_close(sums, {key: first["stats"][key] for key in sums}, 1e-4)
+    assert_close(one["stats"], first["stats"], 1e-4)
+    assert first["stats"] == second["stats"]
+
+
+def test_critic_warmup_in_two_processes(tmp_path):
+    """No gradient, not one of zeros: Adam's step count must not move before the policy does."""
+    args = tiny_args()
+    rank_worker(0, 1, 0, args, tmp_path, train_policy=False)
+    two_processes(args, tmp_path, train_policy=False)
+    one, first = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0"))
+    assert one["none"] == first["none"] and len(one["none"]) > 10
+    assert_close(one["gradients"], first["gradients"])
 
 
 def test_what_was_not_executed_has_no_influence():
@@ -291,6 +308,64 @@ def test_critic_warmup_leaves_the_policy_alone():
     assert moved == {True}
 
 
+@pytest.mark.parametrize("train_policy", [True, False])
+def test_one_graph_at_a_time(train_policy):
+    """A micro-batch is all that memory has to hold: no graph outlives its piece, none is built for the critic."""
+    args = tiny_args(train="lora")
+    agent, interface = tiny_agent(args)
+    counts, alive, layer = [], [], agent.language_model["model"].layers[0]
+
+    class Token(torch.autograd.Function):  # saved by the graph and by nothing else
+        @staticmethod
+        def forward(ctx, x):
+            token = torch.zeros(1)
+            alive.append(weakref.ref(token))
+            ctx.save_for_backward(token)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    def hook(module, inputs, output):
+        if torch.is_grad_enabled():
+            marked = Token.apply(output)
+            counts.append(sum(reference() is not None for reference in alive))
+            return marked
+
+    layer.register_forward_hook(hook)
+    gradients_after(agent, random_minibatch(agent, interface, args), interface, args, 3, train_policy=train_policy)
+    assert counts == ([1] * 5 if train_policy else [])
+
+
+def test_rows_of_replaced_simulators_alone_in_a_piece():
+    """Nothing of them was executed, so a piece may have no token at all."""
+    args = tiny_args()
+    agent, interface = tiny_agent(args)
+    mb = random_minibatch(agent, interface, args)
+    mb["executed"][3, 2] = 0.0
+    whole, one = (gradients_after(tiny_agent(args)[0], mb, interface, args, size) for size in (64, 1))
+    assert_close(whole[0], one[0], 1e-4)
+    assert_close(whole[1], one[1], 1e-4)
+
+
+def test_a_simulator_stays_on_its_task():
+    args, rng = SimpleNamespace(tasks=(0, 1, 2), task_sampling="uniform", train_init_states=40), np.random.default_rng(0)
+    args.episodes_per_task = 4
+    failures, episode, tasks = {t: [] for t in range(3)}, {}, []
+    for _ in range(400):
+        task, state, repeat = vla.next_episode(episode, failures, args, rng)
+        episode = {"task": task, "init_state": state, "repeat": repeat}
+        tasks.append(task)
+    blocks = np.reshape(tasks, (100, 4))
+    assert (blocks == blocks[:, :1]).all() and set(blocks[:, 0]) == {0, 1, 2}
+    args.episodes_per_task = 1
+    a, b = np.random.default_rng(5), np.random.default_rng(5)
+    assert [vla.next_episode(episode, failures, args, a)[:2] for _ in range(9)] == [
+        vla.sample_task(failures, args, b) for _ in range(9)
+    ]
+
+
 def test_tasks_that_fail_are_drawn_more_often():
     failures = {0: [1.0] * 9, 1: [0.0] * 9}
     args, rng = SimpleNamespace(tasks=(0, 1), task_sampling="failure", train_init_states=40), np.random.default_rng(0)
@@ -300,6 +375,57 @@ def test_tasks_that_fail_are_drawn_more_often():
     assert {state for _, state in draws} == set(range(40))
     args.task_sampling = "uniform"
     assert abs(np.mean([vla.sample_task(failures, args, rng)[0] for _ in range(4000)]) - 0.5) < 0.03
+
+
+def test_videos_show_their_own_task(tmp_path, monkeypatch):
+    """evaluate() plays the episodes in flight again; the last video's episode must not be one of them."""
+    seen = []
+
+    class OneSimulator:
+        def __init__(self, args, config, num_envs):
+            assert args.render_every_step and num_envs == 1
+            self.episodes, self.envs = [{}], SimpleNamespace(call=lambda i, function: [np.zeros((4, 4, 3), np.uint8)])
+
+        def close(self):
+            seen.append("closed")
+
+    def evaluate(agent, interface, simulators, args):
+        seen.append((args.tasks, args.eval_episodes, list(simulators.episodes)))
+        simulators.episodes = [{"task": args.tasks[0]}]
+
+    video = SimpleNamespace(write_videofile=lambda path, logger: Path(path).touch())
+    monkeypatch.setitem(sys.modules, "moviepy", SimpleNamespace(ImageSequenceClip=lambda frames, fps: video))
+    monkeypatch.setattr(vla, "Simulators", OneSimulator)
+    monkeypatch.setattr(vla, "evaluate", evaluate)
+    vla.record_videos(None, SimpleNamespace(config=None), tiny_args(), tmp_path / "videos")
+    assert seen == [((0,), 1, [{}]), ((1,), 1, [{}]), "closed"]
+    assert {path.name for path in (tmp_path / "videos").iterdir()} == {"task0.mp4", "task1.mp4"}
+
+
+def test_each_process_draws_on_its_own_gpu(monkeypatch):
+    """The order in which EGL devices are tried: first the one of the process, then the others."""
+    tried = []
+
+    def probe(command, env, **kwargs):
+        tried.append(env["MUJOCO_EGL_DEVICE_ID"])
+        return SimpleNamespace(returncode=1, stdout="", stderr="broken")
+
+    monkeypatch.setattr(vla.subprocess, "run", probe)
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
+    for rank, visible, order in (
+        (0, "", "01234567"),
+        (2, "", "20134567"),
+        (1, "5,3", "30124567"),
+        (1, "GPU-a,GPU-b", "10234567"),
+    ):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        vla.render_variables.cache_clear()
+        tried.clear()
+        with pytest.raises(ValueError, match="--render egl"):
+            vla.render_variables("egl")
+        assert "".join(tried) == order
+    vla.render_variables.cache_clear()
 
 
 def test_segments_are_drawn_in_passes():

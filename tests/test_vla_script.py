@@ -20,7 +20,7 @@ NAME = "gipo_vla_libero"
 SMALL = """--preset tiny --seed 1 --num-envs 2 --num-steps 2 --minibatch-size 32 --buffer-size 64 --micro-batch 5
 --train-init-states 2 --demos-per-state 1 --clone-updates 20 --clone-batch 16 --eval-episodes 2 --max-steps 80
 --camera-size 42 --critic-warmup 1 --torch-threads 1 --total-timesteps 192 --updates-per-iteration 1
---checkpoint-every 64""".split()
+--checkpoint-every 64 --lr-warmup 0.5 --episodes-per-task 2""".split()
 
 
 def require_assets():
@@ -67,6 +67,8 @@ def test_scalars(finished):
     assert scalars["gipo/policy_lag"][0][1] == 0.0
     assert scalars["gipo/policy_lag"][-1][1] <= 1.0  # two rollouts in the buffer
     assert 0 < scalars["losses/entropy"][0][1] < 5.55  # log 256
+    # The critic's warm-up, then half of the six rollouts to rise.
+    assert [value for _, value in scalars["charts/learning_rate"]] == pytest.approx([0, 1e-5, 2e-5, 3e-5, 3e-5, 3e-5])
 
 
 def resume_and_compare(folder, run_dir, flags):
@@ -173,6 +175,15 @@ def test_existing_folder_needs_a_decision(finished):
     assert process.stderr.count("\n") == 1
     assert "--resume" in process.stderr
     assert "--overwrite" in process.stderr
+
+
+def test_a_run_does_not_delete_the_model_it_starts_from(finished):
+    run_dir, folder, _ = finished
+    before = sorted((folder / "model").iterdir())
+    process, _ = run_script(NAME, run_dir, "--no-cuda", "--overwrite", "--model", folder / "model")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert "--model" in process.stderr and "--exp-name names another one" in process.stderr
+    assert sorted((folder / "model").iterdir()) == before
 
 
 @pytest.mark.parametrize(

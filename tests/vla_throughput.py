@@ -105,7 +105,8 @@ def log_ratios(agent, draw, batches, micro_batch: int) -> dict:
             piece = slice(start, start + micro_batch)
             again = {k: v if v is None else v[piece] for k, v in inputs.items()}
             logprob = agent.get_action_and_logprob(**again, tokens=tokens[piece])[1]
-            differences.append((logprob - logprobs[piece]).detach().abs().flatten().float().cpu().numpy())
+            logprob = logprob.detach()  # or its graph is alive beside the next piece's
+            differences.append((logprob - logprobs[piece]).abs().flatten().float().cpu().numpy())
     differences = np.concatenate(differences)
     return {
         "tokens": len(differences),
@@ -153,7 +154,7 @@ def measure(args: Args) -> dict:
         result["rollout"].append(row | {"memory_gib": peak_gib(device)})
 
     micro_batch = vla.find_micro_batch(agent, interface, script) if args.micro_batch == "auto" else int(args.micro_batch)
-    optimizer = torch.optim.AdamW(vla.parameter_groups(agent), lr=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vla.parameter_groups(agent), lr=1e-6, weight_decay=0.0, fused=script.cuda)
     inputs = draw(micro_batch)
     tokens = agent.get_action_and_logprob(**inputs)[0]
     peak_gib(device)
