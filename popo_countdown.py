@@ -10,7 +10,7 @@
 
 The task, Countdown in reverse Polish form ("3 5 7 = 2 2" -> "3 5 7 * + ..."), is generated on the fly and verified by a stack
 machine. The policy is a small GPT from scratch; a warm-up of next-token loss on random valid expressions with UNRELATED
-targets teaches it the format and nothing else. `--model Qwen/Qwen2.5-0.5B` trains a Hugging Face model on the same problems.
+targets teaches it the format and nothing else. `--model` trains a Hugging Face model on the same problems (see the docs).
 
 What differs from GRPO:
 1. Groups without reward variance are replaced by stored ones: the batch stays full although most fresh groups teach nothing.
@@ -51,6 +51,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.utils.checkpoint import checkpoint
 
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
@@ -58,7 +59,7 @@ VOCABULARY = "0123456789+-*="
 SIZES = {"countdown-3": (3,), "countdown-4": (4,), "countdown-34": (3, 4), "modular-addition": ()}  # how many numbers
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
 POPO_ONLY = "replay objective is_cap is_level buffer_groups replay_age_min max_age max_reuse".split()
-MODEL_ONLY = "max_number response_length micro_batch_groups bf16".split()
+MODEL_ONLY = "max_number response_length micro_batch_groups generate_groups bf16".split()
 
 
 @dataclass
@@ -109,13 +110,16 @@ class Args:
     warmup_learning_rate: float = 1e-3
     """Adam step size of the warm-up, falling linearly to 0"""
     model: str | None = None
-    """a Hugging Face causal LM by name or folder instead of the GPT, with infix answers in <answer> tags (use --cuda)"""
+    """a Hugging Face causal LM by name or folder instead of the GPT, with infix answers in <answer> tags (use --cuda, and
+    --learning-rate 1e-6 --ent-coef 0.001)"""
     max_number: int = 9
     """largest number of a problem; above 9 only with --model, as the GPT's numbers are one digit (9 to 99)"""
     response_length: int = 512
     """most tokens of a response of --model (256 to 1024)"""
     micro_batch_groups: int = 0
     """groups per backward pass of --model, their gradients summed to one update: limits GPU memory (0: all at once)"""
+    generate_groups: int = 0
+    """prompts that --model answers at once: limits the memory of the cache of keys and values (0: all)"""
     bf16: bool = False
     """autocast --model to bfloat16; log-probabilities stay float32"""
 
@@ -318,7 +322,7 @@ class ModularAddition(Countdown):
     """Prompts "a b p =", answer (a + b) mod p in one token, p from 2 to 9: a random valid digit is right with chance 1 / p."""
 
     def __init__(self, args):
-        self.format_reward, self.eos = args.format_reward, -1
+        self.format_reward, self.eos = args.format_reward, ()
 
     def problems(self, count: int, test: bool, generator=None):
         cube = torch.cartesian_prod(torch.arange(10), torch.arange(10), torch.arange(2, 10))
@@ -345,9 +349,10 @@ class ModularAddition(Countdown):
 class TextCountdown(Countdown):
     """The same problems as text for a Hugging Face model, solved by an infix expression in <answer> tags."""
 
-    def __init__(self, args, tokenizer):
+    def __init__(self, args, tokenizer, more_ends=()):
         super().__init__(args)
-        self.tokenizer, self.response_length, self.eos = tokenizer, args.response_length, tokenizer.eos_token_id
+        self.tokenizer, self.response_length = tokenizer, args.response_length
+        self.eos = tuple({tokenizer.eos_token_id, *more_ends} - {None})  # chat models end a turn with a token of its own
 
     def problems(self, count, test, generator=None):
         problems = super().problems(count, test, generator)
@@ -489,26 +494,28 @@ def make_task_and_policy(args):
     except Exception as error:
         message = f"--model {args.model} cannot be loaded ({type(error).__name__}): give a causal language model of the "
         raise ValueError(message + "Hugging Face hub, or the folder of one") from error
-    return TextCountdown(args, tokenizer), HuggingFacePolicy(model.eval(), args.bf16)
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    task = TextCountdown(args, tokenizer, ends if isinstance(ends, (list, tuple)) else [ends])
+    return task, HuggingFacePolicy(model.eval(), args.bf16)
 
 
 @torch.no_grad()
-def sample(policy, prompts, prompt_mask, group_size: int, lengths, eos: int, temperature: float, generator=None):
+def sample(policy, prompts, prompt_mask, group_size: int, lengths, eos: tuple, temperature: float, generator=None):
     """k responses per prompt: -> tokens, mask, log-probs of the sampling distribution, all (P, k, L).
 
-    `lengths` (P,) limits each response; one ends earlier after an `eos`, which belongs to it. The mask is True up to there.
+    `lengths` (P,) limits each response; one ends earlier after a token of `eos`, which belongs to it. The mask ends there.
     """
     logits, cache = policy.prefill(prompts, prompt_mask, group_size)
     limit, longest = lengths.repeat_interleave(group_size), int(lengths.max())
     alive = torch.ones(len(limit), dtype=torch.bool, device=limit.device)
-    columns = []
+    columns, ends = [], torch.tensor(eos, dtype=torch.long, device=limit.device)
     for t in range(longest):
         logprobs = torch.log_softmax(logits.float() / temperature, -1)
         noise = torch.empty_like(logprobs).exponential_(generator=generator)
         alive = alive & (t < limit)
         token = torch.where(alive, (logprobs - noise.log()).argmax(-1), 0)  # Gumbel-max: a sample of softmax(logprobs)
         columns.append((token, alive, logprobs.gather(1, token.unsqueeze(1)).squeeze(1) * alive))
-        alive = alive & (token != eos)
+        alive = alive & ~torch.isin(token, ends)
         if t + 1 == longest or not alive.any():
             break
         logits, cache = policy.step(token, cache)
@@ -517,11 +524,27 @@ def sample(policy, prompts, prompt_mask, group_size: int, lengths, eos: int, tem
 
 
 def response_logprobs(policy, batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies of a batch's response tokens under the sampling distribution of `policy`, both (P, k, L)."""
-    logits = policy.response_logits(batch["prompts"], batch["prompt_mask"], batch["responses"])
-    logprobs = torch.log_softmax(logits.float() / temperature, -1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1) * batch["mask"]
-    return logprobs.gather(-1, batch["responses"].unsqueeze(-1)).squeeze(-1) * batch["mask"], entropy
+    """Log-probs and entropies of a batch's response tokens under the sampling distribution of `policy`, both (P, k, L).
+
+    Columns after the longest response cost nothing. A language model's logits, 0.6 GB in float32 for 1,024 tokens and 150,000
+    words, are expanded for one response at a time, and again in the backward pass.
+    """
+    (*_, width), longest = batch["mask"].shape, int(batch["mask"].any(0).any(0).sum())
+    responses = batch["responses"][..., :longest]
+    logits = policy.response_logits(batch["prompts"], batch["prompt_mask"], responses)
+
+    def distribution(logits, responses):
+        logprobs = torch.log_softmax(logits.float() / temperature, -1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, responses.unsqueeze(-1)).squeeze(-1), entropy
+
+    if isinstance(policy, HuggingFacePolicy):
+        pairs = zip(logits.flatten(0, 1), responses.flatten(0, 1), strict=True)
+        parts = zip(*(checkpoint(distribution, *pair, use_reentrant=False) for pair in pairs), strict=True)
+        logprobs, entropy = (torch.stack(part).view(responses.shape) for part in parts)
+    else:
+        logprobs, entropy = distribution(logits, responses)
+    return tuple(F.pad(x, (0, width - longest)) * batch["mask"] for x in (logprobs, entropy))
 
 
 def warm_up(policy, task, args) -> float:
@@ -545,7 +568,8 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     centred = rewards - rewards.mean(-1, keepdim=True)
     if rewards.shape[-1] == 1:
         return centred
-    return centred / (rewards.std(-1, keepdim=True) + 1e-6)  # the sample standard deviation (ddof 1), as in verl
+    advantages = centred / (rewards.std(-1, keepdim=True) + 1e-6)  # the sample standard deviation (ddof 1), as in verl
+    return torch.where(is_effective(rewards).unsqueeze(-1), advantages, 0.0)  # the mean of equal rewards may be rounded
 
 
 def is_effective(rewards: torch.Tensor) -> torch.Tensor:
@@ -623,8 +647,11 @@ def generate_groups(policy, task, args, iteration: int, device) -> list[dict]:
     """One batch of fresh groups, on the CPU, as the buffer stores them."""
     problems = task.problems(args.num_prompts, test=False)
     prompts, prompt_mask = task.prompts(problems)
-    sampling = prompts.to(device), prompt_mask.to(device), args.group_size, problems["lengths"].to(device), task.eos
-    responses, mask, logprobs = (x.cpu() for x in sample(policy, *sampling, args.temperature))
+    parts = []
+    for rows in torch.arange(args.num_prompts).split(args.generate_groups or args.num_prompts):
+        inputs = prompts[rows].to(device), prompt_mask[rows].to(device), args.group_size, problems["lengths"][rows].to(device)
+        parts.append([x.cpu() for x in sample(policy, *inputs, task.eos, args.temperature)])
+    responses, mask, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
     rewards = task.rewards(problems, responses, mask)
     batch = {"prompts": prompts, "prompt_mask": prompt_mask, "responses": responses, "mask": mask, "logprobs": logprobs}
     batch |= {"rewards": rewards, "advantages": group_advantages(rewards)}
@@ -645,7 +672,7 @@ def evaluate(policy, task, args, num_problems: int, stop_signals=()) -> dict:
     device = next(policy.parameters()).device
     problem_generator, generator = torch.Generator().manual_seed(10_000), torch.Generator(device).manual_seed(10_001)
     problems, rewards = task.problems(num_problems, test=True, generator=problem_generator), []
-    for chunk in torch.arange(num_problems).split(512 if args.model is None else args.num_prompts):
+    for chunk in torch.arange(num_problems).split(512 if args.model is None else args.generate_groups or args.num_prompts):
         if stop_signals:
             break
         part = {name: value[chunk] for name, value in problems.items()}
@@ -709,15 +736,16 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict, global_
 def check_args(args) -> None:
     """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
     positive = "total_timesteps eval_samples eval_temperature checkpoint_every hidden_size num_layers num_heads num_prompts"
-    positive += " warmup_learning_rate response_length updates_per_iteration learning_rate clip_low clip_high dual_clip"
+    positive += " warmup_learning_rate response_length updates_per_iteration learning_rate clip_low clip_high"
     positive += (
         " max_grad_norm temperature max_gen_batches is_cap buffer_groups replay_age_min max_age max_reuse torch_threads"
     )
     limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
     limits |= {"lr_warmup": (0, 1, "between 0 and 1"), "max_number": (9, 99, "between 9 and 99")}
     limits |= {"group_size": (2, math.inf, "2 or more: an advantage is a comparison within the group")}
+    limits |= {"dual_clip": (1, math.inf, "1 or more: below, no gradient would be left where A < 0")}
     limits |= {"format_reward": (0, 0.99, "from 0 to below 1, the reward of a correct answer")}
-    not_negative = "seed eval_every eval_episodes warmup_steps ent_coef micro_batch_groups"
+    not_negative = "seed eval_every eval_episodes warmup_steps ent_coef micro_batch_groups generate_groups"
     limits |= dict.fromkeys(not_negative.split(), (0, math.inf, "0 or more"))
     for name, (low, high, words) in limits.items():
         if not low <= getattr(args, name) <= high:
@@ -741,6 +769,8 @@ def check_args(args) -> None:
         raise ValueError(
             f"--replay-age-min {args.replay_age_min} must not exceed --max-age {args.max_age}, or nothing is replayed"
         )
+    if args.model and not args.evaluate and args.learning_rate == Args.learning_rate:
+        raise ValueError(f"--learning-rate {args.learning_rate} is the small GPT's: give --model its own, such as 1e-6")
     if args.model and args.env_id == "modular-addition":
         raise ValueError("--model works on the Countdown tasks: choose one of them with --env-id")
     if args.cuda and not torch.cuda.is_available():
@@ -779,7 +809,10 @@ def evaluate_saved_model(args) -> dict:
     saved = load_checkpoint(path)
     if not isinstance(saved, dict) or set(saved.get("args", ())) != set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
+    if not args.eval_episodes:
+        raise ValueError("--eval-episodes 0 leaves --evaluate nothing to do: give the number of problems")
     own = {name: getattr(args, name) for name in "eval_episodes eval_samples eval_temperature torch_threads cuda".split()}
+    own["model"] = args.model or saved["args"]["model"]  # its folder may have moved
     args = dataclasses.replace(type(args)(**saved["args"]), **own, track=False)
     check_args(args)
     torch.set_num_threads(args.torch_threads)
@@ -817,7 +850,7 @@ def main(args: Args) -> dict:
         print(f"{run_folder} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
-    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
+    saved = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -831,7 +864,7 @@ def main(args: Args) -> dict:
 
     # ==================== WARM-UP ====================
     # Cached for all runs that would do the same one; afterwards the generators restart, so that a cached one changes nothing.
-    if args.model is None and checkpoint is None:
+    if args.model is None and saved is None:
         same = {name: config[name] for name in ["env_id", "seed", "cuda", *GPT_ONLY]}
         digest = hashlib.sha256(json.dumps([same, ALGORITHM_VERSION, torch.__version__]).encode()).hexdigest()[:12]
         cached = Path(args.run_dir) / "warmup" / f"{args.env_id}__{digest}__{args.seed}.pt"
@@ -854,17 +887,18 @@ def main(args: Args) -> dict:
     num_iterations, iteration, global_step, updates = math.ceil(args.total_timesteps / batch_rollouts), 0, 0, 0
     seconds = {"generate": 0.0, "logprob": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
     recent_returns, recent_successes, curve = collections.deque(maxlen=100), collections.deque(maxlen=100), []
-    if checkpoint:
-        policy.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        buffer.push(checkpoint["buffer"])
-        iteration, global_step, updates = checkpoint["iteration"], checkpoint["global_step"], checkpoint["updates"]
-        seconds, curve = checkpoint["seconds"], checkpoint["curve"]
-        recent_returns.extend(checkpoint["recent_returns"])
-        recent_successes.extend(checkpoint["recent_successes"])
-        torch.set_rng_state(checkpoint["rng"])
+    if saved:
+        policy.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        buffer.push(saved["buffer"])
+        iteration, global_step, updates = saved["iteration"], saved["global_step"], saved["updates"]
+        seconds, curve = saved["seconds"], saved["curve"]
+        recent_returns.extend(saved["recent_returns"])
+        recent_successes.extend(saved["recent_successes"])
+        torch.set_rng_state(saved["rng"])
         if args.cuda:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
+            torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
+        saved = None  # weights and Adam's moments
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
 
@@ -1009,6 +1043,8 @@ def main(args: Args) -> dict:
                 stats["losses/grad_norm"].append(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
                 optimizer.step()
                 updates += 1
+            if args.cuda:
+                torch.cuda.synchronize()
             seconds["update"] += time.perf_counter() - t2
 
         # ==================== LOG ====================

@@ -80,6 +80,8 @@ def outcome_args(args: dict) -> dict:
     unused = ["num_bins"] if args.get("policy_head") == "gaussian" else []
     if args.get("policy_head") == "categorical":
         args = {"num_bins": 256} | args  # runs from before the flag
+    if "method" in args:
+        args = {"generate_groups": 0} | args  # likewise
     if "suite" in args:
         args = {"fast_env": False, "episodes_per_task": 1} | args  # likewise
     else:

@@ -37,7 +37,7 @@ RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
     "behaviour": f"{ADD} --objective behaviour --is-level geometric",
 }
 SPECIAL = f"{ADD} --overwrite --resume --evaluate --track --wandb-project --cuda"
-SPECIAL += " --model --max-number --response-length --micro-batch-groups --bf16"  # in test_popo_model.py
+SPECIAL += " --model --max-number --response-length --micro-batch-groups --generate-groups --bf16"  # in test_popo_model.py
 
 RESULT_KEYS = set(
     "env_id exp_name seed total_timesteps iterations updates eval_success_rate eval_return_mean eval_episodes "
@@ -391,8 +391,10 @@ BAD = [
     ({"method": "grpo", "objective": "pi_old"}, "--objective pi_old needs --method popo"),
     ({"method": "dapo", "buffer_groups": 10}, "--buffer-groups 10 needs --method popo"),
     ({"max_gen_batches": 3}, "--max-gen-batches 3 needs --method dapo"),
-    ({"model": "m", "hidden_size": 32}, "--hidden-size 32 belongs to the GPT"),
-    ({"model": "m", "env_id": "modular-addition"}, "--model works on the Countdown tasks"),
+    ({"model": "m"}, "--learning-rate 0.0001 is the small GPT's"),
+    ({"dual_clip": 0.5}, "--dual-clip 0.5 must be 1 or more"),
+    ({"model": "m", "learning_rate": 1e-6, "hidden_size": 32}, "--hidden-size 32 belongs to the GPT"),
+    ({"model": "m", "learning_rate": 1e-6, "env_id": "modular-addition"}, "--model works on the Countdown tasks"),
     ({"evaluate": "missing.pt"}, "cannot read missing.pt"),
 ]
 
@@ -409,7 +411,7 @@ def test_missing_packages_and_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for fields, message in (
-        ({"model": "m"}, "--model needs the package transformers: pip install transformers"),
+        ({"model": "m", "learning_rate": 1e-6}, "--model needs the package transformers: pip install transformers"),
         ({"track": True}, "--track needs the package wandb: pip install wandb"),
         ({"cuda": True}, "--cuda: PyTorch sees no GPU"),
     ):

@@ -219,7 +219,7 @@ def test_samples_follow_the_distribution():
     torch.nn.init.normal_(policy.head.weight, std=0.5)
     prompts = torch.tensor([[3, 4, 5, 13]])
     mask = torch.ones_like(prompts, dtype=torch.bool)
-    tokens, _, _ = popo.sample(policy, prompts, mask, 20_000, torch.tensor([1]), -1, 0.8)
+    tokens, _, _ = popo.sample(policy, prompts, mask, 20_000, torch.tensor([1]), (), 0.8)
     expected = torch.softmax(policy(prompts)[0][0, -1] / 0.8, -1)
     frequency = torch.bincount(tokens.flatten(), minlength=14) / 20_000
     assert (frequency - expected).abs().max() < 4 * math.sqrt(0.25 / 20_000)
@@ -230,7 +230,7 @@ def test_an_end_token_ends_the_mask():
     _, _, policy = make()
     prompts = torch.randint(1, 10, (3, 6))
     mask = torch.ones_like(prompts, dtype=torch.bool)
-    tokens, mask, logprobs = popo.sample(policy, prompts, mask, 50, torch.tensor([4, 4, 2]), 5, 1.0)
+    tokens, mask, logprobs = popo.sample(policy, prompts, mask, 50, torch.tensor([4, 4, 2]), (5,), 1.0)
     for row, kept, limit in zip(tokens.flatten(0, 1), mask.flatten(0, 1), [4] * 100 + [2] * 50, strict=True):
         ends = [i for i in range(limit) if row[i] == 5]
         assert kept.sum() == (min([ends[0] + 1, limit]) if ends else limit)
@@ -238,6 +238,13 @@ def test_an_end_token_ends_the_mask():
 
 
 # -------------------- Groups --------------------
+@pytest.mark.parametrize("k", range(2, 33))
+def test_equal_rewards_teach_exactly_nothing(k):
+    """Also where their float32 mean is rounded, as that of eight times 0.1."""
+    for reward in (0.0, 0.1, 0.3, 1.0):
+        assert not popo.group_advantages(torch.full((3, k), reward)).any()
+
+
 def test_effective_groups():
     rewards = torch.tensor([[1.0, 1, 1], [0, 0, 0], [1, 0, 0], [0.1, 0.1, 0.1], [0.1, 0, 0], [0.3, 0.3, 1]])
     assert popo.is_effective(rewards).tolist() == [False, False, True, False, True, True]

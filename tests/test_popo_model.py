@@ -1,5 +1,7 @@
 """popo_countdown.py --model: a tiny, randomly initialised Qwen2 and a tokenizer, saved to a folder and loaded by its name."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import differences, read_json, read_pt, read_scalars
@@ -76,6 +78,54 @@ def test_sampler_equals_teacher_forcing_without_padding(model, tmp_path):
             torch.testing.assert_close(logprobs[:length], expected, atol=1e-4, rtol=0)
 
 
+def test_logits_are_cut_to_the_longest_answer_and_expanded_one_answer_at_a_time(model, tmp_path, monkeypatch):
+    """Values and gradients are those of the plain formula; what the graph keeps of the vocabulary is the logits alone."""
+    args = arguments(model, tmp_path, response_length=12)
+    task, policy = popo.make_task_and_policy(args)
+    torch.manual_seed(4)
+    batch = popo.stack_groups(popo.generate_groups(policy, task, args, 1, "cpu"), "cpu")
+    batch["mask"][..., 7:] = False
+    batch["mask"][0, 0, 3:] = False
+    original, shapes = policy.response_logits, []
+
+    def recorded(prompts, prompt_mask, responses):
+        shapes.append(responses.shape)
+        return original(prompts, prompt_mask, responses)
+
+    monkeypatch.setattr(policy, "response_logits", recorded)
+    vocabulary, kept = policy.model.config.vocab_size, []
+
+    def keep(tensor):
+        kept.append(tensor.numel() if tensor.shape[-1:] == (vocabulary,) and tensor.dim() > 1 else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logprobs, entropy = popo.response_logprobs(policy, batch, 0.9)
+    assert shapes == [(4, 3, 7)] and logprobs.shape == entropy.shape == (4, 3, 12)
+    head = policy.model.lm_head.weight.numel()
+    assert sum(kept) <= 4 * 3 * 7 * vocabulary + head  # log_softmax and exp would each keep as much as the logits again
+    plain = torch.log_softmax(original(batch["prompts"], batch["prompt_mask"], batch["responses"]).float() / 0.9, -1)
+    expected = plain.gather(-1, batch["responses"].unsqueeze(-1)).squeeze(-1) * batch["mask"]
+    expected_entropy = -(plain.exp() * plain).sum(-1) * batch["mask"]
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=0)
+    ours = torch.autograd.grad((logprobs + 0.1 * entropy).sum(), list(policy.parameters()))
+    theirs = torch.autograd.grad((expected + 0.1 * expected_entropy).sum(), list(policy.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_every_end_token_of_the_model_ends_an_answer(model, tmp_path):
+    """Chat models end a turn with a token of their own, which only their generation settings name."""
+    task, policy = popo.make_task_and_policy(arguments(model, tmp_path))
+    assert task.eos == (task.tokenizer.eos_token_id,)
+    ends = [task.tokenizer.eos_token_id, task.tokenizer.convert_tokens_to_ids("<|user|>")]
+    policy.model.generation_config.eos_token_id = ends
+    policy.model.save_pretrained(tmp_path / "chat")
+    task.tokenizer.save_pretrained(tmp_path / "chat")
+    assert set(popo.make_task_and_policy(arguments(str(tmp_path / "chat"), tmp_path))[0].eos) == set(ends)
+
+
 def test_replayed_prompts_of_another_width(model, tmp_path):
     """Groups of different iterations are padded to one width, which changes no log-prob."""
     args = arguments(model, tmp_path)
@@ -109,7 +159,10 @@ def some_reward(self, problems, responses, mask):
     return ((responses % 2 == 0) & mask).float().mean(-1)
 
 
-@pytest.mark.parametrize("extra", [{}, {"micro_batch_groups": 1}, {"bf16": True}], ids=["plain", "micro", "bf16"])
+EXTRAS = {"plain": {}, "micro": {"micro_batch_groups": 1}, "bf16": {"bf16": True}, "generate": {"generate_groups": 3}}
+
+
+@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
 def test_run_from_a_folder(model, tmp_path, monkeypatch, extra):
     monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
     result = popo.main(arguments(model, tmp_path, **extra))
@@ -156,6 +209,11 @@ def test_resume_and_evaluate(model, tmp_path, monkeypatch):
     assert differences(*(read_pt(path / "model.pt")["model"] for path in (folder, other))) == []
     result = popo.main(popo.Args(evaluate=str(folder / "model.pt"), eval_episodes=6, eval_samples=2))
     assert result["success_rate"] == reference["eval_success_rate"]
+    moved = shutil.copytree(model, tmp_path / "moved")  # the model's folder may have moved since
+    arguments_again = popo.Args(evaluate=str(folder / "model.pt"), eval_episodes=6, eval_samples=2, model=str(moved))
+    assert popo.main(arguments_again)["success_rate"] == reference["eval_success_rate"]
+    with pytest.raises(ValueError, match="--eval-episodes 0 leaves --evaluate nothing to do"):
+        popo.main(popo.Args(evaluate=str(folder / "model.pt"), eval_episodes=0))
 
 
 def test_model_that_cannot_be_loaded(tmp_path):
