@@ -15,7 +15,8 @@ What differs from PPO, in 4 points:
 4. graphgpo: adds A^G instead. A step that brought the agent nearer to success is good even in a rollout that failed, as
    long as another rollout of the group went on from there: routes are stitched together from parts.
 
-Other tasks: --env-id MiniGrid-DoorKey-5x5-v0 (any MiniGrid or BabyAI id), or tw-coin_collector (TextWorld, with --model).
+Other tasks: --env-id MiniGrid-DoorKey-5x5-v0 (MiniGrid and BabyAI; the network does not read a mission that changes from level
+to level, --model does), or tw-coin_collector (TextWorld, with --model).
 Other policies: --model Qwen/Qwen2.5-0.5B-Instruct --cuda trains a chat model on the same tasks, as the paper does.
 
 Docs: docs/graphgpo_sokoban.md.  Method: https://arxiv.org/abs/2605.26684
@@ -104,7 +105,8 @@ class Args:
     """Sokoban: chance that a random move replaces the chosen one. A stress test: the method assumes determinism, and a
     distance over lucky slips is too short"""
     game_level: int = 5
-    """TextWorld: difficulty of the game (tw-coin_collector 1 to 300, tw-treasure_hunter 1 to 30)"""
+    """TextWorld: difficulty (tw-treasure_hunter 1 to 30; tw-coin_collector 1 to 100, 101 to 150 with twice as many rooms, 201
+    to 233 with three times as many, and never a way longer than --max-steps)"""
 
     # ---- algorithm
     total_episodes: int = 32_000
@@ -161,7 +163,7 @@ class Args:
     max_new_tokens: int = 128
     """--model: longest answer in tokens"""
     microbatch_size: int = 32
-    """--model: answers per forward pass; lower it if the GPU runs out of memory, results stay the same up to rounding"""
+    """--model: answers per training pass, and an eighth of those generated at once; lower it if the GPU runs out of memory"""
     cuda: bool = False
     """run the policy on the GPU: pays for --model only"""
     torch_threads: int = 1
@@ -321,7 +323,7 @@ class MiniGrid:
         from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_COLOR, IDX_TO_OBJECT, OBJECT_TO_IDX, STATE_TO_IDX
 
         self.envs = [gymnasium.make(args.env_id, disable_env_checker=True).unwrapped for _ in range(num_envs)]
-        self.max_steps = args.max_steps or self.envs[0].max_steps
+        self.args = args
         self.names = tuple(action.name for action in self.envs[0].actions)
         self.objects, self.colors, self.states = IDX_TO_OBJECT, IDX_TO_COLOR, {v: k for k, v in STATE_TO_IDX.items()}
         self.sizes = (len(OBJECT_TO_IDX), len(COLOR_TO_IDX), 4)  # 4: directions of an agent, more than the states of a door
@@ -332,8 +334,9 @@ class MiniGrid:
     def reset(self, levels: list[tuple]) -> None:
         seeds = [int(np.random.SeedSequence(level).generate_state(1)[0]) for level in levels]
         self.obs, self.t = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)], 0
-        for env in self.envs:
-            env.max_steps = self.max_steps
+        for env in self.envs:  # BabyAI's own limit is known after the reset only: it depends on the mission
+            env.max_steps = self.args.max_steps or env.max_steps
+        self.limits = np.array([env.max_steps for env in self.envs])
 
     def step(self, rows, actions):
         success, done = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
@@ -343,7 +346,7 @@ class MiniGrid:
                 success[i] = terminated and reward > 0
                 done[i] |= terminated
         self.t += 1
-        return success, done | (self.t >= self.max_steps)
+        return success, done | (self.t >= self.limits[rows])
 
     def observe(self, rows):
         images = np.stack([self.obs[row]["image"] for row in rows])
@@ -397,7 +400,7 @@ class TextWorld:
         )
 
     def reset(self, levels: list[tuple]) -> None:
-        files = {}
+        files, kept = {}, set()
         for level in dict.fromkeys(levels):
             options = self.textworld.GameOptions()
             options.seeds = int(np.random.SeedSequence(level).generate_state(1)[0]) % 2**31
@@ -407,6 +410,10 @@ class TextWorld:
                 settings = {"level": self.args.game_level, "rewards": "sparse", "goal": "brief", "test": False}
                 self.textworld.generator.compile_game(make(settings, options), options)
             files[level] = options.path
+            kept.add(Path(options.path).stem)
+        for path in Path(self.folder.name).iterdir():  # 0.4 MB each, and training levels do not come back
+            if path.stem not in kept:
+                path.unlink()
         self.envs = [self.textworld.start(files[level], self.wanted) for level in levels]
         self.states, self.t = [env.reset() for env in self.envs], 0
         self.goals = [state.feedback for state in self.states]
@@ -514,25 +521,29 @@ class LanguageAgent(nn.Module):
 
     def act(self, obs, choices, temperature: float = 1.0):
         """n prompts -> actions (n,), -1 where the answer names none of the choices; tokens, mask, log-probs (n, L)."""
-        length = self.args.max_new_tokens
-        prompts, attention = self.encode(obs)
+        length, tokens, lengths = self.args.max_new_tokens, [], []
         how = (
             {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
             if temperature > 0
             else {"do_sample": False}
         )
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.args.cuda):
-            answers = self.model.generate(input_ids=prompts, attention_mask=attention, **how)[:, prompts.shape[1] :]
-        tokens = torch.full((len(obs), length), self.tokenizer.pad_token_id, device=answers.device)
-        tokens[:, : answers.shape[1]] = answers
+        # Keys and values of a token are a tenth of what a training pass keeps, so eight times as many rows fit.
+        for chunk in np.array_split(np.arange(len(obs)), math.ceil(len(obs) / (8 * self.args.microbatch_size))):
+            prompts, attention = self.encode(obs[chunk])
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.args.cuda):
+                answers = self.model.generate(input_ids=prompts, attention_mask=attention, **how)[:, prompts.shape[1] :]
+            missing = (0, length - answers.shape[1])
+            tokens.append(nn.functional.pad(answers, missing, value=self.tokenizer.pad_token_id))
+            lengths += [answers.shape[1]] * len(chunk)
+        tokens, lengths = torch.cat(tokens), torch.tensor(lengths, device=tokens[0].device)
         ended = torch.isin(tokens, torch.tensor(self.ends, device=tokens.device)).cumsum(1)
         mask = (ended == 0) | (
             (ended == 1) & (ended.diff(prepend=torch.zeros_like(ended[:, :1])) == 1)
         )  # the first end counts
-        mask[:, answers.shape[1] :] = False
+        mask &= torch.arange(length, device=tokens.device) < lengths[:, None]
         texts = self.tokenizer.batch_decode(torch.where(mask, tokens, self.tokenizer.pad_token_id), skip_special_tokens=True)
         actions = [self.parse(text, names) for text, names in zip(texts, choices, strict=True)]
-        # Log-probs from the pass that the update uses, not from the generation: so ratios start at 1 exactly.
+        # Log-probs from the pass that the update uses, not from the generation: so ratios start at 1, up to rounding.
         chunks = np.array_split(np.arange(len(obs)), math.ceil(len(obs) / self.args.microbatch_size))
         logprobs = torch.cat([self.token_logprobs(obs[chunk], tokens[chunk], mask[chunk])[0] for chunk in chunks])
         return np.array(actions), tokens, mask, logprobs
@@ -554,7 +565,8 @@ class LanguageAgent(nn.Module):
         with torch.autocast("cuda", torch.bfloat16, enabled=self.args.cuda):
             out = self.model(input_ids=ids, attention_mask=attention, position_ids=positions, logits_to_keep=longest + 1)
         logprobs = torch.log_softmax(out.logits[:, :-1].float(), dim=-1)
-        entropy = torch.where(mask[:, :longest], -(logprobs.exp() * logprobs).sum(-1), 0.0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.ent_coef > 0):  # else only to be logged
+            entropy = torch.where(mask[:, :longest], -(logprobs.exp() * logprobs).sum(-1), 0.0)
         chosen = torch.where(mask[:, :longest], logprobs.gather(-1, tokens[:, :longest, None]).squeeze(-1), 0.0)
         missing = (0, tokens.shape[1] - longest)
         return nn.functional.pad(chosen, missing), nn.functional.pad(entropy, missing)
@@ -847,6 +859,15 @@ def check_args(args) -> None:
         raise ValueError(f"--min-solution {args.min_solution} must not exceed --max-solution {args.max_solution}")
     if args.env_id == "Sokoban" and args.max_solution > (args.max_steps or 15):
         raise ValueError(f"--max-solution {args.max_solution} must not exceed the {args.max_steps or 15} steps of --max-steps")
+    if args.env_id == "tw-coin_collector":  # as its challenge defines the levels; TextWorld makes no more than 100 rooms
+        way, cap = (args.game_level - 1) % 100 + 1, args.max_steps or 50
+        if args.game_level > 300 or way * (1 + (args.game_level - 1) // 100) > 100 or way > cap:
+            levels = f"1 to {min(cap, 100)}, 101 to {100 + min(cap, 50)} or 201 to {200 + min(cap, 33)}"
+            raise ValueError(
+                f"--game-level {args.game_level} of {args.env_id} must be {levels} with {cap} steps (--max-steps)"
+            )
+    if args.env_id == "tw-treasure_hunter" and args.game_level > 30:
+        raise ValueError(f"--game-level {args.game_level} of {args.env_id} must be 1 to 30")
     packages = [("model", "transformers")] if args.model else []
     packages += [("track", "wandb")] if args.track else []
     packages += [("plot-graph", "matplotlib")] if args.plot_graph else []
@@ -890,10 +911,16 @@ def evaluate_saved_model(args) -> dict:
     if not isinstance(saved, dict) or set(saved.get("args", ())) != set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     own = {name: getattr(args, name) for name in ("eval_episodes", "eval_temperature", "torch_threads", "cuda")}
-    args = dataclasses.replace(type(args)(**saved["args"]), **own, track=False)
+    own |= {"model": args.model or saved["args"]["model"], "microbatch_size": args.microbatch_size}  # it may have moved
+    args = with_defaults(dataclasses.replace(type(args)(**saved["args"]), **own, track=False))
     check_args(args)
     if not args.eval_episodes:
         raise ValueError("--eval-episodes 0 leaves nothing to evaluate: give 1 or more")
+    if args.env_id == "Sokoban" and args.eval_episodes > saved["args"]["eval_episodes"]:
+        number = saved["args"]["eval_episodes"]
+        raise ValueError(
+            f"--eval-episodes {args.eval_episodes}: the run held out {number} levels and may have trained on others"
+        )
     torch.set_num_threads(args.torch_threads)
     envs = build_envs(args, args.eval_episodes)
     agent = make_agent(args, envs).to("cuda" if args.cuda else "cpu")
@@ -1203,6 +1230,9 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU is full: lower --microbatch-size, and start anew", file=sys.stderr)
+        sys.exit(1)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1129,6 +1129,9 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU is full: lower --micro-batch-groups or --generate-groups, and start anew", file=sys.stderr)
+        sys.exit(1)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -124,7 +124,9 @@ def test_evaluate_gives_the_number_of_the_run(finished, capsys):
     found = main(Args(evaluate=str(folder / "model.pt"), eval_episodes=4))
     assert found["success_rate"] == result["eval_success_rate"] and found["spl"] == result["eval_spl"]
     assert json.loads(capsys.readouterr().out) == found
-    assert main(Args(evaluate=str(folder / "best_model.pt"), eval_episodes=9))["episodes"] == 9
+    assert main(Args(evaluate=str(folder / "best_model.pt"), eval_episodes=3))["episodes"] == 3
+    with pytest.raises(ValueError, match="--eval-episodes 9: the run held out 4 levels and may have trained on others"):
+        main(Args(evaluate=str(folder / "best_model.pt"), eval_episodes=9))
     with pytest.raises(ValueError, match="--eval-episodes 0 leaves nothing to evaluate"):
         main(Args(evaluate=str(folder / "model.pt"), eval_episodes=0))
     with pytest.raises(ValueError, match="is no model of this script"):
@@ -198,6 +200,19 @@ def test_minigrid_is_learned(tmp_path):
         ({"env_id": "Sokobann"}, "--env-id Sokobann is unknown; try Sokoban"),
         ({"env_id": "MiniGrid-Nothing-v0"}, "--env-id MiniGrid-Nothing-v0 cannot be built: "),
         ({"env_id": "tw-coin_collector"}, "is text: name a language model with --model"),
+        (
+            {"env_id": "tw-coin_collector", "model": "x", "game_level": 51},
+            "must be 1 to 50, 101 to 150 or 201 to 233 with 50 steps",
+        ),
+        (
+            {"env_id": "tw-coin_collector", "model": "x", "game_level": 180, "max_steps": 99},
+            "101 to 150 or 201 to 233 with 99",
+        ),
+        ({"env_id": "tw-coin_collector", "model": "x", "game_level": 301}, "--game-level 301 of tw-coin_collector"),
+        (
+            {"env_id": "tw-treasure_hunter", "model": "x", "game_level": 31},
+            "--game-level 31 of tw-treasure_hunter must be 1 to 30",
+        ),
         ({"group_size": 1}, "--group-size 1 must be 2 or more"),
         ({"omega": 1.0}, "--omega 1.0 must be above 0 and below 1"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0 must be positive"),

@@ -1,6 +1,7 @@
 """Sokoban, MiniGrid and TextWorld as graphgpo_sokoban.py sees them: rules, levels, state keys, prompts."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,6 +234,21 @@ def test_minigrid_success_and_cap():
     assert done.all() and not success.any()
 
 
+def test_babyai_keeps_its_own_limits():
+    """They are 0 until the reset, which computes them from the mission; --max-steps overrides them."""
+    envs = started(4, env_id="BabyAI-GoToObj-v0")
+    assert (envs.limits > 10).all()
+    success, done = act(envs, *[0] * 10)
+    assert not done.any() and not success.any()
+    generator, found = np.random.default_rng(0), False
+    while not found:  # a random walk meets the thing, with a reward, which divides by the limit
+        envs.reset(LEVELS[:4])
+        walks = [act(envs, action)[0].any() for action in generator.integers(0, 3, envs.limits.min() - 1).tolist()]
+        found = any(walks)
+    envs = started(2, env_id="BabyAI-GoToObj-v0", max_steps=3)
+    assert not act(envs, 0, 0)[1].any() and act(envs, 0)[1].all()
+
+
 def test_minigrid_prompt():
     envs = started(1, levels=[(1, 1, 1, 0)], env_id="MiniGrid-Empty-5x5-v0")
     (prompt,) = envs.prompts([0])
@@ -262,6 +278,11 @@ def test_textworld():
     assert [envs.step(rows, np.array([-1, -1]))[1].all() for _ in range(7)] == [False] * 6 + [True]
     assert envs.keys(rows) == start
 
+    folder = Path(envs.folder.name)
+    stem = {path.stem for path in folder.iterdir()}
+    envs.reset([(1, 1, 2, 0)] * 2)
+    assert len(stem) == 1 and len({path.stem for path in folder.iterdir()} - stem) == 1
+    assert not {path.stem for path in folder.iterdir()} & stem  # games of earlier levels are gone from the disk
     envs.reset([(1, 1, 1, 0)] * 2)
     won, been = False, {start[0]}
     while not won:  # walk on to rooms not seen yet, take the coin where it lies

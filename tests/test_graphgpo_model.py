@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def agent(folder):
     torch.manual_seed(0)
-    return LanguageAgent(Args(model=str(folder), max_new_tokens=6, microbatch_size=4))
+    return LanguageAgent(Args(model=str(folder), max_new_tokens=6, microbatch_size=4, ent_coef=0.0))
 
 
 def prompts(count):
@@ -78,6 +78,34 @@ def test_logprobs_are_those_of_one_answer_at_a_time(agent):
             assert (found[valid] - expected.log_prob(row[valid])).abs().max() < 1e-5
             assert (spread[valid] - expected.entropy()).abs().max() < 1e-5
             assert not found[~valid].any() and not spread[~valid].any()
+
+
+def test_generation_in_parts(agent, monkeypatch):
+    """Eight times --microbatch-size at once, whatever the number of rows; parts that end early are padded."""
+    generate, sizes = agent.model.generate, []
+
+    def recorded(input_ids, **how):
+        sizes.append(len(input_ids))
+        return generate(input_ids=input_ids, **how)[:, : input_ids.shape[1] + (2 if len(sizes) == 1 else 9)]
+
+    monkeypatch.setattr(agent.model, "generate", recorded)
+    agent.args.microbatch_size = 1
+    obs, choices = prompts(12)
+    with torch.no_grad():
+        actions, tokens, mask, logprobs = agent.act(obs, choices)
+    assert sizes == [6, 6] and len(actions) == 12 and tokens.shape == mask.shape == logprobs.shape == (12, 6)
+    assert not mask[:6, 2:].any() and (tokens[:6, 2:] == agent.tokenizer.pad_token_id).all() and mask[6:, 2:].any()
+    assert (logprobs[~mask] == 0).all()
+
+
+def test_entropy_without_a_weight_builds_no_graph(agent):
+    obs, choices = prompts(3)
+    with torch.no_grad():
+        _, tokens, mask, _ = agent.act(obs, choices)
+    for weight in (0.0, 0.01):
+        agent.args.ent_coef = weight
+        logprobs, entropy = agent.token_logprobs(obs, tokens, mask)
+        assert logprobs.requires_grad and entropy.requires_grad == (weight > 0) and (entropy[mask] > 0).all()
 
 
 def test_mask_ends_with_the_first_end(agent):
