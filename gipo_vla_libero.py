@@ -2203,6 +2203,12 @@ def check_args(args) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
 
 
+def typed_flags() -> set[str]:
+    """Names of the flags on the command line, also of those that were given their default's value."""
+    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
+    return {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
+
+
 def saved_args(args, run_folder: Path):
     """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
     if not run_folder.exists():
@@ -2216,12 +2222,10 @@ def saved_args(args, run_folder: Path):
     saved["tasks"] = tuple(saved["tasks"])
     if set(saved) != set(vars(args)):
         raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
-    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
-    typed = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}  # maybe with the default's value
     default = Args(preset=args.preset, **PRESETS[args.preset])
     for name in sorted(set(saved) - {"run_dir", "resume", "overwrite"}):
         given = getattr(args, name)
-        if (given != getattr(default, name) or name in typed) and given != saved[name]:
+        if (given != getattr(default, name) or name in typed_flags()) and given != saved[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[name]}: drop the flag")
     return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)

@@ -570,6 +570,12 @@ def check_args(args) -> None:
             raise ValueError(f"--capture-video cannot render ({type(error).__name__}): {how}") from error
 
 
+def typed_flags() -> set[str]:
+    """Names of the flags on the command line, also of those that were given their default's value."""
+    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
+    return {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
+
+
 def saved_args(args, run_folder: Path):
     """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
     if not run_folder.exists():
@@ -582,11 +588,9 @@ def saved_args(args, run_folder: Path):
         raise ValueError(f"--resume: {run_folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
     if set(saved) != set(vars(args)):
         raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
-    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
-    typed = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}  # maybe with the default's value
     for field in dataclasses.fields(args):
         given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
-        named = field.name in typed or given != field.default
+        named = field.name in typed_flags() or given != field.default
         if field.name not in own and named and given != saved[field.name]:
             flag = f"--{field.name.replace('_', '-')}"
             raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[field.name]}: drop the flag")
@@ -600,6 +604,10 @@ def evaluate_saved_model(args) -> dict:
     if not isinstance(saved, dict) or set(saved.get("args", ())) != set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     own = {name: getattr(args, name) for name in ("eval_episodes", "capture_video", "torch_threads", "fast_env")}
+    for name in sorted(typed_flags() & set(saved["args"]) - {*own, "evaluate", "run_dir"}):
+        if getattr(args, name) != saved["args"][name]:
+            flag, has = f"--{name.replace('_', '-')} {getattr(args, name)}", saved["args"][name]
+            raise ValueError(f"{flag} contradicts the run of the model to evaluate, which has {has}: drop the flag")
     args = dataclasses.replace(type(args)(**saved["args"]), **own, cuda=False, track=False)
     check_args(args)
     torch.set_num_threads(args.torch_threads)

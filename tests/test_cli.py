@@ -232,6 +232,8 @@ def test_saved_model_evaluates_to_the_runs_own_result(finished, inline, name):
     assert evaluation["return_mean"] == result["eval_return_mean"]
     assert evaluation["episodes"] == result["eval_episodes"]
     assert evaluation.get("success_by_task") == result.get("eval_success_by_task")
+    code, _, error = inline(RUNS[name][0], [*flags.split(), "--gamma", "0.123"])  # it would change nothing
+    assert code == 2 and error.startswith("error: --gamma 0.123 contradicts the run of the model") and error.count("\n") == 1
 
 
 @ALL_SCRIPTS

@@ -118,7 +118,7 @@ def test_command_line(tmp_path):
     assert main(dataclasses.replace(args, overwrite=True, total_episodes=8))["total_episodes"] == 8
 
 
-def test_evaluate_gives_the_number_of_the_run(finished, capsys):
+def test_evaluate_gives_the_number_of_the_run(finished, capsys, monkeypatch):
     folder, result = finished("default")
     capsys.readouterr()
     found = main(Args(evaluate=str(folder / "model.pt"), eval_episodes=4))
@@ -127,6 +127,10 @@ def test_evaluate_gives_the_number_of_the_run(finished, capsys):
     assert main(Args(evaluate=str(folder / "best_model.pt"), eval_episodes=3))["episodes"] == 3
     with pytest.raises(ValueError, match="--eval-episodes 9: the run held out 4 levels and may have trained on others"):
         main(Args(evaluate=str(folder / "best_model.pt"), eval_episodes=9))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [SCRIPT, "--evaluate", str(folder / "model.pt"), "--slippery=0.9"])
+        with pytest.raises(ValueError, match=r"--slippery 0.9 contradicts the run of the model to evaluate, which has 0.0"):
+            main(Args(evaluate=str(folder / "model.pt"), eval_episodes=4, slippery=0.9))
     with pytest.raises(ValueError, match="--eval-episodes 0 leaves nothing to evaluate"):
         main(Args(evaluate=str(folder / "model.pt"), eval_episodes=0))
     with pytest.raises(ValueError, match="is no model of this script"):

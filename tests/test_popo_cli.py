@@ -150,7 +150,9 @@ def test_saved_model_evaluates_to_the_runs_own_result(finished, command):
     result, folder = finished("popo")
     flags = ["--evaluate", str(folder / "model.pt"), "--eval-episodes", "16", "--eval-samples", "2"]
     code, out, _ = command(flags)
-    assert code == 0 and json.loads(out)["success_rate"] == result["eval_success_rate"]
+    assert code == 0 and json.loads(out[out.index("{") :])["success_rate"] == result["eval_success_rate"]
+    code, _, err = command([*flags, "--temperature", "0.1"])  # it would change nothing
+    assert code == 2 and err.startswith("error: --temperature 0.1 contradicts the run of the model to evaluate")
     best = read_pt(folder / "best_model.pt")
     assert best["score"][0] == max(point["success_rate"] for point in result["curve"])
 
