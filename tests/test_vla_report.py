@@ -95,7 +95,9 @@ def test_committed_run(path):
     """What a reader needs to repeat it, all 50 initial states in every evaluation, and a start that the methods share."""
     result = json.loads(path.read_text())
     assert result.keys() >= {"args", "git_commit", "versions", "machine", "curves", "evaluations", "wall_seconds"}
-    assert set(result["args"]) == set(vars(vla.Args())) and not result["git_commit"].endswith("-dirty")
+    # --episodes-per-task came later; 1, the tiny preset's value, is what those runs did.
+    assert {*result["args"], "episodes_per_task"} == set(vars(vla.Args())) and vla.PRESETS["tiny"]["episodes_per_task"] == 1
+    assert not result["git_commit"].endswith("-dirty")
     steps = [e["step"] for e in result["evaluations"]]
     assert steps == sorted(set(steps)) and (steps[0], steps[-1]) == (0, result["total_timesteps"])
     assert all([state for _, state, _ in e["successes"]] == list(range(50)) for e in result["evaluations"])
