@@ -527,7 +527,7 @@ class LanguageAgent(nn.Module):
             if temperature > 0
             else {"do_sample": False}
         )
-        # Keys and values of a token are a tenth of what a training pass keeps, so eight times as many rows fit.
+        # Generation keeps keys and values of a token only, a training pass all activations: so more rows at once.
         for chunk in np.array_split(np.arange(len(obs)), math.ceil(len(obs) / (8 * self.args.microbatch_size))):
             prompts, attention = self.encode(obs[chunk])
             with torch.autocast("cuda", torch.bfloat16, enabled=self.args.cuda):

@@ -221,9 +221,8 @@ def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, 
 
 def filled_curve(run: dict, name: str) -> list[float]:
     """A training curve without gaps: 0 before the first episode, else the last value where a stretch saw no episode end."""
-    return list(itertools.accumulate(run["curves"][name], lambda last, value: last if value is None else value, initial=0.0))[
-        1:
-    ]
+    curve = itertools.accumulate(run["curves"][name], lambda last, value: last if value is None else value, initial=0.0)
+    return list(curve)[1:]
 
 
 def area_under_curve(run: dict, name: str) -> float:

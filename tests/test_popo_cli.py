@@ -454,7 +454,7 @@ def definitions(name):
 
 
 @pytest.mark.parametrize(
-    "name", "save_checkpoint load_checkpoint write_json git_commit save_models saved_args lr_share".split()
+    "name", "save_checkpoint load_checkpoint write_json git_commit save_models typed_flags saved_args lr_share".split()
 )
 def test_copies_are_identical(name):
     assert definitions("popo_countdown")[name] == definitions("gipo_continuous")[name]

@@ -165,7 +165,12 @@ EXTRAS = {"plain": {}, "micro": {"micro_batch_groups": 1}, "bf16": {"bf16": True
 @pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
 def test_run_from_a_folder(model, tmp_path, monkeypatch, extra):
     monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
+    original, sizes = popo.sample, []
+    monkeypatch.setattr(
+        popo, "sample", lambda policy, prompts, *rest: (sizes.append(len(prompts)), original(policy, prompts, *rest))[1]
+    )
     result = popo.main(arguments(model, tmp_path, **extra))
+    assert max(sizes) == (3 if extra.get("generate_groups") else 4)
     (folder,) = tmp_path.iterdir()  # no warm-up here
     assert result["updates"] == 4 and result["total_timesteps"] == 24 and "transformers" in result["versions"]
     assert result == read_json(folder / "result.json")

@@ -102,6 +102,7 @@ def parsed(module, name):
 
 COPIED = (
     "discounted_sum compute_gae gipo_log_weight gipo_weight lr_share save_checkpoint load_checkpoint write_json git_commit"
+    " typed_flags"
 )
 
 

@@ -908,7 +908,13 @@ def test_flops_and_memory():
     plan = vla.memory_plan(agent, args, 24)
     assert "TFLOP per chunk" in plan and "24 chunks 48." in plan, plan  # 2.0 GiB per chunk
     assert vla.memory_plan(agent, make_args(dtype="bfloat16", gradient_checkpointing=True), 24).count("24 chunks 3.") == 1
-    print(plan)
+    assert "masters in bfloat16" not in plan
+    full = make_args(dtype="bfloat16", train="full")
+    agent = vla.build_agent(vla.PolicyConfig(), full, "meta")
+    vla.prepare_training(agent, full)  # 6.5 billion weights train: their copies in bfloat16, kept for the backward pass
+    assert "masters in bfloat16 12." in vla.memory_plan(agent, full, 1)
+    few = make_args(dtype="bfloat16", train="full", gradient_checkpointing=True)
+    assert "masters in bfloat16" not in vla.memory_plan(agent, few, 1)
 
 
 def test_forward_counts_the_flops():
