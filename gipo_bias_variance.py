@@ -28,7 +28,9 @@ import numpy as np
 import tyro
 
 NUM_STATES, NUM_ACTIONS = 3, 4  # the fourth cell is the goal, where the episode ends
-SIGMAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+SIGMAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # shown
+FINE_SIGMAS = tuple(float(f"{sigma:.4g}") for sigma in np.geomspace(0.01, 100.0, 161))  # searched for the best one
+RIVALS = ("ppo", "sapo", "noclip", "truncated-1", "vespo")
 MAX_LOG_COEF = 20.0
 
 
@@ -119,7 +121,7 @@ def training_path(world, args: Args) -> list[np.ndarray]:
 
 # -------------------- Trust weights --------------------
 def gipo_weight(logratio, advantage, sigma_pos, sigma_neg, kernel="gaussian"):
-    """Trust weight omega in (0, 1] (eq. 5 of arXiv 2603.18464); sigma_pos applies where A > 0."""
+    """Trust weight omega in (0, 1] (eq. 5 of the sister paper AcceRL, arXiv 2603.18464); sigma_pos applies where A > 0."""
     x = logratio / np.where(advantage > 0, sigma_pos, sigma_neg)
     return {"gaussian": np.exp(-0.5 * x**2), "laplacian": np.exp(-np.abs(x)), "cauchy": 1.0 / (1.0 + x**2)}[kernel]
 
@@ -152,26 +154,32 @@ def coefficient(method: str, logratio, advantage, args: Args, proximal=None):
     if name == "vespo":  # arXiv 2602.10693 applied to single actions: W^k exp(lambda (1 - W)), (k, lambda) = (2, 3) or (3, 2)
         k, rate = np.where(advantage >= 0, 2.0, 3.0), np.where(advantage >= 0, 3.0, 2.0)
         return np.exp(np.maximum(k * logratio + rate * (1.0 - ratio), -700))
-    if name == "decoupled":  # arXiv 2110.00641, 2505.24298: PPO's clip around pi_prox, truncated weight pi_prox / mu, cap 5
+    if name == "decoupled":  # arXiv 2110.00641: PPO's clip around pi_prox, weight pi_prox / mu; above 5 dropped, as in AReaL
         inner = np.exp(np.minimum(logratio - proximal, MAX_LOG_COEF))
         inside = np.where(advantage > 0, inner <= 1 + args.clip_coef, inner >= 1 - args.clip_coef)
-        return np.minimum(np.exp(np.minimum(proximal, MAX_LOG_COEF)), 5.0) * inner * inside
+        return np.exp(np.minimum(proximal, MAX_LOG_COEF)) * (proximal <= math.log(5.0)) * inner * inside
     raise ValueError(f"unknown method {method}")
 
 
-def m2po_kept(counts: np.ndarray, logratio: np.ndarray, threshold: float = 0.04) -> np.ndarray:
-    """M2PO (arXiv 2510.01161): how many samples of each kind its mask keeps, for batches given by counts (batches, M).
+def m2po_kept(counts: np.ndarray, logratio: np.ndarray, advantage: np.ndarray, rng, threshold: float = 0.04) -> np.ndarray:
+    """M2PO (algorithm 1 of arXiv 2510.01161): how many samples of each kind its mask keeps, (batches, M), like `counts`.
 
-    It drops the samples with the largest l^2 until the mean of l^2 over the batch, dropped ones counted as zero, is at most
-    the threshold, which is that of the AReaL project's example.
+    Of the samples that PPO could clip (l A > 0) it drops the one with the largest l^2 until the mean of l^2 over those left is
+    at most the threshold, the paper's 0.04. Samples of equal l^2 are dropped in random order.
     """
-    order = np.argsort(logratio**2)
-    squares, sorted_counts = logratio[order] ** 2, counts[:, order]
-    before = np.cumsum(sorted_counts * squares, axis=1) - sorted_counts * squares
-    budget = threshold * counts.sum(1, keepdims=True) - before
-    room = np.floor(budget / np.maximum(squares, 1e-300) + 1e-9)
-    kept = np.empty_like(counts)
-    kept[:, order] = np.clip(room, 0, sorted_counts).astype(counts.dtype)
+    kept, could_clip = counts.copy(), logratio * advantage > 0
+    number, total = np.zeros(len(counts)), np.zeros(len(counts))  # of the samples with a smaller l^2, and their sum of l^2
+    for square in np.unique(logratio[could_clip] ** 2):
+        tied = np.flatnonzero(could_clip & (logratio**2 == square))
+        group = counts[:, tied].sum(1)
+        if square > threshold:  # k more samples keep the mean at (total + k l^2) / (number + k)
+            room = np.floor((threshold * number - total) / (square - threshold) + 1e-9)
+            room = np.clip(room, 0, group).astype(counts.dtype)
+            for i, kind in enumerate(tied[:-1]):
+                kept[:, kind] = rng.hypergeometric(counts[:, kind], counts[:, tied[i + 1 :]].sum(1), room)
+                room = room - kept[:, kind]
+            kept[:, tied[-1]] = room
+        number, total = number + group, total + square * group
     return kept
 
 
@@ -253,7 +261,8 @@ def sample_batches(problem: Problem, batches: int, batch_size: int, rng) -> np.n
 
 def evaluate_m2po(problem: Problem, batch_size: int, args: Args, rng) -> dict:
     """M2PO's squared bias and N times the variance of its batch mean, by Monte Carlo; the noise of the bias is subtracted."""
-    kept = m2po_kept(sample_batches(problem, args.samples, batch_size, rng), problem.logratio)
+    counts = sample_batches(problem, args.samples, batch_size, rng)
+    kept = m2po_kept(counts, problem.logratio, problem.advantage, rng)
     terms = (np.exp(np.minimum(problem.logratio, MAX_LOG_COEF)) * problem.advantage)[:, None] * problem.score
     gradients = kept @ terms / batch_size
     mean, variance = gradients.mean(0), float(np.trace(np.cov(gradients.T)))
@@ -328,11 +337,18 @@ def study(args: Args) -> dict:
         levels[name] = []
         for policies in path:
             problem = make_problem(*policies, world, args)
+            if not math.isfinite(problem.kl):
+                raise ValueError("an action's probability reached 0 on the training path: lower --learning-rate")
             rows = {method: evaluate(problem, method, args) for method in method_names()}
             level = {"kl": problem.kl, "logratio_std": logratio_std(problem), "methods": rows}
+            fine = {sigma: evaluate(problem, f"gipo-{sigma:g}", args) for sigma in FINE_SIGMAS}
+            level["best"] = {f"{t} {n}": least_error(fine, n, t) for t in TARGETS for n in args.batch_sizes}
+            level["dominated"] = {t: {m: dominated(rows[m], [*fine.values()], t) for m in RIVALS} for t in TARGETS}
             if name == "training":
                 level["m2po"] = {str(n): evaluate_m2po(problem, n, args, rng) for n in args.batch_sizes}
             levels[name].append(level)
+    if max(level["kl"] for level in levels["training"]) < 1e-6:
+        raise ValueError("the policy does not move on the training path: raise --learning-rate or lower --slip")
     middle = staleness_paths(world, args)["training"][len(levels["training"]) // 2]
     problem = make_problem(*middle, world, args)
     tails = [tail(problem, sigma, 64, args, rng) for sigma in (0.2, 0.5, 1.0)]
@@ -351,9 +367,16 @@ def logratio_std(problem: Problem) -> float:
     return float(math.sqrt(max(problem.probabilities @ (problem.logratio - mean) ** 2, 0.0)))
 
 
-def best_sigma(level: dict, batch_size: int, target: str = "at_data", kernel: str = "gipo") -> float:
-    """The sigma of the grid with the least mean squared error."""
-    return min(SIGMAS, key=lambda s: mean_squared_error(level["methods"][f"{kernel}-{s:g}"], batch_size, target))
+def least_error(rows: dict[float, dict], batch_size: int, target: str) -> dict:
+    """The sigma with the least mean squared error among `rows` (sigma -> what `evaluate` gives), and that error."""
+    sigma = min(rows, key=lambda s: mean_squared_error(rows[s], batch_size, target))
+    return {"sigma": sigma, "mse": mean_squared_error(rows[sigma], batch_size, target)}
+
+
+def best_sigma(level: dict, batch_size: int, target: str = "at_data") -> float:
+    """The sigma with the least mean squared error; at the ends of the search 0 (best not to update) or inf (not to clip)."""
+    sigma = level["best"][f"{target} {batch_size}"]["sigma"]
+    return {FINE_SIGMAS[0]: 0.0, FINE_SIGMAS[-1]: math.inf}.get(sigma, sigma)
 
 
 # -------------------- Report --------------------
@@ -376,6 +399,11 @@ def three_levels(levels: list[dict]) -> list[dict]:
     return [min(levels, key=lambda level: abs(math.log(max(level["kl"], 1e-9) / kl))) for kl in (0.02, 0.2, 1.0)]
 
 
+def shown_size(args: dict) -> str:
+    """N of the tables and plots that show one: 64, or the first of --batch-sizes."""
+    return "64" if 64 in args["batch_sizes"] else str(args["batch_sizes"][0])
+
+
 def tables(result: dict) -> str:
     """Markdown: methods at three staleness levels, best sigma against staleness, dominance."""
     args, training = result["args"], result["levels"]["training"]
@@ -386,7 +414,7 @@ def tables(result: dict) -> str:
         "",
     ]
     for level in three_levels(training):
-        size = 64 if 64 in args["batch_sizes"] else args["batch_sizes"][0]
+        size = int(shown_size(args))
         lines += [f"## KL(mu || pi) = {level['kl']:.3f}, std of l = {level['logratio_std']:.2f}", ""]
         lines += [f"| method | bias^2, data | bias^2, pg | variance | MSE, data, N = {size} | ESS | utilisation | max c |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
@@ -402,13 +430,13 @@ def tables(result: dict) -> str:
             ]
             lines.append(f"| {method} | " + " | ".join([f"{number:.2e}" for number in numbers] + rest) + " |")
         lines.append("")
-    lines += ["## The sigma with the least MSE", ""]
+    lines += ["## The sigma with the least MSE (0: no update is best; inf: no clip is)", ""]
     lines += [
         "| KL(mu, pi) | std of l | " + " | ".join(f"N = {n}, {t}" for n in args["batch_sizes"] for t in ("data", "pg")) + " |"
     ]
     lines += ["|---" * (2 + 2 * len(args["batch_sizes"])) + "|"]
     for level in training[1:]:
-        best = [f"{best_sigma(level, n, t):g}" for n in args["batch_sizes"] for t in TARGETS]
+        best = [f"{best_sigma(level, n, t):.2g}" for n in args["batch_sizes"] for t in TARGETS]
         lines.append(f"| {level['kl']:.4f} | {level['logratio_std']:.3f} | " + " | ".join(best) + " |")
     lines += [
         "",
@@ -416,21 +444,21 @@ def tables(result: dict) -> str:
         "",
     ]
     lines += [
-        "| path | target | method | some sigma of the grid | sigma 0.2 | sigma 0.5 | sigma 1 | sigma 2 |",
+        "| path | target | method | some sigma | sigma 0.2 | sigma 0.5 | sigma 1 | sigma 2 |",
         "|---" * 8 + "|",
     ]
     for path, levels in result["levels"].items():
-        stale = [level["methods"] for level in levels if level["kl"] > 1e-9]
+        stale = [level for level in levels if level["kl"] > 1e-9]
         for target in TARGETS:
-            for method in ("ppo", "sapo", "noclip", "truncated-1", "vespo"):
-                shares = []
-                for sigmas in (SIGMAS, (0.2,), (0.5,), (1.0,), (2.0,)):
-                    wins = [dominated(rows[method], [rows[f"gipo-{s:g}"] for s in sigmas], target) for rows in stale]
-                    shares.append(f"{np.mean(wins):.0%}")
-                lines.append(f"| {path} | {target} | {method} | " + " | ".join(shares) + " |")
+            for method in RIVALS:
+                wins = [[level["dominated"][target][method] for level in stale]]
+                for sigma in (0.2, 0.5, 1, 2):
+                    rows = [level["methods"] for level in stale]
+                    wins.append([dominated(row[method], [row[f"gipo-{sigma:g}"]], target) for row in rows])
+                lines.append(f"| {path} | {target} | {method} | " + " | ".join(f"{np.mean(win):.0%}" for win in wins) + " |")
     lines += [
         "",
-        "## MSE relative to GIPO at the best sigma of the grid, geometric mean over the stale levels",
+        "## MSE relative to GIPO at the best sigma of each level, geometric mean over the stale levels",
         "",
     ]
     methods = ["ppo", "sapo", "noclip", "truncated-1", "truncated-2", "vespo", "decoupled"]
@@ -440,16 +468,18 @@ def tables(result: dict) -> str:
         stale = [level for level in levels if level["kl"] > 1e-9]
         for target in TARGETS:
             for size in args["batch_sizes"]:
-                best = [mean_squared_error(v["methods"][f"gipo-{best_sigma(v, size, target):g}"], size, target) for v in stale]
+                best = [level["best"][f"{target} {size}"]["mse"] for level in stale]
                 ratios = [[mean_squared_error(v["methods"][m], size, target) for v in stale] / np.array(best) for m in methods]
                 means = [f"{np.exp(np.log(ratio).mean()):.2f}" for ratio in ratios]
                 lines.append(f"| {path} | {TARGETS[target]} | {size} | " + " | ".join(means) + " |")
-    lines += ["", "## Rule of thumb: best sigma / std of l, median over the levels with 0.001 < KL < 0.3 (training path)", ""]
-    lines += ["| N | at the data's states | policy gradient |", "|---|---|---|"]
-    middle = [level for level in training if 0.001 < level["kl"] < 0.3]
-    for size in args["batch_sizes"]:
-        factors = [np.median([best_sigma(level, size, t) / level["logratio_std"] for level in middle]) for t in TARGETS]
-        lines.append(f"| {size} | {factors[0]:.1f} | {factors[1]:.1f} |")
+    lines += ["", "## Best sigma / std of l, over the levels with 0.001 < KL < 0.3: median (least to largest)", ""]
+    lines += ["| path | N | at the data's states | policy gradient |", "|---|---|---|---|"]
+    for path, levels in result["levels"].items():
+        middle = [level for level in levels if 0.001 < level["kl"] < 0.3]
+        for size in args["batch_sizes"] if middle else ():
+            factors = [[best_sigma(level, size, t) / level["logratio_std"] for level in middle] for t in TARGETS]
+            cells = [f"{np.median(f):.2g} ({min(f):.2g} to {max(f):.2g})" for f in factors]
+            lines.append(f"| {path} | {size} | {cells[0]} | {cells[1]} |")
     lines += ["", "## The bound exp(sigma^2 / 2) on omega rho, and the largest value among the samples of all levels", ""]
     lines += ["| sigma | bound | training path | random path |", "|---|---|---|---|"]
     for sigma in SIGMAS:
@@ -479,7 +509,7 @@ def plot_pareto(result: dict, path: Path) -> None:
                         if s in (0.2, 0.5, 1.0, 2.0):
                             axis.annotate(f"{s:g}", (row["variance"], row[f"bias2_{target}"]), fontsize=7, color=color)
             for method, marker in MARKERS.items():
-                row = level.get("m2po", {}).get("64") if method == "m2po" else level["methods"][method]
+                row = level.get("m2po", {}).get(shown_size(result["args"])) if method == "m2po" else level["methods"][method]
                 if row is None or row["variance"] < 1e-7:
                     continue
                 if row[f"bias2_{target}"] > 1e-12:
@@ -508,15 +538,15 @@ def plot_staleness(result: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     levels = [level for level in result["levels"]["training"] if level["kl"] > 1e-6]
-    kl = [level["kl"] for level in levels]
+    kl, size = [level["kl"] for level in levels], int(shown_size(result["args"]))
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.2))
     lines = {"gipo-0.2": "#56B4E9", "gipo-0.5": "#0072B2", "gipo-1": "#CC79A7", "gipo-2": "#999999"}
     lines |= {"ppo": "#D55E00", "sapo": "#009E73", "noclip": "#000000", "truncated-1": "#E69F00"}
     for axis, target in zip(axes[0, :2], TARGETS, strict=True):
         for method, color in lines.items():
-            errors = [mean_squared_error(level["methods"][method], 64, target) for level in levels]
+            errors = [mean_squared_error(level["methods"][method], size, target) for level in levels]
             axis.loglog(kl, errors, color=color, lw=1.3, ls="-" if method.startswith("gipo") else "--", label=method)
-        axis.set_title(f"MSE at N = 64: {TARGETS[target]}", fontsize=9)
+        axis.set_title(f"MSE at N = {size}: {TARGETS[target]}", fontsize=9)
     axes[0, 0].legend(fontsize=7)
     for batch_size, color in zip(result["args"]["batch_sizes"], ("#56B4E9", "#0072B2", "#000000"), strict=False):
         axes[0, 2].loglog(
@@ -551,7 +581,7 @@ def plot_staleness(result: dict, path: Path) -> None:
 
 def check_args(args: Args) -> None:
     """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
-    limits = {"gamma": (0, 0.999), "slip": (0, 1), "training_steps": (1, 10_000), "learning_rate": (1e-6, 1e3)}
+    limits = {"gamma": (0, 0.999), "slip": (0, 1), "training_steps": (1, 10_000), "learning_rate": (1e-6, 100)}
     limits |= {"advantage_noise": (0, 100), "clip_coef": (1e-6, 1), "samples": (100, 10**7), "seed": (0, 2**32 - 1)}
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
@@ -563,9 +593,12 @@ def check_args(args: Args) -> None:
 def main(args: Args) -> dict:
     """Run the study and write numbers.json, tables.md and two plots. ValueError on bad arguments."""
     check_args(args)
-    result = study(args)
     out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out-dir {out_dir} cannot be made ({error.strerror}): name another folder") from error
+    result = study(args)
     text = tables(result)
     (out_dir / "numbers.json").write_text(json.dumps(rounded(result)) + "\n")
     (out_dir / "tables.md").write_text(text)
