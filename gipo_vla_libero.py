@@ -53,7 +53,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import safetensors
@@ -103,7 +103,10 @@ class Args:
     """Weights & Biases project"""
 
     # ---- environment
-    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = "libero_spatial"
+    suite: Annotated[
+        Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"],
+        tyro.conf.arg(aliases=["--env-id"]),
+    ] = "libero_spatial"
     """LIBERO suite"""
     tasks: tuple[int, ...] = ()
     """numbers of the tasks to train and evaluate on (none: all of the suite)"""
@@ -1706,7 +1709,7 @@ def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
 
 
 def gipo_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
-    """Trust weight omega in (0, 1], detached (eq. 5 of arXiv 2603.18464).
+    """Trust weight omega in (0, 1], detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464).
 
     `logratio` has shape (B,) or (B, d), `advantages` one that broadcasts to it; sigma_pos applies where A > 0.
     """
@@ -1882,7 +1885,7 @@ def next_episode(episode: dict, failures: dict, args, rng) -> tuple[int, int, in
 
 
 @torch.no_grad()
-def evaluate(agent, interface, simulators, args, stop_signals=()) -> dict:
+def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
     """Greedy policy on the first `eval_episodes` initial states of every task, shared among all processes.
 
     -> success_rate, return_mean, episodes, success_by_task {task: rate}, successes [[task, init_state, 0 or 1], ...]. The
@@ -1945,7 +1948,7 @@ def record_videos(agent, interface, args, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
         simulators.episodes = [{}]  # none in flight, that evaluate() would play again
-        evaluate(agent, interface, simulators, dataclasses.replace(args, tasks=(task,), eval_episodes=1))
+        evaluate(agent, dataclasses.replace(args, tasks=(task,), eval_episodes=1), interface, simulators)
         if not dist.is_initialized() or dist.get_rank() == 0:
             frames = [frame[:, ::-1] for frame in simulators.envs.call(0, operator.attrgetter("frames"))]
             ImageSequenceClip(frames, fps=20).write_videofile(str(folder / f"task{task}.mp4"), logger=None)
@@ -2050,7 +2053,7 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
     returns_var = max(mean_row["returns2"] - mean_row["returns"] ** 2, 1e-12)
     return {
         "gipo/trust_min": -extremes[0].item(),
-        "gipo/logratio_max": extremes[1].item(),
+        "gipo/replay_logratio_max": extremes[1].item(),
         "losses/policy_loss": mean_unit["policy_loss"],
         "losses/value_loss": mean_row["value_loss"],
         "losses/entropy": mean_unit["entropy"],
@@ -2129,7 +2132,8 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"cannot read {path} ({type(error).__name__}): give a .pt file written by this script") from error
+        how = "give a file written by this script, or start the run anew with --overwrite instead of --resume"
+        raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -2375,7 +2379,7 @@ def main(args: Args) -> dict:
     interface = make_interface(agent, tokenizer, norm_stats, args, device)
     if args.evaluate:
         simulators = Simulators(args, config, args.num_envs)
-        result = evaluate(agent, interface, simulators, args, stop_signals)
+        result = evaluate(agent, args, interface, simulators, stop_signals)
         simulators.close()
         names = "suite max_steps noop_steps camera_size num_images preprocess jpeg center_crop append_stop attention dtype"
         result["settings"] = {name: getattr(args, name) for name in names.split()}
@@ -2480,7 +2484,7 @@ def main(args: Args) -> dict:
         stop = any_rank(bool(stop_signals))
         if args.eval_episodes > 0 and not stop and (finished or iteration == 0 or passed(args.eval_every)):
             if not evaluations or evaluations[-1]["step"] < global_step:
-                evaluation = evaluate(agent, interface, simulators, args, stop_signals)
+                evaluation = evaluate(agent, args, interface, simulators, stop_signals)
                 stop = any_rank(bool(stop_signals))
                 if not stop:
                     evaluations.append({"step": global_step} | evaluation)
@@ -2492,6 +2496,8 @@ def main(args: Args) -> dict:
                         print(f"\neval at {global_step:,}: {line}" if tty else f"eval at {global_step:,}: {line}", flush=True)
                     if args.capture_video:
                         record_videos(agent, interface, args, run_folder / "videos" / str(global_step))
+        if finished and not args.eval_episodes and rank == 0:
+            save_policy(run_folder / "model", agent, tokenizer, norm_stats)
         if finished or stop:
             break
         iteration += 1
@@ -2542,12 +2548,13 @@ def main(args: Args) -> dict:
         # ==================== ADVANTAGES ====================
         # In `update`, of the minibatch's segments. Here only: the update's forward pass must give the rollout's log-probs.
         with torch.no_grad():
-            rows = rb["valid"][:, slot].nonzero().squeeze(-1)[:micro_batch]
-            inputs = interface.inputs(rb["images"][rows, slot], rb["proprio"][rows, slot], rb["tasks"][rows, slot])
-            fresh = agent.get_action_and_logprob(
-                **inputs, tokens=rb["tokens"][rows, slot].to(device), temperature=args.temperature
-            )[1]
-            log_ratio_max = (fresh.cpu() - rb["logprobs"][rows, slot]).abs().max().item()
+            rows = rb["valid"][:, new].nonzero()
+            rows = rows[torch.linspace(0, len(rows) - 1, min(micro_batch, len(rows))).long()].T  # of all simulators and times
+            t, columns = rows[0], slot + rows[1]
+            inputs = interface.inputs(rb["images"][t, columns], rb["proprio"][t, columns], rb["tasks"][t, columns])
+            tokens = rb["tokens"][t, columns].to(device)
+            fresh = agent.get_action_and_logprob(**inputs, tokens=tokens, temperature=args.temperature)[1]
+            log_ratio_max = (fresh.cpu() - rb["logprobs"][t, columns]).abs().max().item()
 
         # ==================== UPDATE ====================
         t0 = time.perf_counter()

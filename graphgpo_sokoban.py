@@ -790,7 +790,8 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"cannot read {path} ({type(error).__name__}): give a .pt file written by this script") from error
+        how = "--evaluate needs a .pt file written by this script, --overwrite instead of --resume starts a run anew"
+        raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -808,13 +809,15 @@ def git_commit() -> str | None:
         return None
 
 
-def save_models(run_folder: Path, agent, config: dict, evaluation: dict, global_step: int) -> None:
+def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
     """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
-    score = [-1.0 if evaluation["success_rate"] is None else evaluation["success_rate"], evaluation["return_mean"]]
-    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": score}
+    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
+    if evaluation:
+        success = evaluation["success_rate"]
+        model["score"] = [-1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
-    if not best.exists() or score > load_checkpoint(best)["score"]:
+    if evaluation and (not best.exists() or model["score"] > load_checkpoint(best)["score"]):
         save_checkpoint(best, model)
 
 
@@ -1014,6 +1017,8 @@ def main(args: Args) -> dict:
         finished, evaluation = iteration == num_iterations, None
         if args.eval_episodes > 0 and iteration > 0 and (finished or passed(args.eval_every)):
             evaluation = evaluate(agent, args, eval_envs, stop_signals)
+        if finished and not args.eval_episodes:
+            save_models(run_folder, agent, config, None, episodes)
         if evaluation and not stop_signals:
             save_models(run_folder, agent, config, evaluation, episodes)
             for name in ("success_rate", "return_mean", "spl"):

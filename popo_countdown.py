@@ -664,7 +664,7 @@ def generate_groups(policy, task, args, iteration: int, device) -> list[dict]:
 
 # -------------------- Evaluation and files --------------------
 @torch.no_grad()
-def evaluate(policy, task, args, num_problems: int, stop_signals=()) -> dict:
+def evaluate(policy, args, task, num_problems: int, stop_signals=()) -> dict:
     """Sample `eval_samples` responses to each of the first `num_problems` held-out problems, with generators of its own.
 
     Returns `success_rate` (mean over all responses: pass@1), `return_mean` and `episodes`. Ends early once a signal arrived.
@@ -705,7 +705,8 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"cannot read {path} ({type(error).__name__}): give a .pt file written by this script") from error
+        how = "--evaluate needs a .pt file written by this script, --overwrite instead of --resume starts a run anew"
+        raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -723,13 +724,15 @@ def git_commit() -> str | None:
         return None
 
 
-def save_models(run_folder: Path, agent, config: dict, evaluation: dict, global_step: int) -> None:
+def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
     """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
-    score = [-1.0 if evaluation["success_rate"] is None else evaluation["success_rate"], evaluation["return_mean"]]
-    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": score}
+    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
+    if evaluation:
+        success = evaluation["success_rate"]
+        model["score"] = [-1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
-    if not best.exists() or score > load_checkpoint(best)["score"]:
+    if evaluation and (not best.exists() or model["score"] > load_checkpoint(best)["score"]):
         save_checkpoint(best, model)
 
 
@@ -826,7 +829,7 @@ def evaluate_saved_model(args) -> dict:
     torch.set_num_threads(args.torch_threads)
     task, policy = make_task_and_policy(args)
     policy.load_state_dict(saved["model"])
-    result = evaluate(policy.to("cuda" if args.cuda else "cpu"), task, args, args.eval_episodes)
+    result = evaluate(policy.to("cuda" if args.cuda else "cpu"), args, task, args.eval_episodes)
     print(json.dumps(result, indent=2))
     return result
 
@@ -932,7 +935,9 @@ def main(args: Args) -> dict:
         # Before generating more, so that a run which died here evaluates again when resumed. Also before the first update.
         finished, evaluation = iteration == num_iterations, None
         if args.eval_episodes > 0 and (finished or iteration == 0 or passed(args.eval_every)):
-            evaluation = evaluate(policy, task, args, args.eval_episodes, stop_signals)
+            evaluation = evaluate(policy, args, task, args.eval_episodes, stop_signals)
+        if finished and not args.eval_episodes:
+            save_models(run_folder, policy, config, None, global_step)
         if evaluation and not stop_signals:
             save_models(run_folder, policy, config, evaluation, global_step)
             curve.append({"rollouts": global_step, "updates": updates, "success_rate": evaluation["success_rate"]})

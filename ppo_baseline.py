@@ -4,6 +4,7 @@
     loss = -mean(min(rho * A, clip(rho, 1 - eps, 1 + eps) * A))
 
     python ppo_baseline.py --env-id reach-v3             # any Meta-World task, MT10, or a Gymnasium id with a Box action space
+    -> success rate 1.0 on the 50 training goals after 300,000 steps, 3 minutes on one CPU core
 
 --buffer-size 0 (default) is the textbook algorithm: one rollout, stored advantages, shuffled transitions, epochs.
 A larger --buffer-size is PPO-clip on replayed segments with recomputed advantages, all else as in gipo_continuous.py; compare:
@@ -86,7 +87,7 @@ class Args:
     """one process per environment: for slow environments on many cores; on 2 cores reach-v3 runs at 0.89 and pick-place-v3 at
     0.96 of the speed of stepping them in turn"""
     fast_env: bool = True
-    """Meta-World's slow helper functions rewritten, equal to 1e-15; --no-fast-env steps the stock package"""
+    """Meta-World's slow helper functions rewritten, equal to 1e-14; --no-fast-env steps the stock package"""
     reward_scale: float = 0.01
     """constant factor on rewards in the losses, not in the logs: keeps values near 1-10 (Meta-World pays 0-10 per step)"""
 
@@ -218,7 +219,7 @@ class PlainRotation:
 
 @functools.cache
 def fast_meta_world(task: str) -> type:
-    """Subclass of a Meta-World task with its slowest functions rewritten: equal numbers (1e-15) at about half the time.
+    """Subclass of a Meta-World task with its slowest functions rewritten: equal numbers (1e-14) at about half the time.
 
     Most of a stock step is not physics but scipy and numpy calls on arrays of 3 to 9 numbers, and Python loops over contacts.
     """
@@ -493,7 +494,8 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"cannot read {path} ({type(error).__name__}): give a .pt file written by this script") from error
+        how = "--evaluate needs a .pt file written by this script, --overwrite instead of --resume starts a run anew"
+        raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -511,13 +513,15 @@ def git_commit() -> str | None:
         return None
 
 
-def save_models(run_folder: Path, agent, config: dict, evaluation: dict, global_step: int) -> None:
+def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
     """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
-    score = [-1.0 if evaluation["success_rate"] is None else evaluation["success_rate"], evaluation["return_mean"]]
-    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": score}
+    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
+    if evaluation:
+        success = evaluation["success_rate"]
+        model["score"] = [-1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
-    if not best.exists() or score > load_checkpoint(best)["score"]:
+    if evaluation and (not best.exists() or model["score"] > load_checkpoint(best)["score"]):
         save_checkpoint(best, model)
 
 
@@ -537,7 +541,7 @@ def check_args(args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
     if args.num_bins < 2:
         raise ValueError(f"--num-bins {args.num_bins} must be 2 or more")
-    if args.env_id not in [*meta_world, *gym.registry]:
+    if ":" not in args.env_id and args.env_id not in [*meta_world, *gym.registry]:  # module:Name-v0 is registered when built
         nearest = difflib.get_close_matches(args.env_id, [*meta_world, *gym.registry], n=3, cutoff=0.5)
         raise ValueError(f"--env-id {args.env_id} is unknown; try {', '.join(nearest or ['reach-v3', 'HalfCheetah-v5'])}")
     if args.env_id == "MT10" and args.num_envs % len(MT10):
@@ -568,6 +572,21 @@ def check_args(args) -> None:
             env.close()
         except Exception as error:
             raise ValueError(f"--capture-video cannot render ({type(error).__name__}): {how}") from error
+
+
+def env_spaces(args) -> tuple[gym.Space, gym.spaces.Box]:
+    """Observation and action space of the task; ValueError if it cannot be built or its actions are no finite vector."""
+    try:
+        env = make_env(args, 0)()
+    except Exception as error:  # another package is missing, a retired version, ...
+        raise ValueError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise ValueError(f"--env-id {args.env_id} has the action space {space}: choose one with a Box of shape (d,)")
+    if not np.isfinite([space.low, space.high]).all():
+        raise ValueError(f"--env-id {args.env_id} has the action space {space}: choose one with a finite Box")
+    env.close()
+    return env.observation_space, space
 
 
 def typed_flags() -> set[str]:
@@ -611,8 +630,8 @@ def evaluate_saved_model(args) -> dict:
     args = dataclasses.replace(type(args)(**saved["args"]), **own, cuda=False, track=False)
     check_args(args)
     torch.set_num_threads(args.torch_threads)
-    env = make_env(args, 0)()
-    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
+    obs_space, action_space = env_spaces(args)
+    agent = Agent(obs_space.shape[0], action_space.shape[0], args)
     agent.load_state_dict(saved["model"])
     video_dir = path.parent / "videos" if args.capture_video else None
     result = evaluate(agent, args, args.eval_episodes, video_dir)
@@ -643,16 +662,7 @@ def main(args: Args) -> dict:
     elif run_folder.exists() and not args.overwrite:
         raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
     check_args(args)
-    try:
-        probe_env = make_env(args, 0)()
-    except Exception as error:  # another package is missing, a retired version, ...
-        raise ValueError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
-    obs_space, action_space = probe_env.observation_space, probe_env.action_space
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
-        raise ValueError(f"--env-id {args.env_id} has the action space {action_space}: choose one with a Box of shape (d,)")
-    if not np.isfinite([action_space.low, action_space.high]).all():
-        raise ValueError(f"--env-id {args.env_id} has the action space {action_space}: choose one with a finite Box")
-    probe_env.close()
+    obs_space, action_space = env_spaces(args)
     on_policy = args.buffer_size < 2 * args.num_envs * args.num_steps  # GIPO: the textbook form is PPO's alone
     if on_policy:
         args = dataclasses.replace(args, recompute_advantages=False)
@@ -745,6 +755,8 @@ def main(args: Args) -> dict:
             episodes = min(args.eval_episodes, 5) if args.env_id == "MT10" and not finished else args.eval_episodes
             video_dir = run_folder / "videos" / str(global_step) if args.capture_video else None
             evaluation = evaluate(agent, args, episodes, video_dir, stop_signals)
+        if finished and not args.eval_episodes:
+            save_models(run_folder, agent, config, None, global_step)
         if evaluation and not stop_signals:
             save_models(run_folder, agent, config, evaluation, global_step)
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)

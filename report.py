@@ -568,14 +568,14 @@ def graphgpo_report(args: Args) -> str:
     by_method = collections.defaultdict(dict)
     for path in sorted((Path(args.results) / "graphgpo_sokoban" / "runs").glob("*.json")):
         run = json.loads(path.read_text())
-        by_method[run["total_episodes"], run["exp_name"]][run["seed"]] = run
+        by_method[(run["total_episodes"], run["versions"]["algorithm"]), run["exp_name"]][run["seed"]] = run
     parts = ["# GraphGPO on Sokoban", "Means over seeds with 95 % bootstrap intervals. Written by report.py."]
     area = functools.partial(area_under_curve, name="success")
     final = lambda run: run["eval_success_rate"]  # noqa: E731
-    for total in sorted({total for total, _ in by_method}):
-        main_methods = [name for name in ("grpo", "gigpo", "graphgpo") if (total, name) in by_method]
-        others = sorted(name for t, name in by_method if t == total and name not in main_methods)
-        methods = {name: by_method[total, name] for name in [*main_methods, *others]}
+    for total, version in sorted({key for key, _ in by_method}):
+        names = sorted(name for key, name in by_method if key == (total, version))
+        names.sort(key=lambda name: {"grpo": 0, "gigpo": 1, "graphgpo": 2}.get(name, 3))
+        methods = {name: by_method[(total, version), name] for name in names}
         rows = ["| method | seeds | area under training success | IQM | P(larger area than GRPO) | held-out success, end |"]
         rows[0] += " P(more than GRPO) | credit's share of time |\n" + "|---" * 8 + "|"
         baseline = list(methods.get("grpo", {}).values())
@@ -593,7 +593,7 @@ def graphgpo_report(args: Args) -> str:
             row += [mean_and_interval([final(run) for run in runs]), better[1]]
             share = np.sum([run["credit_seconds"] for run in runs]) / np.sum([run["wall_seconds"] for run in runs])
             rows.append("| " + " | ".join(map(str, [*row, f"{share:.0%}"])) + " |")
-        parts += [f"## {total:,} episodes", "\n".join(rows)]
+        parts += [f"## {total:,} episodes, algorithm version {version}", "\n".join(rows)]
         differences = []
         for better, worse in (("graphgpo", "gigpo"), ("gigpo", "grpo"), ("graphgpo-step", "gigpo-step")):
             seeds = sorted(methods.get(better, {}).keys() & methods.get(worse, {}).keys())
@@ -612,7 +612,7 @@ def graphgpo_report(args: Args) -> str:
             rows.append(f"| {name} | " + " | ".join(f"{np.mean(v):.3f}" if v else "-" for v in curves) + " |")
         parts.append("\n".join(rows))
         if not args.check:
-            plot_graphgpo(methods, Path(args.results) / "graphgpo_sokoban" / f"curves-{total}.png")
+            plot_graphgpo(methods, Path(args.results) / "graphgpo_sokoban" / f"curves-{total}-v{version}.png")
     machines = sorted({run["machine"] for runs in by_method.values() for run in runs.values()})
     return "\n\n".join([*parts, f"Machine: {'; '.join(machines)}."]) + "\n" if by_method else ""
 

@@ -242,12 +242,40 @@ def test_without_evaluation_and_overwrite(script, tmp_path, inline):
     code, _, _ = inline(script, flags)
     (folder,) = tmp_path.iterdir()
     result, model = read_json(folder / "result.json"), read_pt(folder / "checkpoint.pt")["model"]
+    assert differences(read_pt(folder / "model.pt")["model"], model) == [] and not (folder / "best_model.pt").exists()
     assert code == 0 and (result["eval_return_mean"], result["eval_success_rate"], result["eval_episodes"]) == (None, None, 0)
     assert not [tag for tag in read_scalars(folder) if tag.startswith("eval/")]
     (folder / "left-over").touch()
     code, _, _ = inline(script, [*flags, SPECIAL["overwrite"]])
     assert code == 0 and not (folder / "left-over").exists()
     assert differences(read_pt(folder / "checkpoint.pt")["model"], model) == []  # the same seed, so the same model
+
+
+@ALL_SCRIPTS
+def test_environment_of_the_users_own_package(script, tmp_path):
+    """`module:Name-v0` is imported and registered by gym.make, in training and for --evaluate."""
+    entry_point = "gymnasium.envs.classic_control:PendulumEnv"
+    line = f"gymnasium.register('Mine-v0', {entry_point!r}, max_episode_steps=50)"
+    (tmp_path / "my_tasks.py").write_text(f"import gymnasium\n{line}\n")
+    flags, environment = ["--env-id", "my_tasks:Mine-v0", *SHORT.split()], {"PYTHONPATH": str(tmp_path)}
+    process, folder = run_script(script, tmp_path / "runs", *flags, **environment)
+    assert process.returncode == 0, process.stderr
+    result = read_json(folder / "result.json")
+    process, _ = run_script(script, tmp_path, "--evaluate", folder / "model.pt", "--eval-episodes", "2", **environment)
+    assert process.returncode == 0 and json.loads(process.stdout)["return_mean"] == result["eval_return_mean"]
+    process, _ = run_script(script, tmp_path, "--evaluate", folder / "model.pt")  # the package is not there
+    assert process.returncode == 2 and process.stderr.startswith("error: --env-id my_tasks:Mine-v0 cannot be built")
+
+
+def test_compiled_run_equals_the_eager_one(finished, inline, tmp_path):
+    """--torch-compile changes rounding only: after 11 rollouts and 110 updates the weights agree."""
+    flags = [flag for flag in RUNS["gipo-compiled"][1].split() if flag != "--torch-compile"]
+    code, _, _ = inline("gipo_continuous", [*flags, "--run-dir", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    eager, compiled = (read_pt(path / "model.pt")["model"] for path in (folder, finished("gipo-compiled")[1]))
+    assert code == 0 and differences(eager, read_pt(folder / "checkpoint.pt")["model"]) == []
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @ALL_SCRIPTS
@@ -433,6 +461,7 @@ def test_existing_folder(script, tmp_path, inline):
     before["checkpoint.pt"] = (folder / "checkpoint.pt").stat().st_mtime_ns
     code, _, error = inline(script, [*flags, "--resume"])
     assert code == 2 and error.startswith("error: cannot read") and "checkpoint.pt" in error and error.count("\n") == 1
+    assert "--overwrite instead of --resume" in error
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 

@@ -79,6 +79,23 @@ def test_tags_stand_at_differences_only():
     assert tagged and not set(tagged) & set(PPO.read_text().splitlines())
 
 
+def test_readme_shows_the_core_of_the_diff():
+    """Its lines, shortened only by the docstrings between them, stand in the file that each sign names."""
+    shown = re.search(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1].splitlines()
+    ppo, gipo = (" ".join(top_level(path)[0]["policy_objective"].split()) for path in (PPO, GIPO))
+    assert {line[0] for line in shown} == {" ", "-", "+"}
+    for line in shown:
+        words = " ".join(line[1:].split())
+        assert (words in ppo, words in gipo) == (line[0] != "+", line[0] != "-"), line
+
+
+def test_style():
+    """What .pre-commit-config.yaml does at every commit; ruff's settings are in pyproject.toml."""
+    for command in (["check"], ["format", "--check"]):
+        process = subprocess.run([sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True)
+        assert process.returncode == 0, process.stdout
+
+
 @SCRIPTS
 def test_no_project_module_is_imported(path):
     """Every script stands alone: it runs when it is the only file copied."""

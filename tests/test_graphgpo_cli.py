@@ -172,7 +172,7 @@ def test_graphgpo_without_graph_is_grpo(tmp_path):
     models = {}
     for method, beta in (("grpo", 1.0), ("gigpo", 0.0), ("graphgpo", 0.0), ("gigpo", 1.0), ("graphgpo", 1.0)):
         main(Args(advantage=method, beta_graph=beta, exp_name=f"{method}{beta}", **flags))
-        models[method, beta] = read_pt(tmp_path / f"Sokoban__{method}{beta}__1" / "checkpoint.pt")["model"]
+        models[method, beta] = read_pt(tmp_path / f"Sokoban__{method}{beta}__1" / "model.pt")["model"]
     grpo = models.pop("grpo", None) or models.pop(("grpo", 1.0))
     assert differences(grpo, models["gigpo", 0.0]) == differences(grpo, models["graphgpo", 0.0]) == []
     assert differences(grpo, models["gigpo", 1.0]) and differences(grpo, models["graphgpo", 1.0])

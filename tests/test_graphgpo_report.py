@@ -14,12 +14,18 @@ import report
 from graphgpo_sokoban import Args, main
 
 
-def written(folder, exp_name, seed, level, final):
+def written(folder, exp_name, seed, level, final, version=1):
     """A collected run whose success rises in a line to twice the mean `level`."""
     curves = {"success": np.linspace(0, 2 * level, 30).tolist(), "held_out_success": [None, *[final] * 29]}
     curves |= {"entropy": [1.0] * 30, "episodes": list(range(100, 3001, 100))}
     run = {"exp_name": exp_name, "seed": seed, "total_episodes": 3000, "eval_success_rate": final, "curves": curves}
-    run |= {"credit_seconds": 1.0, "wall_seconds": 10.0, "machine": "a computer", "args": {}, "versions": {"algorithm": 1}}
+    run |= {
+        "credit_seconds": 1.0,
+        "wall_seconds": 10.0,
+        "machine": "a computer",
+        "args": {},
+        "versions": {"algorithm": version},
+    }
     path = folder / "graphgpo_sokoban" / "runs" / f"{exp_name}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run))
@@ -39,11 +45,20 @@ def test_table_and_plot(tmp_path):
     assert line.split(" | ")[6] == "0.50 [0.50, 0.50]"  # equal final success: ties count half
     assert rows["graphgpo - gigpo"][2] == "+0.050 [+0.050, +0.050]"
     assert rows["gigpo - grpo"][3] == "+0.000 [+0.000, +0.000] |"
-    plot = tmp_path / "graphgpo_sokoban" / "curves-3000.png"
+    plot = tmp_path / "graphgpo_sokoban" / "curves-3000-v1.png"
     assert plot.stat().st_size > 10_000
     plot.unlink()
     assert report.graphgpo_report(report.Args(results=str(tmp_path), runs=str(tmp_path), check=True)) == text
     assert not plot.exists()
+
+
+def test_versions_are_not_mixed(tmp_path):
+    written(tmp_path, "grpo", 1, 0.1, 0.3)
+    written(tmp_path, "grpo", 2, 0.2, 0.3, version=2)
+    text = report.graphgpo_report(report.Args(results=str(tmp_path), runs=str(tmp_path), check=True))
+    assert "## 3,000 episodes, algorithm version 1\n" in text and "## 3,000 episodes, algorithm version 2\n" in text
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| grpo | 1 |")]
+    assert [line[2].split()[0] for line in lines] == ["0.100", "0.200"]
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,9 @@ def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):
     models = [read_pt(tmp_path / f"modular-addition__{name}__1" / "model.pt")["model"] for name in ("first", "second", "grpo")]
     assert differences(models[0], models[1]) == [] and differences(models[0], models[2])
     run_inline(tmp_path, f"{flags} --exp-name other --seed 2")
-    run_inline(tmp_path, f"{flags} --exp-name longer --warmup-steps 41")
+    result, folder = run_inline(tmp_path, f"{flags} --exp-name longer --warmup-steps 41 --eval-episodes 0")
+    assert result["eval_episodes"] == 0 and not (folder / "best_model.pt").exists()
+    assert differences(read_pt(folder / "model.pt")["model"], read_pt(folder / "checkpoint.pt")["model"]) == []
     assert len([*(tmp_path / "warmup").iterdir()]) == 3
 
 
@@ -179,9 +181,9 @@ def test_warm_up_teaches_the_format_only():
     args = popo.Args(hidden_size=48, num_layers=2, num_heads=2, warmup_steps=100, format_reward=0.1, warmup_learning_rate=5e-3)
     torch.manual_seed(0)
     task, policy = popo.make_task_and_policy(args)
-    untrained = popo.evaluate(policy, task, args, 256)
+    untrained = popo.evaluate(policy, args, task, 256)
     popo.warm_up(policy, task, args)
-    trained = popo.evaluate(policy, task, args, 256)
+    trained = popo.evaluate(policy, args, task, 256)
     formed = [(r["return_mean"] - 0.9 * r["success_rate"]) / 0.1 for r in (untrained, trained)]
     assert formed[0] < 0.02 and formed[1] > 0.4
     assert trained["success_rate"] < 0.15 * formed[1]

@@ -298,7 +298,7 @@ def test_policy_gradient_on_fresh_data(method):
         assert float((got[name] - gradient).abs().max()) <= 1e-5 * max(float(gradient.abs().max()), 1e-2), name
     assert stats["gipo/utilization"] == 1.0
     assert abs(stats["gipo/effective_sample_size"] - 1) < 1e-5
-    assert stats["gipo/logratio_max"] < 1e-4
+    assert stats["gipo/replay_logratio_max"] < 1e-4
 
 
 def test_critic_warmup_leaves_the_policy_alone():
@@ -390,7 +390,7 @@ def test_videos_show_their_own_task(tmp_path, monkeypatch):
         def close(self):
             seen.append("closed")
 
-    def evaluate(agent, interface, simulators, args):
+    def evaluate(agent, args, interface, simulators):
         seen.append((args.tasks, args.eval_episodes, list(simulators.episodes)))
         simulators.episodes = [{"task": args.tasks[0]}]
 

@@ -137,6 +137,7 @@ def test_clone_and_demonstrations_are_made_once(finished):
     process, _ = run_script(NAME, run_dir, *SMALL, "--exp-name", "second", "--total-timesteps", 32, "--eval-episodes", 0)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "cloning:" not in process.stdout
+    assert (run_dir / "libero_spatial__second__1" / "model" / "config.json").exists()  # also where it was not evaluated
     assert before == cached() and len(before) == 2
 
 
@@ -229,6 +230,10 @@ def test_two_processes_train_together(finished, tmp_path):
     (folder / "result.json").unlink()  # as if the run had to go on
     alone, _ = run_script(NAME, run_dir, *command[command.index("--preset") :], "--resume")
     assert alone.returncode == 2 and "was run by 2 processes, not 1" in alone.stderr
+
+
+def test_env_id_is_another_name_of_suite():
+    assert vla.parse_args(["--preset", "tiny", "--env-id", "libero_goal"]).suite == "libero_goal"
 
 
 def test_importing_does_nothing():
