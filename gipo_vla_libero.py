@@ -1705,13 +1705,16 @@ def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
         return -0.5 * x**2
     if kernel == "laplacian":
         return -x.abs()
-    return -torch.log1p(x**2)  # cauchy
+    if kernel == "cauchy":
+        return -torch.log1p(x**2)
+    raise ValueError(f"unknown kernel {kernel}")
 
 
 def gipo_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
     """Trust weight omega in (0, 1], detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464).
 
-    `logratio` has shape (B,) or (B, d), `advantages` one that broadcasts to it; sigma_pos applies where A > 0.
+    `logratio` has shape (B,) or (B, d), `advantages` one that broadcasts to it; sigma_pos applies where A > 0. For importers:
+    an update uses its logarithm.
     """
     return gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel).exp()
 
@@ -2132,7 +2135,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        how = "give a file written by this script, or start the run anew with --overwrite instead of --resume"
+        how = "it is no .pt file of this script, or damaged; --overwrite instead of --resume starts the run anew"
         raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 

@@ -790,7 +790,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        how = "--evaluate needs a .pt file written by this script, --overwrite instead of --resume starts a run anew"
+        how = "it is no .pt file of this script, or damaged; --overwrite instead of --resume starts the run anew"
         raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
@@ -837,14 +837,15 @@ def saved_args(args, run_folder: Path):
     version = saved.pop("algorithm_version", None)
     if version != ALGORITHM_VERSION:
         raise ValueError(f"--resume: {run_folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
-    if set(saved) != set(vars(args)):
+    if not set(saved) <= set(vars(args)):  # fewer is an older file's run: what was added since has its default
         raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
     for field in dataclasses.fields(args):
         given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
         named = field.name in typed_flags() or given != field.default
-        if field.name not in own and named and given != saved[field.name]:
+        has = saved.get(field.name, field.default)
+        if field.name not in own and named and given != has:
             flag = f"--{field.name.replace('_', '-')}"
-            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[field.name]}: drop the flag")
+            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {has}: drop the flag")
     return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
 
 
@@ -915,7 +916,7 @@ def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the held-out levels of the settings it was trained with."""
     path = Path(args.evaluate)
     saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or set(saved.get("args", ())) != set(vars(args)):
+    if not isinstance(saved, dict) or not saved.get("args") or not set(saved["args"]) <= set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     own = {name: getattr(args, name) for name in ("eval_episodes", "eval_temperature", "torch_threads", "cuda")}
     own |= {"model": args.model or saved["args"]["model"], "microbatch_size": args.microbatch_size}  # it may have moved

@@ -24,6 +24,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import resource
 import shutil
 import signal
@@ -46,6 +47,7 @@ from metaworld.wrappers import OneHotWrapper, RandomTaskSelectWrapper
 META_WORLD = metaworld.ALL_V3_ENVIRONMENTS
 MT10 = list(metaworld.env_dict.MT10_V3)
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
+MAX_EPISODE_STEPS = 10_000  # of an environment that sets no time limit: without one, evaluation might never end
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 
 
@@ -82,7 +84,8 @@ class Args:
     env_id: str = "reach-v3"
     """a Meta-World task (reach-v3, ...), MT10, or any Gymnasium id with a Box action space (HalfCheetah-v5, ...)"""
     num_envs: int = 8
-    """N: parallel environments (MT10: a multiple of 10)"""
+    """N: parallel environments (MT10: a multiple of 10); a rollout has N * num_steps steps, so a larger N makes the replay
+    younger and uses every step less often unless buffer_size and updates_per_iteration grow with it"""
     async_envs: bool = False
     """one process per environment: for slow environments on many cores; on 2 cores reach-v3 runs at 0.89 and pick-place-v3 at
     0.96 of the speed of stepping them in turn"""
@@ -111,7 +114,7 @@ class Args:
     critic_lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """how the critic's step size falls to 0 over the run"""
     lr_warmup: float = 0.0
-    """share of the run over which both step sizes rise linearly to their value"""
+    """share of the run over which both step sizes rise linearly to their value, from 0 in the first rollout"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -179,14 +182,15 @@ class EpisodeRecorder(gym.Wrapper):
         return obs, {}
 
     def step(self, action):
+        self.actions.append(action.copy())  # before the step, which may change it in place
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.actions.append(action.copy())
-        if "success" in info:  # one successful step makes a successful episode, as Meta-World defines it
-            self.success = max(self.success or 0.0, float(info["success"]))
+        success = info.get("success", info.get("is_success"))  # Meta-World's name, Gymnasium-Robotics' name
+        if success is not None:  # one successful step makes a successful episode, as Meta-World defines it
+            self.success = max(self.success or 0.0, float(success))
         if not (terminated or truncated):
             return obs, reward, terminated, truncated, {}
-        last_info = {"episode": info["episode"]}
-        return obs, reward, terminated, truncated, last_info | ({} if self.success is None else {"success": self.success})
+        last_info = {"episode": info["episode"]} | ({} if self.success is None else {"success": self.success})
+        return np.array(obs), reward, terminated, truncated, last_info  # a copy: the reset that follows may reuse the memory
 
     def snapshot(self) -> dict:
         """State of the current episode as plain types."""
@@ -282,7 +286,10 @@ def make_env(args, idx: int, render_mode: str | None = None):
                 env = OneHotWrapper(env, idx % len(MT10), len(MT10))
             env = RandomTaskSelectWrapper(gym.wrappers.RecordEpisodeStatistics(env), goals)
         else:
-            env = gym.wrappers.RecordEpisodeStatistics(gym.make(args.env_id, render_mode=render_mode))
+            env = gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}))
+            if env.spec.max_episode_steps is None:
+                env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+            env = gym.wrappers.RecordEpisodeStatistics(env)
             if len(env.observation_space.shape or ()) != 1:
                 env = gym.wrappers.FlattenObservation(env)
             env.reset(seed=1000 * args.seed + idx)
@@ -292,8 +299,9 @@ def make_env(args, idx: int, render_mode: str | None = None):
 
 
 def to_env_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """Map policy actions to the Box: clip to [-1, 1], then affinely onto [low, high]."""
-    return (space.low + (np.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (space.high - space.low)).astype(space.dtype)
+    """Map policy actions to the Box: clip to [-1, 1], then affinely onto [low, high], which rounding must not overstep."""
+    action = space.low + (np.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (space.high - space.low)
+    return np.clip(action, space.low, space.high).astype(space.dtype)
 
 
 # -------------------- Agent --------------------
@@ -494,7 +502,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        how = "--evaluate needs a .pt file written by this script, --overwrite instead of --resume starts a run anew"
+        how = "it is no .pt file of this script, or damaged; --overwrite instead of --resume starts the run anew"
         raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
@@ -583,7 +591,9 @@ def env_spaces(args) -> tuple[gym.Space, gym.spaces.Box]:
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         raise ValueError(f"--env-id {args.env_id} has the action space {space}: choose one with a Box of shape (d,)")
-    if not np.isfinite([space.low, space.high]).all():
+    if not np.issubdtype(space.dtype, np.floating):
+        raise ValueError(f"--env-id {args.env_id} has the action space {space}: choose one with real numbers")
+    if not (np.isfinite([space.low, space.high]).all() and np.abs([space.low, space.high]).max() < 1e30):
         raise ValueError(f"--env-id {args.env_id} has the action space {space}: choose one with a finite Box")
     env.close()
     return env.observation_space, space
@@ -605,14 +615,15 @@ def saved_args(args, run_folder: Path):
     version = saved.pop("algorithm_version", None)
     if version != ALGORITHM_VERSION:
         raise ValueError(f"--resume: {run_folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
-    if set(saved) != set(vars(args)):
+    if not set(saved) <= set(vars(args)):  # fewer is an older file's run: what was added since has its default
         raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
     for field in dataclasses.fields(args):
         given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
         named = field.name in typed_flags() or given != field.default
-        if field.name not in own and named and given != saved[field.name]:
+        has = saved.get(field.name, field.default)
+        if field.name not in own and named and given != has:
             flag = f"--{field.name.replace('_', '-')}"
-            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[field.name]}: drop the flag")
+            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {has}: drop the flag")
     return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
 
 
@@ -620,7 +631,7 @@ def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
     path = Path(args.evaluate)
     saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or set(saved.get("args", ())) != set(vars(args)):
+    if not isinstance(saved, dict) or not saved.get("args") or not set(saved["args"]) <= set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     own = {name: getattr(args, name) for name in ("eval_episodes", "capture_video", "torch_threads", "fast_env")}
     for name in sorted(typed_flags() & set(saved["args"]) - {*own, "evaluate", "run_dir"}):
@@ -678,6 +689,8 @@ def main(args: Args) -> dict:
     write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION})
 
     torch.set_num_threads(args.torch_threads)
+    random.seed(args.seed)  # the first two for environments that draw from them
+    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     agent = Agent(obs_space.shape[0], action_space.shape[0], args).to(device)
@@ -703,8 +716,7 @@ def main(args: Args) -> dict:
         "advantages": torch.zeros(shape, device=device),  # of collection time; used unless they are recomputed
         "returns": torch.zeros(shape, device=device),
     }
-
-    used = [key for key in rb if not (args.recompute_advantages and key in ("advantages", "returns"))]
+    used = [key for key in rb if not (args.recompute_advantages and key in ("advantages", "returns"))]  # what an update reads
 
     num_iterations, iteration = math.ceil(args.total_timesteps / rollout_size), 0
     seconds = {"env": 0.0, "policy": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
@@ -715,7 +727,7 @@ def main(args: Args) -> dict:
     if checkpoint:
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        for key, value in checkpoint["replay"].items():
+        for key, value in checkpoint.pop("replay").items():
             rb[key][:, : value.shape[1]] = value
         iteration, seconds = checkpoint["iteration"], checkpoint["seconds"]
         recent_returns.extend(checkpoint["recent_returns"])
@@ -772,7 +784,8 @@ def main(args: Args) -> dict:
 
         iteration += 1
         iteration_start = time.perf_counter()
-        progress, (actor_group, critic_group) = (iteration - 1) / num_iterations, optimizer.param_groups
+        progress = (iteration - 1) / num_iterations
+        actor_group, critic_group = optimizer.param_groups
         actor_group["lr"] = args.learning_rate * lr_share(args.lr_schedule, progress, args.lr_warmup)
         critic_group["lr"] = args.critic_learning_rate * lr_share(args.critic_lr_schedule, progress, args.lr_warmup)
 
@@ -788,6 +801,8 @@ def main(args: Args) -> dict:
             t1 = time.perf_counter()
             obs_np, rewards, terminations, truncations, infos = envs.step(to_env_action(action.cpu().numpy(), action_space))
             t2 = time.perf_counter()
+            if not np.isfinite(obs_np).all():
+                raise FloatingPointError(f"--env-id {args.env_id}: an observation is not finite after step {global_step:,}")
             seconds["policy"] += t1 - t0
             seconds["env"] += t2 - t1
             dones = terminations | truncations
@@ -815,7 +830,7 @@ def main(args: Args) -> dict:
 
         # ==================== ADVANTAGES ====================
         # Those of collection time; by default the update recomputes them.
-        fresh = {key: value[:, new] for key, value in rb.items()}
+        fresh = {key: value[:, new] for key, value in rb.items()}  # views: writing into them writes into the replay
         with torch.no_grad():
             # Nothing changed since these actions were taken, so l is 0 up to rounding, or something is broken.
             fresh_logprob = agent.get_action_and_logprob(fresh["obs"], fresh["actions"])[1]
@@ -862,7 +877,7 @@ def main(args: Args) -> dict:
             if args.ratio == "joint":
                 logratio = joint_logratio
             else:
-                mb_advantages = mb_advantages.unsqueeze(-1)
+                mb_advantages = mb_advantages.unsqueeze(-1)  # the same for every action dimension
             objective, trust = policy_objective(logratio, mb_advantages, args)
             pg_loss = -objective.mean()
             v_loss = 0.5 * ((newvalue - mb_returns) ** 2).mean()
@@ -928,7 +943,8 @@ def main(args: Args) -> dict:
             state = {
                 "model": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "replay": {key: value[:, :num_filled] for key, value in rb.items()},
+                # Cloned while it fills up, for a slice would be saved with all the memory behind it.
+                "replay": {k: v if num_filled == num_segments else v[:, :num_filled].clone() for k, v in rb.items()},
                 "iteration": iteration,
                 "seconds": seconds,
                 "recent_returns": list(recent_returns),

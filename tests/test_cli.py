@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import sys
 
 import gymnasium as gym
@@ -339,8 +340,8 @@ class OddBox(gym.Env):
 
     observation_space = gym.spaces.Box(-1.0, 1.0, (3,))
 
-    def __init__(self, low=-1.0, high=1.0, shape=(1,), nan_at=None, render_mode=None):
-        self.action_space, self.nan_at = gym.spaces.Box(low, high, shape), nan_at
+    def __init__(self, low=-1.0, high=1.0, shape=(1,), dtype=np.float32, nan_at=None, inf_at=None):
+        self.action_space, self.nan_at, self.inf_at = gym.spaces.Box(low, high, shape, dtype), nan_at, inf_at
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -349,10 +350,13 @@ class OddBox(gym.Env):
 
     def step(self, action):
         self.steps += 1
-        return np.zeros(3, np.float32), float("nan") if self.steps == self.nan_at else 1.0, False, False, {}
+        obs = np.full(3, np.inf if self.steps == self.inf_at else 0.0, np.float32)
+        return obs, float("nan") if self.steps == self.nan_at else 1.0, False, False, {}
 
 
-for name, kwargs in {"Infinite": {"high": np.inf}, "Matrix": {"shape": (2, 2)}, "NaN": {"nan_at": 50}}.items():
+ODD = {"Infinite": {"high": np.inf}, "Huge": {"high": np.finfo(np.float32).max}, "Matrix": {"shape": (2, 2)}}
+ODD |= {"Integer": {"dtype": np.int32}, "NaN": {"nan_at": 50}, "Inf": {"inf_at": 50}}
+for name, kwargs in ODD.items():
     gym.register(f"{name}-v0", entry_point=OddBox, kwargs=kwargs, disable_env_checker=True)
 
 NEGATIVE = (
@@ -375,6 +379,8 @@ BAD = [  # fields, and what the sentence must name
     ({"env_id": "CartPole-v1"}, "--env-id CartPole-v1"),
     ({"env_id": "Infinite-v0"}, "--env-id Infinite-v0"),
     ({"env_id": "Matrix-v0"}, "--env-id Matrix-v0"),
+    ({"env_id": "Huge-v0"}, "--env-id Huge-v0"),
+    ({"env_id": "Integer-v0"}, "--env-id Integer-v0"),
     ({"env_id": "MT10", "num_envs": 8}, "--num-envs 8"),
     ({"env_id": "reach-v3", "eval_episodes": 51}, "--eval-episodes 51"),
     ({"num_bins": 1}, "--num-bins 1"),
@@ -400,6 +406,14 @@ def test_bad_arguments(script, fields, message, tmp_path):
 def test_bad_arguments_of_one_script(script, name, tmp_path):
     main, args = arguments(script, run_dir=str(tmp_path), **{name: OWN[script][name]})
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
+        main(args)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("weight", ["sapo", "none"])
+def test_one_sided_trust_is_for_gipo(weight, tmp_path):
+    main, args = arguments("gipo_continuous", run_dir=str(tmp_path), trust_weight=weight, trust_side="outward")
+    with pytest.raises(ValueError, match=f"--trust-side outward is for --trust-weight gipo, not {weight}"):
         main(args)
     assert not any(tmp_path.iterdir())
 
@@ -474,6 +488,45 @@ def test_evaluate_refuses_other_files(script, finished, tmp_path, inline):
     for path in (own / "checkpoint.pt", tmp_path / "tensor.pt", other / "model.pt"):
         code, _, error = inline(script, ["--evaluate", str(path)])
         assert code == 2 and error.startswith("error: ") and path.name in error and error.count("\n") == 1, path
+
+
+@ALL_SCRIPTS
+def test_a_run_of_an_older_file_goes_on(script, finished, tmp_path, inline):
+    """A field added to Args since has its default, for --resume and --evaluate; a field that is gone is another script's."""
+    _, folder = finished("gipo-bins" if script == "gipo_continuous" else "ppo-bins")
+    older = tmp_path / folder.name
+    shutil.copytree(folder, older)
+    (older / "result.json").unlink()
+    args, model = read_json(older / "args.json"), read_pt(older / "model.pt")
+    del args["adv_std_floor"], args["wandb_project"], model["args"]["wandb_project"]
+    (older / "args.json").write_text(json.dumps(args))
+    torch.save(model, older / "model.pt")
+    flags = ["--env-id", "Reacher-v5", "--run-dir", str(tmp_path), "--resume"]
+    code, _, error = inline(script, flags)
+    assert code == 0, error  # 0 is not its default, but the older file did not say so
+    assert read_json(older / "args.json")["adv_std_floor"] == 0.1 and (older / "result.json").exists()
+    code, output, error = inline(script, ["--evaluate", str(older / "model.pt"), "--eval-episodes", "1"])
+    assert code == 0 and json.loads(output)["episodes"] == 1, error
+    (older / "args.json").write_text(json.dumps(args | {"temperature": 1.0}))
+    code, _, error = inline(script, flags)
+    assert code == 2 and "is another script's or version's run" in error
+
+
+@ALL_SCRIPTS
+def test_a_checkpoint_holds_no_more_replay_than_there_is(script, tmp_path):
+    main, args = arguments(script, run_dir=str(tmp_path), buffer_size=100_000)
+    main(args)
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    assert read_pt(path)["replay"]["obs"].shape == (32, 8, 3) and path.stat().st_size < 200_000
+
+
+@ALL_SCRIPTS
+def test_an_infinite_observation_stops_before_it_spoils_the_normaliser(script, tmp_path):
+    main, args = arguments(script, env_id="Inf-v0", run_dir=str(tmp_path), checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match="--env-id Inf-v0: an observation is not finite after step 98"):
+        main(args)
+    checkpoint = read_pt(next(tmp_path.glob("*/checkpoint.pt")))
+    assert checkpoint["iteration"] == 1 and all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
 @ALL_SCRIPTS

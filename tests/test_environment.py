@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pickle
+import random
 import signal
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from conftest import differences
 from metaworld.policies import ENV_POLICY_MAP
 from scipy.spatial.transform import Rotation
 
@@ -389,6 +391,13 @@ def test_action_map_is_affine_and_clipped():
     assert mapped.dtype == space.dtype and all(space.contains(action) for action in mapped)
 
 
+def test_rounding_does_not_overstep_the_action_box():
+    bounds = np.arange(-300, 301, 7, dtype=np.float32) / 100
+    for low, high in ((low, high) for low in bounds for high in bounds if low < high):
+        space = gym.spaces.Box(low, high, (2,))
+        assert space.contains(gipo.to_env_action(np.array([-1, 1], np.float32), space)), space
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_plain_rotation_is_scipys(seed):
     """Every branch (largest of x, y, z, trace), half turns and the identity, the sign of the quaternion included."""
@@ -510,6 +519,72 @@ def test_evaluation_where_no_success_is_reported():
     assert len(seen) == 800 and seen[0] != seen[200] and seen[:400] == seen[400:]
     stopped = gipo.evaluate(agent, args, 2, stop_signals=[signal.SIGTERM])
     assert stopped["episodes"] == 0 and stopped["return_mean"] is None
+
+
+# -------------------- Environments of other people --------------------
+class Careless(gym.Env):
+    """No `render_mode`, no time limit, one array for every observation, actions changed in place, global random numbers."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self):
+        self.state = np.zeros(2, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state[:] = 0
+        return self.state, {}
+
+    def step(self, action):
+        action *= 0.5
+        self.state += 1 + action + 0.1 * np.float32(np.random.rand()) + 0.1 * np.float32(random.random())
+        return self.state, float(self.state[0]), False, False, {"is_success": self.state[0] > 3}
+
+
+@pytest.fixture
+def careless_env_id():
+    gym.register("Careless-v0", entry_point=Careless, disable_env_checker=True)
+    yield "Careless-v0"
+    del gym.registry["Careless-v0"]
+
+
+@SCRIPTS
+def test_a_careless_environment_is_recorded_faithfully(script, careless_env_id, monkeypatch):
+    monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 5)
+    args = script.Args(env_id=careless_env_id)
+    envs = gym.vector.SyncVectorEnv([script.make_env(args, i) for i in range(2)], autoreset_mode=SAME_STEP)
+    envs.reset()
+    for step in range(1, 6):
+        actions = np.full((2, 1), 0.4, np.float32)
+        obs, _, terminations, truncations, infos = envs.step(actions)
+        assert not terminations.any() and truncations.all() == (step == 5)  # no time limit of its own: it gets one
+        if step == 4:
+            before = obs.copy()
+            taken = [[*snapshot["actions"]] for snapshot in envs.call("snapshot")]
+    np.testing.assert_array_equal(np.array(taken), np.float32(0.4))  # not what the environment made of them
+    np.testing.assert_array_equal(obs, 0.0)
+    assert (np.stack(infos["final_obs"]) > before + 1).all()  # the last observation, not the reset's in the same memory
+    np.testing.assert_array_equal(infos["final_info"]["success"], 1.0)
+    np.testing.assert_array_equal(infos["final_info"]["episode"]["l"], 5)
+
+
+@SCRIPTS
+def test_a_careless_environment_trains_reproducibly(script, careless_env_id, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 5)
+    sizes = {
+        "num_envs": 2,
+        "num_steps": 16,
+        "total_timesteps": 64,
+        "minibatch_size": 32,
+        "hidden_size": 16,
+        "eval_episodes": 2,
+    }
+    for name in ("one", "two"):
+        result = script.main(script.Args(env_id=careless_env_id, run_dir=str(tmp_path), exp_name=name, **sizes))
+        assert result["eval_success_rate"] == result["train_success_rate"] == 1.0
+    one, two = (script.load_checkpoint(path)["model"] for path in tmp_path.glob("*/checkpoint.pt"))
+    assert differences(one, two) == []
 
 
 # -------------------- The rollout of main() --------------------
