@@ -5,6 +5,7 @@ Every parity test has its negative controls: the mistakes that users of other co
 """
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -331,7 +332,8 @@ def test_preprocessing_equals_the_reference():
     assert pixels.shape == (1, 6, 224, 224) and pixels.dtype == torch.float32
     rows, columns = G["pre_norm_pixels"].T
     assert np.abs(pixels[0].numpy()[:, rows, columns].T - G["pre_norm_values"]).max() < 1e-5
-    whole = vla.preprocess(camera_image()[::-1, ::-1][None, None].copy(), vla.PolicyConfig(), make_args(), "cpu")
+    images = vla.resize_images(camera_image()[::-1, ::-1][None, None].copy(), vla.PolicyConfig(), make_args())
+    whole = vla.normalize_images(images, make_args())
     assert torch.equal(whole, pixels)
 
 
@@ -778,7 +780,7 @@ def test_save_without_a_source(tmp_path, monkeypatch):
     args = make_args(use_proprio=True, train="full")
     agent = vla.init_random(config, args, "cpu")
     monkeypatch.setattr(vla, "SHARD_BYTES", 200_000)
-    monkeypatch.setitem(vla.write_shards.__globals__, "SHARD_BYTES", 200_000)
+    monkeypatch.setitem(vla.save_policy.__globals__, "SHARD_BYTES", 200_000)
     vla.save_policy(tmp_path / "tiny", agent, tokenizer, {"libero_spatial": DATA})
     assert len(list((tmp_path / "tiny").glob("model-*.safetensors"))) > 1
     again, tokenizer, stats = vla.load_policy(str(tmp_path / "tiny"), args, "cpu")
@@ -789,8 +791,7 @@ def test_save_without_a_source(tmp_path, monkeypatch):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="--use-proprio"):
         vla.load_policy(str(tmp_path / "tiny"), make_args(use_proprio=False), "cpu")
-    processor = json.loads((tmp_path / "tiny" / "preprocessor_config.json").read_text())
-    assert processor["tvf_normalize_params"][0]["mean"] == [0.484375, 0.455078125, 0.40625]
+    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["policy_config"] == dataclasses.asdict(config)
 
 
 def remove_key(weights):
@@ -880,6 +881,10 @@ def test_adapter_folder(weights, tmp_path, nested):
     tensors["base_model.model.projector.fc9.lora_A.weight"] = torch.zeros(2, 2)
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="fc9"):
+        vla.load_policy(str(folder), make_args(), "cpu")
+    config = {"base_model_name_or_path": base, "r": 2, "lora_alpha": 1, "alpha_pattern": {"fc1": 8}}  # another scale per layer
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="only plain LoRA"):
         vla.load_policy(str(folder), make_args(), "cpu")
 
 
