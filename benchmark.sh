@@ -31,24 +31,32 @@ case "$suite" in
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
     vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="recent stale" steps=102400 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo, vla or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo, vla or throughput"; exit 0 ;;
 esac
 shift
-workers=$(env -u OMP_NUM_THREADS nproc) dry_run="" slurm=""
+workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm=""
+if [ "$suite" = vla ]; then # 6 GB for the five processes of a run
+    fitting=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 4000000) / 1000 * $(getconf PAGESIZE) / 6000000))
+    [ "$fitting" -ge "$workers" ] || workers=$((fitting > 0 ? fitting : 1))
+fi
+meaningless="" # options
+case $suite in graphgpo) meaningless="--tasks --regimes" ;; popo) meaningless="--regimes" ;; throughput) meaningless="--seeds --methods --regimes" ;; esac
 while [ $# -gt 0 ]; do
     case "$1" in
         --tasks | --seeds | --methods | --regimes | --steps | --workers)
             [ $# -ge 2 ] || die "$1 needs a value"
+            [[ " $meaningless " != *" $1 "* ]] || die "$1 means nothing for $suite: drop it"
             declare "${1#--}=$2" && shift 2 ;;
         --dry-run) dry_run=1 && shift ;;
         --slurm) slurm=1 && shift ;;
         *) die "unknown option $1: see ./benchmark.sh" ;;
     esac
 done
+[[ "$workers" =~ ^[1-9][0-9]*$ ]] || die "--workers $workers must be a positive number"
 python="${PYTHON:-.venv/bin/python}"
 [ -x "$(command -v "$python")" ] || die "$python not found: set up the environment as the README says, or set PYTHON"
 if [ "$suite" = throughput ]; then
-    run=(taskset -c 0 "$python" tests/throughput.py --env-ids ${tasks:-reach-v3 pick-place-v3} --total-timesteps "${steps:-60000}")
+    run=($(command -v taskset >/dev/null && echo "taskset -c 0") "$python" tests/throughput.py --env-ids ${tasks:-reach-v3 pick-place-v3} --total-timesteps "${steps:-60000}")
     if [ -n "$dry_run" ]; then echo "${run[*]}"; else "${run[@]}"; fi
     exit
 fi
@@ -58,7 +66,7 @@ script_of() { # method, regime -> script and flags
     local buffer rest
     case $1 in # popo_countdown.py: each method is its own regime; NAME-fast: three times the step size
         grpo*-fast | dapo-fast | popo*-fast)
-            rest=$(script_of "${1%-fast}" "$2")
+            rest=$(script_of "${1%-fast}" "$2") || exit 2
             echo "$rest --learning-rate 3e-4" && return ;;
         grpo | grpo-filter | dapo | popo) echo "popo_countdown.py --method $1" && return ;;
         popo-stale) echo "popo_countdown.py --replay-age-min 10 --max-age 20 --buffer-groups 512" && return ;;
@@ -73,10 +81,10 @@ script_of() { # method, regime -> script and flags
     case $1 in
         ppo-stored | sapo*-outward | none*-outward | paper*-outward | ppo*-outward) die "--methods: '$1' is no method: that flag would do nothing" ;;
         *-stored) # advantages of collection time
-            rest=$(script_of "${1%-stored}" "$2")
+            rest=$(script_of "${1%-stored}" "$2") || exit 2
             echo "$rest --no-recompute-advantages" ;;
         *-outward) # the one-sided trust weight
-            rest=$(script_of "${1%-outward}" "$2")
+            rest=$(script_of "${1%-outward}" "$2") || exit 2
             echo "$rest --trust-side outward" ;;
         paper | paper-ppo) # the authors' settings, with one rollout of 512 steps instead of 500
             rest="--policy-head categorical --num-bins 256 --ratio per-dim --no-recompute-advantages --kl-coef 0.1 --ent-coef 0 --updates-per-iteration 5"
@@ -113,12 +121,13 @@ vla_script() { # method, regime -> script and flags; a rollout of the tiny prese
 }
 
 graphgpo_flags() { # method -> flags of graphgpo_sokoban.py
+    local rest
     case $1 in
         grpo | gigpo | graphgpo) echo "--advantage $1" ;;
-        *-step) echo "$(graphgpo_flags "${1%-step}") --beta-episode 0" ;;
-        *-steps-norm) echo "$(graphgpo_flags "${1%-steps-norm}") --episode-norm steps" ;;
+        *-step) rest=$(graphgpo_flags "${1%-step}") || exit 2; echo "$rest --beta-episode 0" ;;
+        *-steps-norm) rest=$(graphgpo_flags "${1%-steps-norm}") || exit 2; echo "$rest --episode-norm steps" ;;
         graphgpo-omega-*) echo "--advantage graphgpo --omega ${1#graphgpo-omega-}" ;;
-        *-entropy-*) echo "$(graphgpo_flags "${1%-entropy-*}") --ent-coef ${1##*-entropy-}" ;;
+        *-entropy-*) rest=$(graphgpo_flags "${1%-entropy-*}") || exit 2; echo "$rest --ent-coef ${1##*-entropy-}" ;;
         graphgpo-inf) echo "--advantage graphgpo --unreachable-distance inf" ;;
         *) die "--methods: unknown method '$1', choose from grpo gigpo graphgpo, with -step, -steps-norm or -entropy-X, graphgpo-omega-X, graphgpo-inf" ;;
     esac
@@ -126,10 +135,10 @@ graphgpo_flags() { # method -> flags of graphgpo_sokoban.py
 
 run_dir="runs/benchmark-$steps" eval="--eval-every 0"
 [ "$suite" != popo ] || run_dir="runs/popo-$steps" eval="--eval-every 5120"
-[ "$suite" != vla ] || run_dir="runs/vla-tiny"
+[ "$suite" != vla ] || run_dir="runs/vla-tiny" # without the steps: demonstrations and clones are shared
 commands=""
 if [ "$suite" = graphgpo ]; then
-    run_dir="runs/graphgpo-sokoban" regimes=""
+    run_dir="runs/graphgpo-$steps" regimes=""
     for seed in $seeds; do
         for method in $methods; do
             flags=$(graphgpo_flags "$method")
@@ -175,17 +184,24 @@ mkdir -p "$run_dir"
 # -------------------- Running it --------------------
 run() { # one command, unless another invocation has it; a run that was begun is resumed
     local task seed name folder resume="" code=0
+    [ -z "${main:-}" ] || kill -0 "$main" 2>/dev/null || exit 255 # benchmark.sh itself was killed: xargs ends here
     task=$(sed -E 's/.*--(env-id|suite) ([^ ]*).*/\2/' <<<"$1") seed=$(sed 's/.*--seed \([^ ]*\).*/\1/' <<<"$1")
     name=$(sed 's/.*--exp-name \([^ ]*\).*/\1/' <<<"$1")
     folder="$run_dir/${task//\//-}__${name}__$seed"
-    exec 9>"$folder.lock"
-    if ! flock -n 9; then
+    # Python's flock, since macOS has no command of that name. Released when this shell ends or opens the next run's lock.
+    { exec 9>>"$folder.lock"; } 2>/dev/null && "$python" -c 'import fcntl
+try: fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: exit(75)' 2>/dev/null || code=$?
+    if [ $code -eq 75 ]; then
         echo "$folder: another invocation has it"
         return
+    elif [ $code -ne 0 ]; then
+        echo "$folder.lock cannot be locked" >>"$failures"
+    else
+        [ ! -d "$folder" ] || resume="--resume"
+        OMP_NUM_THREADS=1 $1 $resume >>"$folder.log" 2>&1 || code=$?
+        [ $code -eq 0 ] || echo "$folder.log (exit code $code)" >>"$failures"
     fi
-    [ ! -d "$folder" ] || resume="--resume"
-    OMP_NUM_THREADS=1 $1 $resume >>"$folder.log" 2>&1 || code=$?
-    [ $code -eq 0 ] || echo "$folder.log (exit code $code)" >>"$failures"
     echo >>"$finished"
     local count now elapsed seconds_left
     count=$(wc -l <"$finished") now=$(date +%s)
@@ -195,31 +211,37 @@ run() { # one command, unless another invocation has it; a run that was begun is
 }
 
 if [ -n "$slurm" ]; then
-    printf '%s\n' "$pending" >"$run_dir/commands.txt"
+    [ "$left" -gt 0 ] || { echo "all $total runs are finished: nothing to submit"; exit; }
+    jobs=$((left < 1000 ? left : 1000)) # an array of more is refused by Slurm's defaults, so each job takes every 1000th run
     cat >"$run_dir/array.sbatch" <<SBATCH
 #!/bin/bash
 #SBATCH --job-name=gipo-benchmark
-#SBATCH --array=1-$left
-#SBATCH --cpus-per-task=1
-#SBATCH --mem=2G
+#SBATCH --array=1-$jobs
+#SBATCH --cpus-per-task=$([ "$suite" = vla ] && echo 2 || echo 1)
+#SBATCH --mem=$([ "$suite" = vla ] && echo 8G || echo 2G)
 #SBATCH --time=04:00:00
-#SBATCH --output=$run_dir/slurm-%a.out
+#SBATCH --output=$run_dir/slurm-%A_%a.out
 cd "$PWD"
-run_dir=$run_dir left=1 failures=\$(mktemp) finished=\$(mktemp) start=\$(date +%s)
+commands=\$(cat <<'COMMANDS'
+$pending
+COMMANDS
+)
+run_dir=$run_dir python=$python failures=\$(mktemp) finished=\$(mktemp) start=\$(date +%s)
+left=\$((($left - SLURM_ARRAY_TASK_ID) / $jobs + 1))
 $(declare -f run)
-run "\$(sed -n "\${SLURM_ARRAY_TASK_ID}p" $run_dir/commands.txt)"
+for ((i = SLURM_ARRAY_TASK_ID; i <= $left; i += $jobs)); do run "\$(sed -n "\${i}p" <<<"\$commands")"; done
 cat "\$failures" && [ ! -s "\$failures" ]
 SBATCH
     echo "sbatch $run_dir/array.sbatch     # $left runs; afterwards: $python report.py"
     exit
 fi
 
-start=$(date +%s) finished=$(mktemp) failures=$(mktemp)
+start=$(date +%s) finished=$(mktemp) failures=$(mktemp) main=$$
 trap 'rm -f "$finished" "$failures"' EXIT
 export -f run
-export run_dir start finished failures left
+export run_dir start finished failures left main python
 echo "$left of $total runs are left, $workers at a time, in $run_dir"
-[ "$left" -eq 0 ] || printf '%s\n' "$pending" | xargs -d '\n' -n 1 -P "$workers" bash -c 'run "$0"'
+[ "$left" -eq 0 ] || printf '%s\n' "$pending" | tr '\n' '\0' | xargs -0 -n 1 -P "$workers" bash -c 'run "$0"'
 if [ -s "$failures" ]; then
     echo "$(wc -l <"$failures") runs failed:" >&2
     cat "$failures" >&2

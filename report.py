@@ -12,6 +12,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -96,14 +97,32 @@ def identity(result: dict) -> str:
 
 def stored_runs(args: Args) -> list[dict]:
     """Every result: files collected in results/, then run folders that are not collected yet."""
-    paths = [*Path(args.results).glob("runs/*/*.json"), *Path(args.runs).glob("benchmark-*/*/result.json")]
-    paths += [
-        *Path(args.results).glob("graphgpo_sokoban/runs/*.json"),
-        *Path(args.runs).glob("graphgpo-sokoban/*/result.json"),
+    collected = [path for pattern in ("runs", "*/runs") for path in Path(args.results).glob(f"{pattern}/*/*.json")]
+    folders = [
+        path for kind in ("benchmark", "graphgpo", "popo", "vla") for path in Path(args.runs).glob(f"{kind}-*/*/result.json")
     ]
-    paths += [*Path(args.results).glob("popo_countdown/runs/*/*.json"), *Path(args.runs).glob("popo-*/*/result.json")]
-    paths += [*Path(args.results).glob("vla_tiny/runs/*.json"), *Path(args.runs).glob("vla-tiny/*/result.json")]
-    return [json.loads(path.read_text()) for path in sorted(paths)]
+    return [json.loads(path.read_text()) for path in sorted(collected + folders)]
+
+
+def store(result: dict, file: Path) -> None:
+    """Write a collected run, complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".tmp").write_text(json.dumps(result | {"machine": cpu_name()}) + "\n")
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+def refuse_mixture(name: str, runs: list[dict]) -> None:
+    """ValueError unless the runs of a table's cell differ in task and seed only."""
+    settings = [
+        {k: v for k, v in outcome_args(run["args"]).items() if k not in ("env_id", "suite", "tasks", "seed")} for run in runs
+    ]
+    for run, other in zip(runs, settings, strict=True):
+        different = [key for key in settings[0] | other if settings[0].get(key) != other.get(key)]
+        if different:
+            pair = [f"{r.get('env_id')} seed {r['seed']}" for r in (runs[0], run)]
+            raise ValueError(
+                f"{name}: {' and '.join(pair)} differ in {', '.join(different)}: move the files of one setting away"
+            )
 
 
 def pending(commands: list[str], args: Args) -> list[str]:
@@ -169,17 +188,14 @@ def collect(args: Args) -> None:
             for name, tag in CURVES.items()
         }
         result["curves"]["steps"] = np.linspace(0, total, GRID_POINTS + 1)[1:].round().astype(int).tolist()
-        result["machine"] = cpu_name()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result) + "\n")
+        store(result, file)
 
     for path in sorted(Path(args.runs).glob("popo-*/*/result.json")):
         result = json.loads(path.read_text())
         steps = str(result["args"]["total_timesteps"])
         file = Path(args.results) / "popo_countdown" / "runs" / steps / f"{path.parent.name}.json"
         if not is_stored(result, file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(result | {"machine": cpu_name()}) + "\n")
+            store(result, file)
 
 
 # -------------------- Statistics --------------------
@@ -230,17 +246,15 @@ def area_under_curve(run: dict, name: str) -> float:
     return float(np.mean(filled_curve(run, name)))
 
 
-def paper_scores(runs: list[dict], methods: list[str]) -> dict[str, list[np.ndarray]]:
-    """The paper's score: final training return, min-max normalised per task by the methods' means; {method: [task arrays]}."""
-    by_cell = collections.defaultdict(list)
-    for run in runs:
-        by_cell[run["method"], run["env_id"]].append(run["train_return_mean"])
-    scores = {method: [] for method in methods}
-    for task in sorted({run["env_id"] for run in runs}):
-        means = [np.mean(by_cell[method, task]) for method in methods]
-        for method in methods:
-            scores[method].append((np.array(by_cell[method, task]) - min(means)) / max(max(means) - min(means), 1e-12))
-    return scores
+def paper_score(returns: list[np.ndarray], num_tasks: int, method: int) -> float:
+    """The paper's score of one method: IQM of final training returns, min-max normalised per task by all methods' means.
+
+    `returns` has the tasks' arrays of the first method, then those of the second, and so on; `method` counts from 0.
+    """
+    means = np.array([task.mean() for task in returns]).reshape(-1, num_tasks)
+    low, width = means.min(0), np.maximum(means.max(0) - means.min(0), 1e-12)
+    own = returns[method * num_tasks : (method + 1) * num_tasks]
+    return interquartile_mean([(task - low[i]) / width[i] for i, task in enumerate(own)])
 
 
 # -------------------- Tables --------------------
@@ -430,10 +444,12 @@ def paper_table(runs: list[dict]) -> str:
         table = {method: tasks for (r, method), tasks in cells(runs).items() if r == regime}
         names = [set(table.get(method, ())) for method in PAPER_METHODS]
         if all(names) and all(name == names[0] for name in names):
-            subset = [run for run in runs if run["regime"] == regime and run["method"] in PAPER_METHODS]
-            for method, scores in paper_scores(subset, PAPER_METHODS).items():
-                interval = bootstrap_interval(scores, interquartile_mean)
-                rows.append(f"| {regime} | {method} | {span(interquartile_mean(scores), interval)} |")
+            tasks, key = sorted(names[0]), lambda run: run["train_return_mean"]
+            returns = [task for method in PAPER_METHODS for task in values(table[method], tasks, key)]
+            for i, method in enumerate(PAPER_METHODS):
+                # All methods are resampled together, since best and worst of them set the scale.
+                score = functools.partial(paper_score, num_tasks=len(tasks), method=i)
+                rows.append(f"| {regime} | {method} | {span(score(returns), bootstrap_interval(returns, score))} |")
     return "\n".join(["| regime | method | paper's score, IQM |", "|---|---|---|", *rows]) if rows else ""
 
 
@@ -538,12 +554,13 @@ GRAPHGPO_CURVES = {
 
 
 def collect_graphgpo(args: Args) -> None:
-    """Write results/graphgpo_sokoban/runs/<run>.json for every finished run of graphgpo_sokoban.py."""
+    """Write results/graphgpo_sokoban/runs/<episodes>/<run>.json for every finished run of graphgpo_sokoban.py."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for path in sorted(Path(args.runs).glob("graphgpo-sokoban/*/result.json")):
+    for path in sorted(Path(args.runs).glob("graphgpo-*/*/result.json")):
         result = json.loads(path.read_text())
-        file = Path(args.results) / "graphgpo_sokoban" / "runs" / f"{path.parent.name}.json"
+        episodes = str(result["args"]["total_episodes"])
+        file = Path(args.results) / "graphgpo_sokoban" / "runs" / episodes / f"{path.parent.name}.json"
         if is_stored(result, file):
             continue
         events, total = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload(), result["total_episodes"]
@@ -553,9 +570,7 @@ def collect_graphgpo(args: Args) -> None:
         }
         result["curves"] = {name: on_grid(curve, total) for name, curve in points.items()}
         result["curves"]["episodes"] = np.linspace(0, total, GRID_POINTS + 1)[1:].round().astype(int).tolist()
-        result["machine"] = cpu_name()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result) + "\n")
+        store(result, file)
 
 
 def mean_and_interval(scores, form: str = ".3f") -> str:
@@ -566,7 +581,7 @@ def mean_and_interval(scores, form: str = ".3f") -> str:
 def graphgpo_report(args: Args) -> str:
     """Table of graphgpo_sokoban.py's runs, and its plot unless --check; empty without runs."""
     by_method = collections.defaultdict(dict)
-    for path in sorted((Path(args.results) / "graphgpo_sokoban" / "runs").glob("*.json")):
+    for path in sorted((Path(args.results) / "graphgpo_sokoban" / "runs").glob("*/*.json")):
         run = json.loads(path.read_text())
         by_method[(run["total_episodes"], run["versions"]["algorithm"]), run["exp_name"]][run["seed"]] = run
     parts = ["# GraphGPO on Sokoban", "Means over seeds with 95 % bootstrap intervals. Written by report.py."]
@@ -576,6 +591,8 @@ def graphgpo_report(args: Args) -> str:
         names = sorted(name for key, name in by_method if key == (total, version))
         names.sort(key=lambda name: {"grpo": 0, "gigpo": 1, "graphgpo": 2}.get(name, 3))
         methods = {name: by_method[(total, version), name] for name in names}
+        for name, runs in methods.items():
+            refuse_mixture(f"{name}, {total:,} episodes", [*runs.values()])
         rows = ["| method | seeds | area under training success | IQM | P(larger area than GRPO) | held-out success, end |"]
         rows[0] += " P(more than GRPO) | credit's share of time |\n" + "|---" * 8 + "|"
         baseline = list(methods.get("grpo", {}).values())
@@ -611,7 +628,7 @@ def graphgpo_report(args: Args) -> str:
             curves = [[v for run in runs.values() for v in run["curves"].get(curve, []) if v is not None] for curve in shown]
             rows.append(f"| {name} | " + " | ".join(f"{np.mean(v):.3f}" if v else "-" for v in curves) + " |")
         parts.append("\n".join(rows))
-        if not args.check:
+        if not args.check and {"grpo", "gigpo", "graphgpo"} & methods.keys():
             plot_graphgpo(methods, Path(args.results) / "graphgpo_sokoban" / f"curves-{total}-v{version}.png")
     machines = sorted({run["machine"] for runs in by_method.values() for run in runs.values()})
     return "\n\n".join([*parts, f"Machine: {'; '.join(machines)}."]) + "\n" if by_method else ""
@@ -668,8 +685,7 @@ def popo_rollouts(run: dict) -> int:
 
 def percent(scores: np.ndarray, statistic=interquartile_mean) -> str:
     """Statistic over the seeds and its 95 % bootstrap interval, in percent."""
-    low, high = bootstrap_interval([scores], statistic)
-    return f"{100 * statistic([scores]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return span(statistic([100 * scores]), bootstrap_interval([100 * scores], statistic), ".1f")
 
 
 def popo_table(methods: dict[str, list[dict]]) -> str:
@@ -706,7 +722,7 @@ def plot_popo(methods: dict[str, list[dict]], axis_name: str, path: Path) -> Non
 
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     for axis, panel in zip(axes, ("methods", "ablations"), strict=True):
-        for name in [name for name in methods if panel in POPO_METHODS[name]]:
+        for name in [name for name in methods if panel in POPO_METHODS.get(name, "")]:
             grid = np.linspace(0, min(run["curve"][-1][axis_name] for run in methods[name]), GRID_POINTS + 1)
             curves = 100 * np.array([popo_curve(run, axis_name, grid) for run in methods[name]])
             rng = np.random.default_rng(0)
@@ -733,8 +749,12 @@ def write_popo_report(args: Args, write) -> None:
         group = run["env_id"], int(path.parent.name), run["args"]["learning_rate"], run["versions"]["algorithm"]
         groups[group][run["exp_name"].removesuffix("-fast")].append(run)
     for (env_id, steps, rate, version), found in sorted(groups.items()):
-        methods = {method: found[method] for method in POPO_METHODS if method in found}
+        methods = {
+            method: found[method] for method in [*POPO_METHODS, *sorted(found.keys() - POPO_METHODS.keys())] if method in found
+        }
         name = f"{env_id}-{steps}-lr{rate:g}-v{version}"
+        for method, runs in methods.items():
+            refuse_mixture(f"{method}, {name}", runs)
         runs = [run for runs in methods.values() for run in runs]
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         heading = f"{len(runs)} runs, {len({run['seed'] for run in runs})} seeds, algorithm version {version}. Machine: "
@@ -760,22 +780,22 @@ VLA_CURVES = {
 
 
 def collect_vla(args: Args) -> None:
-    """Write results/vla_tiny/runs/<run>.json for every finished run of `benchmark.sh vla`; curves have a point per rollout."""
+    """Write results/vla_tiny/runs/<steps>/<run>.json for every finished run of `benchmark.sh vla`, a point per rollout."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for path in sorted(Path(args.runs).glob("vla-tiny/*/result.json")):
         result = json.loads(path.read_text())
-        file = Path(args.results) / "vla_tiny" / "runs" / f"{path.parent.name}.json"
+        file = Path(args.results) / "vla_tiny" / "runs" / str(result["args"]["total_timesteps"]) / f"{path.parent.name}.json"
         if is_stored(result, file):
             continue
         events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
-        points = {name: {e.step: e.value for e in events.Scalars(tag)} for name, tag in VLA_CURVES.items()}
+        tags = events.Tags()["scalars"]
+        points = {n: {e.step: e.value for e in events.Scalars(tag)} if tag in tags else {} for n, tag in VLA_CURVES.items()}
         steps = sorted(points["entropy"])
         curves = {
             name: [round(values[step], 4) if step in values else None for step in steps] for name, values in points.items()
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result | {"curves": curves | {"steps": steps}, "machine": cpu_name()}) + "\n")
+        store(result | {"curves": curves | {"steps": steps}}, file)
 
 
 def vla_success(run: dict, states: range, evaluation: int = -1) -> float:
@@ -786,7 +806,7 @@ def vla_success(run: dict, states: range, evaluation: int = -1) -> float:
 def vla_report(args: Args) -> str:
     """Tables of `benchmark.sh vla`, and their plots unless --check, a set per suite, length, version; empty without runs."""
     groups = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for path in sorted((Path(args.results) / "vla_tiny" / "runs").glob("*.json")):
+    for path in sorted((Path(args.results) / "vla_tiny" / "runs").glob("*/*.json")):
         run = label(json.loads(path.read_text()))
         group = run["env_id"], run["total_timesteps"], run["versions"]["algorithm"]
         groups[group][run["args"]["buffer_size"], run["method"]][run["seed"]] = run
@@ -816,12 +836,13 @@ def vla_tables(by_cell: dict) -> list[str]:
     final = lambda run: vla_success(run, range(50))  # noqa: E731
     training = functools.partial(area_under_curve, name="success")
     for (size, method), cell in sorted(by_cell.items()):
+        refuse_mixture(f"{method}, buffer of {size:,}", [*cell.values()])
         found = [cell[seed] for seed in sorted(cell)]
         name = f"| {size:,} | {method} | {', '.join(map(str, sorted(cell)))} | "
         row = [percents(vla_success(run, range(50), 0) for run in found), percents(map(final, found))]
         row += [percents(vla_success(run, states) for run in found) for states in (range(40), range(40, 50))]
         # The policy is still the clone's while only the critic trains.
-        row += [percents(run["curves"]["success"][run["args"]["critic_warmup"] - 1] for run in found)]
+        row += [percents(filled_curve(run, "success")[: run["args"]["critic_warmup"]][-1] for run in found)]
         row += [percents(map(training, found)), percents(run["train_success_rate"] for run in found)]
         rows.append(name + " | ".join(row) + " |")
         averages = [np.mean([v for run in found for v in run["curves"][key] if v is not None]) for key in shown]
@@ -886,6 +907,8 @@ def write_report(args: Args) -> list[str]:
             write(results / folder / "tables.md", text)
     readme_block, most = "", max(map(len, groups.values()), default=0)
     for (steps, version), runs in sorted(groups.items()):
+        for (regime, method), tasks in cells(runs).items():
+            refuse_mixture(f"{method} {regime}, {steps:,} steps", [run for found in tasks.values() for run in found])
         name = f"{steps}-v{version}"
         seeds, tasks = len({run["seed"] for run in runs}), len({run["env_id"] for run in runs})
         heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
@@ -954,7 +977,11 @@ def main(args: Args) -> None:
         collect(args)
         collect_graphgpo(args)
         collect_vla(args)
-    changed = write_report(args)
+    try:
+        changed = write_report(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if args.check and changed:
         sys.exit("not current: " + ", ".join(changed) + "; run python report.py")
     print("\n".join(["report written:", *changed]) if changed else "report is current")

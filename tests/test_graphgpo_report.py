@@ -26,7 +26,7 @@ def written(folder, exp_name, seed, level, final, version=1):
         "args": {},
         "versions": {"algorithm": version},
     }
-    path = folder / "graphgpo_sokoban" / "runs" / f"{exp_name}-{seed}.json"
+    path = folder / "graphgpo_sokoban" / "runs" / "3000" / f"{exp_name}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run))
 
@@ -52,6 +52,12 @@ def test_table_and_plot(tmp_path):
     assert not plot.exists()
 
 
+def test_ablations_alone_have_a_table_and_no_plot(tmp_path):
+    written(tmp_path, "graphgpo-step", 1, 0.1, 0.3)
+    assert "| graphgpo-step | 1 |" in report.graphgpo_report(report.Args(results=str(tmp_path), runs=str(tmp_path)))
+    assert not [*tmp_path.rglob("*.png")]
+
+
 def test_versions_are_not_mixed(tmp_path):
     written(tmp_path, "grpo", 1, 0.1, 0.3)
     written(tmp_path, "grpo", 2, 0.2, 0.3, version=2)
@@ -65,16 +71,14 @@ def test_versions_are_not_mixed(tmp_path):
 def finished(tmp_path_factory):
     """A short run where the benchmark puts it."""
     parent = tmp_path_factory.mktemp("runs")
-    main(
-        Args(exp_name="graphgpo", run_dir=str(parent / "graphgpo-sokoban"), total_episodes=384, max_solution=4, eval_every=128)
-    )
+    main(Args(exp_name="graphgpo", run_dir=str(parent / "graphgpo-384"), total_episodes=384, max_solution=4, eval_every=128))
     return parent
 
 
 def test_collected_run(finished, tmp_path):
     report.collect_graphgpo(report.Args(runs=str(finished), results=str(tmp_path)))
-    run = read_json(tmp_path / "graphgpo_sokoban" / "runs" / "Sokoban__graphgpo__1.json")
-    folder = finished / "graphgpo-sokoban" / "Sokoban__graphgpo__1"
+    run = read_json(tmp_path / "graphgpo_sokoban" / "runs" / "384" / "Sokoban__graphgpo__1.json")
+    folder = finished / "graphgpo-384" / "Sokoban__graphgpo__1"
     assert {key: run[key] for key in read_json(folder / "result.json")} == read_json(folder / "result.json")
     points = read_scalars(folder)
     for name, tag in (("success", "charts/episodic_success"), ("held_out_success", "eval/success_rate")):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +64,30 @@ def test_single_runs_have_no_interval():
 
 def test_paper_score():
     """Min and max of the method means, per task: task x has means 10 and 20, task y 100 and 300."""
-    runs = [
-        {"method": m, "env_id": t, "train_return_mean": v}
-        for m, t, v in [("a", "x", 10), ("b", "x", 15), ("b", "x", 25), ("a", "y", 300), ("b", "y", 100)]
-    ]
-    scores = report.paper_scores(runs, ["a", "b"])
-    assert [list(task) for task in scores["a"]] == [[0.0], [1.0]]
-    assert [list(task) for task in scores["b"]] == [[0.5, 1.5], [0.0]]
+    a, b = [np.array([10.0]), np.array([300.0])], [np.array([15.0, 25.0]), np.array([100.0])]
+    assert report.paper_score([*a, *b], 2, 0) == pytest.approx((0.0 + 1.0) / 2)
+    assert report.paper_score([*a, *b], 2, 1) == pytest.approx(
+        (0.5 + 0.0) / 2
+    )  # of 0.5, 1.5, 0, 0 a quarter is cut on either side
+    # The worst method's interval has a width too: in other draws of the seeds it is not the worst.
+    returns = [np.array([10.0, 30.0]), np.array([15.0, 25.0])]
+    low, high = report.bootstrap_interval(returns, lambda draw: report.paper_score(draw, 1, 0))
+    assert high > low
+
+
+def test_cells_with_other_arguments_are_refused(tmp_path):
+    """A fork's runs under the same name: the report names both and what differs."""
+    for source in (ROOT / "results" / "runs" / "300000").glob("*__gipo_stale__1.json"):
+        (tmp_path / "runs" / "300000").mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tmp_path / "runs" / "300000")
+    command = [sys.executable, str(ROOT / "report.py"), "--runs", "none", "--readme", "none", "--results", str(tmp_path)]
+    assert subprocess.run([*command], capture_output=True).returncode == 0
+    path = tmp_path / "runs" / "300000" / "reach-v3__gipo_stale__1.json"
+    run = read_json(path)
+    path.write_text(json.dumps(run | {"args": run["args"] | {"ent_coef": 0.01}}))
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.startswith("error: gipo stale, 300,000 steps: ")
+    assert "reach-v3 seed 1 differ in ent_coef" in process.stderr and process.stderr.count("\n") == 1
 
 
 def test_grid_means():
@@ -275,11 +293,17 @@ def test_other_methods(checkout):
         (["quick", "--methods", "sapo-outward"], "sapo-outward"),
         (["quick", "--methods", "ppo-stored"], "ppo-stored"),
         (["quick", "--methods", "paper-ppo-outward"], "paper-ppo-outward"),
+        (["quick", "--methods", "dqn-stored"], "unknown method 'dqn'"),
+        (["quick", "--workers", "0"], "--workers 0"),
+        (["graphgpo", "--methods", "gigop-step"], "unknown method 'gigop'"),
+        (["graphgpo", "--tasks", "Sokoban"], "--tasks means nothing for graphgpo"),
+        (["popo", "--regimes", "stale"], "--regimes means nothing for popo"),
     ],
 )
 def test_bad_options(flags, named):
     process = benchmark(*flags)
     assert process.returncode == 2 and named in process.stderr and "error: " in process.stderr
+    assert not process.stdout or named == "suite"  # there the usage
 
 
 def test_runs_skips_resumes_and_reports(checkout):
@@ -357,6 +381,63 @@ def test_two_invocations_do_not_share_a_run(checkout):
     assert any("another invocation has it" in output or "0 of 1 runs" in output for output in outputs), outputs
 
 
+def test_a_lock_that_fails_is_a_failure(checkout):
+    """Not "another invocation has it": that would skip every run and end with 0."""
+    (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1.lock").mkdir(parents=True)
+    process = benchmark("quick", *SMALL, "--methods", "gipo", cwd=checkout)
+    assert process.returncode == 1 and "reach-v3__gipo_fresh__1.lock cannot be locked" in process.stderr
+    assert not [*(checkout / "runs").rglob("result.json")]
+
+
+def wait_for(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_nothing_starts_after_benchmark_was_killed(checkout):
+    flags = [
+        "--tasks",
+        "reach-v3 push-v3 door-open-v3",
+        "--seeds",
+        "1",
+        "--methods",
+        "gipo",
+        "--regimes",
+        "fresh",
+        "--steps",
+        "512",
+    ]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": checkout, "env": PYTHON}
+    process = subprocess.Popen(["./benchmark.sh", "quick", *flags, "--workers", "1"], start_new_session=True, **pipes)
+    log = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1.log"
+    wait_for(log.exists)
+    process.terminate()
+    assert process.wait(60) != 0
+    wait_for((log.with_suffix("") / "result.json").exists)  # the run that has begun ends
+    time.sleep(3)
+    assert [path.name for path in log.parent.glob("*.log")] == [log.name]
+
+
+def test_slurm_array_of_many_runs(checkout):
+    """At most 1,000 jobs, which share the runs; the commands are in the script that sbatch copies, not in a file beside it."""
+    process = benchmark("main", "--slurm", cwd=checkout)
+    assert process.returncode == 0 and "1850 runs" in process.stdout
+    script = (checkout / "runs" / "benchmark-300000" / "array.sbatch").read_text()
+    assert "#SBATCH --array=1-1000\n" in script and script.count("--exp-name") > 1850
+    lines = re.search(r"cat <<'COMMANDS'\n(.*?)\nCOMMANDS", script, re.DOTALL)[1].splitlines()
+    shares = [lines[job::1000] for job in range(1000)]
+    assert len(lines) == 1850 and {len(share) for share in shares} == {1, 2}
+    fake = script.split("cd ")[0] + "\n" + script[script.index("commands=") :].replace('run "$(sed', 'echo "$left" "$(sed')
+    (checkout / "fake.sh").write_text(fake)
+    environment = {**PYTHON, "SLURM_ARRAY_TASK_ID": "850"}
+    output = subprocess.run(
+        ["bash", checkout / "fake.sh"], env=environment, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert output == [f"2 {line}" for line in shares[849]]
+
+
 def test_slurm_script(checkout):
     process = benchmark("quick", *SMALL, "--slurm", cwd=checkout)
     assert process.returncode == 0 and "sbatch runs/benchmark-512/array.sbatch" in process.stdout
@@ -369,6 +450,7 @@ def test_slurm_script(checkout):
     (folder / "result.json").unlink()
     (folder / "checkpoint.pt").write_bytes(b"half a file")
     process = subprocess.run(["bash", script], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert "0 of" not in process.stdout
     assert process.returncode == 1 and "gipo_fresh__1.log (exit code 2)" in process.stdout  # so that sbatch shows it as failed
 
 

@@ -32,7 +32,7 @@ def run(method, seed, before, after, training, buffer_size=1024):
 
 
 def test_table_by_hand(tmp_path):
-    folder = tmp_path / "vla_tiny" / "runs"
+    folder = tmp_path / "vla_tiny" / "runs" / "2048"
     folder.mkdir(parents=True)
     runs = run("gipo", 1, 10, 30, 0.5), run("gipo", 2, 5, 20, 0.2), run("ppo", 1, 10, 15, 0.2), run("ppo", 2, 5, 5, 0.4)
     for i, result in enumerate(runs):
@@ -47,6 +47,9 @@ def test_table_by_hand(tmp_path):
     assert "| 1,024 | gipo | 1, 2 | 0.500 | 0.500 |" in text and "4 runs, algorithm version 1" in text
     assert (tmp_path / "vla_tiny" / "curves-libero_spatial-2048-v1.png").stat().st_size > 10_000
     assert report.write_report(args) == []
+    short = run("gipo", 3, 0, 50, 1.0)  # shorter than the critic's warm-up
+    short["args"]["critic_warmup"] = 99
+    assert "| 1,024 | gipo | 3 | " in report.vla_tables({(1024, "gipo"): {3: short}})[0]
     (folder / "4.json").write_text(json.dumps(run("gipo", 1, 0, 50, 1.0) | {"total_timesteps": 4096}))
     assert report.write_report(args) == [str(tmp_path / "vla_tiny" / "tables.md")]
     longer = (tmp_path / "vla_tiny" / "tables.md").read_text()
@@ -87,10 +90,10 @@ def test_sigma_in_the_methods_name():
     assert [a.exp_name for a in runs] == ["gipo-0.2-1_fresh", "gipo-0.5-0.5_fresh"]
 
 
-RESULTS = sorted((ROOT / "results" / "vla_tiny" / "runs").glob("*.json"))
+RESULTS = sorted((ROOT / "results" / "vla_tiny" / "runs").glob("*/*.json"))
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+@pytest.mark.parametrize("path", RESULTS, ids=[f"{path.parent.name}-{path.stem}" for path in RESULTS])
 def test_committed_run(path):
     """What a reader needs to repeat it, all 50 initial states in every evaluation, and a start that the methods share."""
     result = json.loads(path.read_text())
@@ -101,5 +104,5 @@ def test_committed_run(path):
     steps = [e["step"] for e in result["evaluations"]]
     assert steps == sorted(set(steps)) and (steps[0], steps[-1]) == (0, result["total_timesteps"])
     assert all([state for _, state, _ in e["successes"]] == list(range(50)) for e in result["evaluations"])
-    same = [other for other in map(json.loads, (p.read_text() for p in RESULTS)) if other["seed"] == result["seed"]]
+    same = [json.loads(p.read_text()) for p in path.parent.glob(f"*__{result['seed']}.json")]
     assert all(other["evaluations"][0]["successes"] == result["evaluations"][0]["successes"] for other in same)
