@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TINY, differences, read_json, read_pt, read_scalars, run_script
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 SMALL = "--num-envs 2 --num-steps 32 --minibatch-size 64 --hidden-size 32 --eval-episodes 2"
 SHORT = f"{SMALL} --total-timesteps 700"  # rounded up to 704; Pendulum's episodes have 200 steps, Reacher's 50
@@ -212,6 +213,10 @@ def test_schedules_move_the_learning_rate(finished):
     np.testing.assert_allclose([value for _, value in rates["ppo-replay"]], 3e-4 * (1 - np.arange(11) / 11), rtol=1e-5)
     groups = read_pt(finished("gipo-reach")[1] / "checkpoint.pt")["optimizer"]["param_groups"]
     assert groups[1]["lr"] == 5e-4  # the critic's, constant
+    optimizer = read_pt(finished("gipo-sapo")[1] / "checkpoint.pt")["optimizer"]
+    assert optimizer["param_groups"][1]["lr"] == pytest.approx(1e-3 / 11)  # the critic's, linear, in the last of 11 iterations
+    last = optimizer["state"][optimizer["param_groups"][1]["params"][-1]]
+    assert last["exp_avg"].shape == (1,) and last["step"] == 110  # the bias of the value: the second group is the critic's
 
 
 def test_replay_ages_and_a_single_rollout_does_not(finished):
@@ -332,6 +337,79 @@ def test_progress_updates_in_place_on_a_terminal(script, tmp_path, monkeypatch, 
     main, args = arguments(script, run_dir=str(tmp_path))
     main(args)
     assert capsys.readouterr().out.count("\rstep ") == 4
+
+
+# -------------------- The update of main() --------------------
+@ALL_SCRIPTS
+@pytest.mark.parametrize("ratio", ["joint", "per-dim"])
+def test_first_update_by_hand(script, ratio, tmp_path):
+    """At l = 0 GIPO and PPO are the policy gradient, here with every coefficient of the loss: the gradient by autograd."""
+    once = {"update_epochs": 1} if script == "ppo_baseline" else {"updates_per_iteration": 1}
+    coefficients = {"ent_coef": 0.3, "kl_coef": 0.2, "vf_coef": 0.7, "max_grad_norm": 1e9, "policy_head": "gaussian"}
+    sizes = {"env_id": "Reacher-v5", "total_timesteps": 64, "buffer_size": 0}
+    main, args = arguments(script, run_dir=str(tmp_path), ratio=ratio, **sizes, **coefficients, **once)
+    found, module = [], importlib.import_module(script)
+
+    def keep(optimizer, *_):
+        found.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
+
+    hook = register_optimizer_step_pre_hook(keep)
+    main(args)
+    hook.remove()
+    replay = read_pt(next(tmp_path.glob("*/checkpoint.pt")))["replay"]
+    torch.manual_seed(args.seed)
+    agent = module.Agent(replay["obs"].shape[-1], 2, args)  # as it was before its update
+    _, logprob, entropy = agent.get_action_and_logprob(replay["obs"], replay["actions"])
+    value, next_value = agent.get_value(replay["obs"]), agent.get_value(replay["next_obs"]).detach()
+    gae = (value.detach(), next_value, replay["terminations"], replay["dones"], args.gamma, args.gae_lambda)
+    advantage = module.compute_gae(replay["rewards"] * args.reward_scale, *gae)
+    weight = ((advantage - advantage.mean()) / advantage.std(correction=0)).unsqueeze(-1)
+    logprob = logprob.sum(-1, keepdim=True) if ratio == "joint" else logprob
+    value_loss = 0.5 * ((value - advantage - value.detach()) ** 2).mean()
+    loss = -(weight * logprob).mean() - 0.3 * entropy.sum(-1).mean() - 0.2 * logprob.mean() + 0.7 * value_loss
+    expected = torch.autograd.grad(loss, [*agent.actor_parameters(), *agent.critic.parameters()])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@ALL_SCRIPTS
+def test_ratios_of_an_update(script, tmp_path, monkeypatch):
+    """V-trace gets the joint log ratio, the surrogate those per dimension, and both have moved away from 0."""
+    main, args = arguments(script, env_id="Reacher-v5", run_dir=str(tmp_path), buffer_size=256, vtrace=True, ratio="per-dim")
+    module, joint, per_dimension = importlib.import_module(script), [], []
+
+    def spy(name, position, seen):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: seen.append(args[position].detach().clone()) or function(*args))
+
+    spy("compute_vtrace", 5, joint)
+    spy("policy_objective", 0, per_dimension)
+    main(args)
+    for sums, terms in zip(joint, per_dimension, strict=True):
+        torch.testing.assert_close(sums, terms.sum(-1))
+    assert per_dimension[-1].std() > 1e-4
+
+
+@ALL_SCRIPTS
+def test_gradients_of_both_networks_are_clipped(script, tmp_path):
+    norms = []
+
+    def keep(optimizer, *_):
+        norms.extend(torch.cat([p.grad.flatten() for p in group["params"]]).norm().item() for group in optimizer.param_groups)
+
+    main, args = arguments(script, run_dir=str(tmp_path), max_grad_norm=1e-3)
+    hook = register_optimizer_step_pre_hook(keep)
+    main(args)
+    hook.remove()
+    assert norms and max(norms) < 1.01e-3
+
+
+def test_epochs_of_ppo_are_shuffled(tmp_path, monkeypatch):
+    calls, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n: calls.append(n) or randperm(n))
+    main, args = arguments("ppo_baseline", run_dir=str(tmp_path), update_epochs=3)
+    main(args)
+    assert calls == [64] * 12  # four rollouts
 
 
 # -------------------- Bad input --------------------

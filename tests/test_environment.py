@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import differences
+from conftest import differences, read_scalars
 from metaworld.policies import ENV_POLICY_MAP
 from scipy.spatial.transform import Rotation
 
@@ -337,7 +337,7 @@ def test_gymnasium_environments_start_differently_by_index_and_equally_by_seed(e
     runs = [(1, 0), (1, 0), (1, 1), (2, 0)]
     starts = [gipo.make_env(gipo.Args(env_id=env_id, seed=seed), idx)().reset()[0] for seed, idx in runs]
     np.testing.assert_array_equal(starts[0], starts[1])
-    assert (starts[0] != starts[2]).any() and (starts[0] != starts[3]).any()
+    assert all((starts[i] != starts[j]).any() for i, j in ((0, 2), (0, 3), (2, 3)))  # (1, 1) is not (2, 0)
 
 
 @pytest.mark.parametrize("task", ["reach-v3", "pick-place-v3"])
@@ -607,7 +607,11 @@ def test_what_the_rollout_stores(script, counting_env_id, tmp_path):
     args = script.Args(env_id=counting_env_id, run_dir=str(tmp_path), updates_per_iteration=1, eval_episodes=0, **sizes)
     script.main(dataclasses.replace(args, policy_head="gaussian", init_log_std=0.5))
     (checkpoint,) = tmp_path.glob("*/checkpoint.pt")
-    replay = script.load_checkpoint(checkpoint)["replay"]
+    saved = script.load_checkpoint(checkpoint)
+    replay = saved["replay"]
+    assert saved["model"]["obs_count"] == 96  # the normaliser has seen every observation once
+    assert len(saved["recent_returns"]) == 48 // 3 + 48 // 4  # an entry per finished episode, none per running one
+    assert min(value for _, value in read_scalars(checkpoint.parent)["charts/episodic_length"]) >= 3
     assert replay["dones"].shape == (16, 4)
     np.testing.assert_array_equal(replay["versions"], np.broadcast_to([3.0, 3.0, 2.0, 2.0], (16, 4)))
     for idx, length in ((0, 3), (1, 4)):
@@ -623,3 +627,21 @@ def test_what_the_rollout_stores(script, counting_env_id, tmp_path):
         assert np.abs(actions).max() > 1.0
         np.testing.assert_allclose(rows["rewards"], 2.0 * np.clip(actions, -1, 1), rtol=1e-6)
         assert np.isfinite(rows["logprobs"]).all()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_gae_is_given(script, recompute, counting_env_id, tmp_path, monkeypatch):
+    """With the critic V = 10 episode + step the real next observation is worth V + 1 in every row, also where episodes end."""
+    seen, compute_gae = [], script.compute_gae
+    monkeypatch.setattr(script, "compute_gae", lambda *args: seen.append(args) or compute_gae(*args))
+    value = lambda self, obs: obs @ torch.tensor([10.0, 1.0]) + 0 * self.critic[0].bias.sum()  # noqa: E731
+    monkeypatch.setattr(script.Agent, "get_value", value)
+    sizes = {"num_envs": 2, "num_steps": 16, "total_timesteps": 96, "buffer_size": 64, "minibatch_size": 32, "hidden_size": 16}
+    rates = {"reward_scale": 0.01, "gamma": 0.9, "gae_lambda": 0.8, "recompute_advantages": recompute, "eval_episodes": 0}
+    script.main(script.Args(env_id=counting_env_id, run_dir=str(tmp_path), **sizes, **rates))
+    assert seen
+    for rewards, values, next_values, terminations, dones, gamma, gae_lambda in seen:
+        assert torch.equal(next_values, values + 1) and (gamma, gae_lambda) == (0.9, 0.8)
+        assert 0 < rewards.abs().max() <= 0.0201  # of up to 2, scaled
+        assert 0 < terminations.sum() < dones.sum()
