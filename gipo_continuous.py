@@ -672,7 +672,7 @@ def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
     path = Path(args.evaluate)
     saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or not saved.get("args") or not set(saved["args"]) <= set(vars(args)):
+    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     own = {name: getattr(args, name) for name in ("eval_episodes", "capture_video", "torch_threads", "fast_env")}
     for name in sorted(typed_flags() & set(saved["args"]) - {*own, "evaluate", "run_dir"}):

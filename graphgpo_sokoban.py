@@ -916,7 +916,7 @@ def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the held-out levels of the settings it was trained with."""
     path = Path(args.evaluate)
     saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or not saved.get("args") or not set(saved["args"]) <= set(vars(args)):
+    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     own = {name: getattr(args, name) for name in ("eval_episodes", "eval_temperature", "torch_threads", "cuda")}
     own |= {"model": args.model or saved["args"]["model"], "microbatch_size": args.microbatch_size}  # it may have moved

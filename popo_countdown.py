@@ -815,12 +815,12 @@ def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: pass rate on the held-out problems."""
     path = Path(args.evaluate)
     saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or not saved.get("args") or not set(saved["args"]) <= set(vars(args)):
+    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     if not args.eval_episodes:
         raise ValueError("--eval-episodes 0 leaves --evaluate nothing to do: give the number of problems")
     own = {name: getattr(args, name) for name in "eval_episodes eval_samples eval_temperature torch_threads cuda".split()}
-    own["model"] = args.model or saved["args"]["model"]  # its folder may have moved
+    own["model"] = args.model or saved["args"].get("model", "")  # its folder may have moved
     for name in sorted(typed_flags() & set(saved["args"]) - {*own, "evaluate", "run_dir"}):
         if getattr(args, name) != saved["args"][name]:
             flag, has = f"--{name.replace('_', '-')} {getattr(args, name)}", saved["args"][name]
