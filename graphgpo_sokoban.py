@@ -919,10 +919,8 @@ def evaluate_saved_model(args) -> dict:
     if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     own = {name: getattr(args, name) for name in ("eval_episodes", "eval_temperature", "torch_threads", "cuda")}
-    own |= {
-        "model": args.model or saved["args"].get("model", ""),
-        "microbatch_size": args.microbatch_size,
-    }  # it may have moved
+    own["model"] = args.model or saved["args"].get("model", "")  # it may have moved
+    own["microbatch_size"] = args.microbatch_size
     for name in sorted(typed_flags() & set(saved["args"]) - {*own, "evaluate", "run_dir"}):
         if getattr(args, name) != saved["args"][name]:
             flag, has = f"--{name.replace('_', '-')} {getattr(args, name)}", saved["args"][name]
