@@ -854,10 +854,13 @@ def vla_tables(by_cell: dict) -> list[str]:
         seeds = sorted(ours.keys() & theirs.keys())
         if len(seeds) > 1:
             pairs = [(ours[seed], theirs[seed]) for seed in seeds]
-            gaps = [mean_and_interval([score(a) - score(b) for a, b in pairs], "+.3f") for score in (final, training)]
+            gaps = [np.array([score(a) - score(b) for a, b in pairs]) for score in (final, training)]
+            gaps = [mean_and_interval(gap, "+.3f") if len(seeds) > 2 else f"{gap.mean():+.3f}" for gap in gaps]
             differences.append(f"| {size:,} | {len(seeds)} | {gaps[0]} | {gaps[1]} |")
     if len(differences) > 2:
-        tables += ["GIPO less PPO on the same seeds, which share the cloned policy (95 % bootstrap interval over the seeds):"]
+        tables += [
+            "GIPO less PPO on the same seeds, which share the cloned policy (95 % bootstrap interval from three seeds on):"
+        ]
         tables.append("\n".join(differences))
     return [*tables, "Means over the run and the seeds (the README explains them):", "\n".join(means)]
 
