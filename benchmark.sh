@@ -247,4 +247,5 @@ if [ -s "$failures" ]; then
     cat "$failures" >&2
 fi
 "$python" report.py
+[ "$suite" != quick ] || cat "results/benchmark-$steps-v"*.md
 [ ! -s "$failures" ]
