@@ -399,9 +399,9 @@ def three_levels(levels: list[dict]) -> list[dict]:
     return [min(levels, key=lambda level: abs(math.log(max(level["kl"], 1e-9) / kl))) for kl in (0.02, 0.2, 1.0)]
 
 
-def shown_size(args: dict) -> str:
+def shown_size(args: dict) -> int:
     """N of the tables and plots that show one: 64, or the first of --batch-sizes."""
-    return "64" if 64 in args["batch_sizes"] else str(args["batch_sizes"][0])
+    return 64 if 64 in args["batch_sizes"] else args["batch_sizes"][0]
 
 
 def tables(result: dict) -> str:
@@ -414,7 +414,7 @@ def tables(result: dict) -> str:
         "",
     ]
     for level in three_levels(training):
-        size = int(shown_size(args))
+        size = shown_size(args)
         lines += [f"## KL(mu || pi) = {level['kl']:.3f}, std of l = {level['logratio_std']:.2f}", ""]
         lines += [f"| method | bias^2, data | bias^2, pg | variance | MSE, data, N = {size} | ESS | utilisation | max c |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
@@ -509,7 +509,11 @@ def plot_pareto(result: dict, path: Path) -> None:
                         if s in (0.2, 0.5, 1.0, 2.0):
                             axis.annotate(f"{s:g}", (row["variance"], row[f"bias2_{target}"]), fontsize=7, color=color)
             for method, marker in MARKERS.items():
-                row = level.get("m2po", {}).get(shown_size(result["args"])) if method == "m2po" else level["methods"][method]
+                row = (
+                    level.get("m2po", {}).get(str(shown_size(result["args"])))
+                    if method == "m2po"
+                    else level["methods"][method]
+                )
                 if row is None or row["variance"] < 1e-7:
                     continue
                 if row[f"bias2_{target}"] > 1e-12:
@@ -538,7 +542,7 @@ def plot_staleness(result: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     levels = [level for level in result["levels"]["training"] if level["kl"] > 1e-6]
-    kl, size = [level["kl"] for level in levels], int(shown_size(result["args"]))
+    kl, size = [level["kl"] for level in levels], shown_size(result["args"])
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.2))
     lines = {"gipo-0.2": "#56B4E9", "gipo-0.5": "#0072B2", "gipo-1": "#CC79A7", "gipo-2": "#999999"}
     lines |= {"ppo": "#D55E00", "sapo": "#009E73", "noclip": "#000000", "truncated-1": "#E69F00"}

@@ -749,9 +749,8 @@ def write_popo_report(args: Args, write) -> None:
         group = run["env_id"], int(path.parent.name), run["args"]["learning_rate"], run["versions"]["algorithm"]
         groups[group][run["exp_name"].removesuffix("-fast")].append(run)
     for (env_id, steps, rate, version), found in sorted(groups.items()):
-        methods = {
-            method: found[method] for method in [*POPO_METHODS, *sorted(found.keys() - POPO_METHODS.keys())] if method in found
-        }
+        order = [*POPO_METHODS, *sorted(found.keys() - POPO_METHODS.keys())]
+        methods = {method: found[method] for method in order if method in found}
         name = f"{env_id}-{steps}-lr{rate:g}-v{version}"
         for method, runs in methods.items():
             refuse_mixture(f"{method}, {name}", runs)
