@@ -116,7 +116,8 @@ vla_script() { # method, regime -> script and flags; a rollout of the tiny prese
     case $1 in
         gipo | ppo | sapo | none) echo "gipo_vla_libero.py --preset tiny --trust-weight $1 --buffer-size $buffer" ;;
         gipo-*-*) echo "$(vla_script gipo "$2") --sigma $(cut -d- -f2 <<<"$1") --sigma-neg-ratio ${1##*-}" ;;
-        *) die "--methods: unknown method '$1', choose from gipo ppo sapo none gipo-SIGMA-NEGRATIO" ;;
+        ppo-*) echo "$(vla_script ppo "$2") --clip-coef ${1#ppo-}" ;;
+        *) die "--methods: unknown method '$1', choose from gipo ppo sapo none gipo-SIGMA-NEGRATIO ppo-EPSILON" ;;
     esac
 }
 

@@ -43,12 +43,14 @@ def test_table_by_hand(tmp_path):
     # 30 of 50 are all ten of 40-49 and 20 of the other 40; a stretch before the first finished episode counts 0.
     assert "| 1,024 | gipo | 1, 2 | 20, 10 | 60, 40 | 50, 25 | 100, 100 | 10, 5 | 20, 8 | 50, 20 |" in text
     assert "| 1,024 | ppo | 1, 2 | 20, 10 | 30, 10 | 12, 0 | 100, 50 | 10, 5 | 10, 15 | 20, 40 |" in text
-    assert "| 1,024 | 2 | +0.300 | +0.017 |" in text  # two seeds give no interval
+    assert "| 1,024 | ppo | 1, 2 | +0.300 | +0.017 |" in text  # two seeds give no interval
     more = {
         (1024, name): {seed: run(name, seed, 10, after, 0.5) for seed in (1, 2, 3)}
-        for name, after in (("gipo", 30), ("ppo", 15))
+        for name, after in (("gipo", 30), ("ppo", 15), ("ppo-0.5", 40))
     }
-    assert "| 1,024 | 3 | +0.300 [+0.300, +0.300] | +0.000 [+0.000, +0.000] |" in "\n".join(report.vla_tables(more))
+    more = "\n".join(report.vla_tables(more))
+    assert "| 1,024 | ppo-0.5 | 1, 2, 3 | -0.200 [-0.200, -0.200] |" in more
+    assert "| 1,024 | ppo | 1, 2, 3 | +0.300 [+0.300, +0.300] | +0.000 [+0.000, +0.000] |" in more
     assert "| 1,024 | gipo | 1, 2 | 0.500 | 0.500 |" in text and "4 runs, algorithm version 1" in text
     assert (tmp_path / "vla_tiny" / "curves-libero_spatial-2048-v1.png").stat().st_size > 10_000
     assert report.write_report(args) == []
@@ -86,13 +88,14 @@ def test_matrix_and_what_is_finished(tmp_path):
     assert report.pending(stock, report.Args(runs=str(tmp_path), results=str(tmp_path))) == []
 
 
-def test_sigma_in_the_methods_name():
+def test_width_in_the_methods_name():
     command = ["./benchmark.sh", "vla", "--dry-run", "--seeds", "7", "--regimes", "fresh"]
-    command += ["--methods", "gipo-0.2-1 gipo-0.5-0.5"]
+    command += ["--methods", "gipo-0.2-1 gipo-0.5-0.5 ppo-0.5"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
     runs = [vla.parse_args(line.split()[2:]) for line in process.stdout.splitlines()]
-    assert [(a.trust_weight, a.sigma, a.sigma_neg_ratio) for a in runs] == [("gipo", 0.2, 1.0), ("gipo", 0.5, 0.5)]
-    assert [a.exp_name for a in runs] == ["gipo-0.2-1_fresh", "gipo-0.5-0.5_fresh"]
+    assert [(a.trust_weight, a.sigma, a.sigma_neg_ratio) for a in runs[:2]] == [("gipo", 0.2, 1.0), ("gipo", 0.5, 0.5)]
+    assert (runs[2].trust_weight, runs[2].clip_coef) == ("ppo", 0.5)
+    assert [a.exp_name for a in runs] == ["gipo-0.2-1_fresh", "gipo-0.5-0.5_fresh", "ppo-0.5_fresh"]
 
 
 RESULTS = sorted((ROOT / "results" / "vla_tiny" / "runs").glob("*/*.json"))
