@@ -286,6 +286,8 @@ def span(value: float, interval: tuple[float, float], form: str = ".2f") -> str:
 
 
 GAINS = "What each method gains when the buffer grows from one rollout of 512 steps (fresh) to 20,000 (stale):"
+DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
+DIAGNOSTICS += "mean of the first / last fifth of a run (the README explains them):"
 SCORES = {  # of a run: what the table compares
     "success": lambda run: run["eval_success_rate"],
     "return": lambda run: run["eval_return_mean"],
@@ -424,11 +426,12 @@ def task_table(runs: list[dict]) -> str:
 
 
 def diagnostics_table(runs: list[dict]) -> str:
-    """One row per regime and method: means of the logged diagnostics over the first and the last fifth of the runs."""
+    """One row per regime and method: median minutes of a run, and diagnostics, means over the first and last fifth."""
     shown = [name for name in CURVES if name not in ("return", "success")]
-    rows = ["| regime | method | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 2) + "|"]
+    rows = ["| regime | method | minutes | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 3) + "|"]
     for (regime, method), tasks in cells(runs).items():
-        row = [regime, method]
+        minutes = np.median([run["wall_seconds"] / 60 for group in tasks.values() for run in group])
+        row = [regime, method, f"{minutes:.1f}"]
         for name in shown:
             curves = [run["curves"][name] for group in tasks.values() for run in group if name in run["curves"]]
             fifths = np.array([curve[:6] + curve[-6:] for curve in curves], dtype=float).reshape(-1, 2, 6)
@@ -929,7 +932,7 @@ def write_report(args: Args) -> list[str]:
             "Mean success of the deterministic policy on the 50 training goals (mean return):",
         ]
         parts += [task_table(runs), paper_table(runs)]
-        parts += ["Diagnostics, mean of the first / last fifth of a run (the README explains them):", diagnostics_table(runs)]
+        parts += [DIAGNOSTICS, diagnostics_table(runs)]
         write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
         replayed = [run for run in common if run["regime"] != "on-policy"]
         if main and not args.check:

@@ -106,7 +106,8 @@ def test_area_fills_gaps():
 def run(method, regime, seed, success, score, area, env_id="reach-v3"):
     """What the tables read of a result."""
     names = {"method": method, "regime": regime, "seed": seed, "env_id": env_id}
-    return names | {"eval_success_rate": success, "eval_return_mean": score, "curves": {"success": [None] * 15 + [area] * 15}}
+    curves = {"success": [None] * 15 + [area] * 15}
+    return names | {"eval_success_rate": success, "eval_return_mean": score, "wall_seconds": 120.0, "curves": curves}
 
 
 def test_aggregate_table_by_hand():
@@ -228,9 +229,11 @@ def test_diagnostics_table_by_hand():
     runs = [run("gipo", "stale", seed, 1.0, 1, 1.0) for seed in (1, 2)] + [run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
     runs[0]["curves"]["entropy"] = [None, 20.0, 20.0, 20.0, 20.0, 20.0] + [99.0] * 18 + [6.0] * 6
     runs[1]["curves"]["entropy"] = [10.0] * 6 + [99.0] * 18 + [8.0] * 6
+    runs[1]["wall_seconds"] = 180.0
     header, _, ppo, gipo = [[cell.strip() for cell in line.split("|")] for line in report.diagnostics_table(runs).splitlines()]
     column = header.index("entropy")
     assert gipo[column] == f"{(5 * 20 + 6 * 10) / 11:.2g} / 7" and ppo[column] == "-"
+    assert gipo[header.index("minutes")] == "2.5" and ppo[header.index("minutes")] == "2.0"
 
 
 # -------------------- benchmark.sh --------------------
