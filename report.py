@@ -340,14 +340,19 @@ def comparable(runs: list[dict]) -> tuple[list[dict], str]:
     table = cells(runs)
     every = {run["env_id"] for run in runs}
     complete = [cell for cell, tasks in table.items() if set(tasks) == every]
-    tasks = every if ("on-policy", "ppo") in complete else set.intersection(*(set(tasks) for tasks in table.values()))
-    listed = ", ".join(sorted(tasks)).replace("-v3", "") or "none"
-    chosen = [run for run in runs if run["env_id"] in tasks]
-    if tasks != every:
-        return chosen, f"Over the {len(tasks)} tasks that every row has ({listed}):"
+    if ("on-policy", "ppo") not in complete and len(complete) < len(table):
+        return shared(runs)
     left_out = ", ".join(f"{method} {regime}" for regime, method in table if (regime, method) not in complete)
     note = f"; without the rows that lack tasks ({left_out})" if left_out else ""
-    return [run for run in chosen if (run["regime"], run["method"]) in complete], f"Over all {len(tasks)} tasks{note}:"
+    return [run for run in runs if (run["regime"], run["method"]) in complete], f"Over all {len(every)} tasks{note}:"
+
+
+def shared(runs: list[dict]) -> tuple[list[dict], str]:
+    """The runs on the tasks that every cell has, and a line that says so."""
+    tasks = set.intersection(*(set(tasks) for tasks in cells(runs).values()))
+    listed = ", ".join(sorted(tasks)).replace("-v3", "") or "none"
+    chosen = [run for run in runs if run["env_id"] in tasks]
+    return chosen, f"Over the {len(tasks)} tasks that every row has ({listed}):"
 
 
 def same_replay_table(runs: list[dict]) -> str:
@@ -932,6 +937,10 @@ def write_report(args: Args) -> list[str]:
             "Mean success of the deterministic policy on the 50 training goals (mean return):",
         ]
         parts += [task_table(runs), paper_table(runs)]
+        every_row, shared_scope = shared(main) if main else ([], "")
+        more_rows = len(cells(every_row)) > len(cells(common))
+        if more_rows:
+            parts += [shared_scope, aggregate_table(every_row), f"![scores against buffer size](buffer-all-rows-{name}.png)"]
         parts += [DIAGNOSTICS, diagnostics_table(runs)]
         write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
         replayed = [run for run in common if run["regime"] != "on-policy"]
@@ -941,6 +950,8 @@ def write_report(args: Args) -> list[str]:
                 panels = {"success rate": "success", "area under success": "area", "return": "return"}
                 panels = {title: SCORES[name] for title, name in panels.items()}
                 plot_against_buffer(common, panels, results / f"buffer-{name}.png")
+                if more_rows:
+                    plot_against_buffer(every_row, panels, results / f"buffer-all-rows-{name}.png")
                 plot_against_buffer(
                     replayed,
                     {

@@ -172,6 +172,26 @@ def test_tasks_without_a_success_flag_have_returns_only(tmp_path):
     assert "| stale | gipo | 1 |" in table and f"| HalfCheetah-v5 | ({cheetah['eval_return_mean']:,.0f}) |" in table
 
 
+def test_rows_that_lack_tasks_are_shown_on_what_all_have(tmp_path):
+    """They have no place among the rows of all tasks, so a table and a plot of their own, on fewer tasks, show them."""
+    stored = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    folder = tmp_path / "runs" / "300000"
+    folder.mkdir(parents=True)
+    for task, name in [(task, name) for task in ("reach-v3", "push-v3") for name in ("ppo_on-policy", "gipo_stale")]:
+        (folder / f"{task}_{name}.json").write_text(json.dumps(stored | {"env_id": task, "exp_name": name}))
+    args = report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md"))
+    report.write_report(args)
+    assert "Over all 2 tasks:" in (tmp_path / "benchmark-300000-v1.md").read_text()
+    assert "every row has" not in (tmp_path / "benchmark-300000-v1.md").read_text()
+    (folder / "recent.json").write_text(json.dumps(stored | {"exp_name": "gipo_recent"}))
+    report.write_report(args)
+    text = (tmp_path / "benchmark-300000-v1.md").read_text()
+    every_row = text[text.index("Over the 1 tasks that every row has (reach):") :]
+    assert text.index("without the rows that lack tasks (gipo recent):") < text.index(every_row)
+    assert "| recent | gipo | 1 |" in every_row and "| stale | gipo | 1 |" in every_row
+    assert (tmp_path / "buffer-all-rows-300000-v1.png").stat().st_size > 10_000
+
+
 def test_readme_shows_the_largest_set_of_runs(tmp_path):
     """A few runs of another length have their own tables, and leave the README's block as it is."""
     result = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
