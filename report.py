@@ -295,29 +295,38 @@ SCORES = {  # of a run: what the table compares
 }
 
 
-def improvements(ours: dict[str, list[dict]], theirs: dict[str, list[dict]], tasks: list[str]) -> list[str]:
-    """P(better than theirs) by success, area and return, each with its interval."""
+def matched(ours: dict[str, list[dict]], theirs: dict[str, list[dict]]) -> tuple[dict, dict]:
+    """Of two cells, the runs whose task and seed both have: with other seeds, that is other goals, luck would be compared."""
+    seeds = [{(task, run["seed"]) for task in cell for run in cell[task]} for cell in (ours, theirs)]
+    both = seeds[0] & seeds[1]
+    names = sorted({task for task, _ in both})
+    return tuple(
+        {task: [run for run in cell[task] if (task, run["seed"]) in both] for task in names} for cell in (ours, theirs)
+    )
+
+
+def improvements(ours: dict[str, list[dict]], theirs: dict[str, list[dict]]) -> list[str]:
+    """P(better than theirs) by success, area and return, each with its interval, of two matched cells."""
     keys = [SCORES[name] for name in ("success", "area", "return")]
-    pairs = [(values(ours, tasks, key), values(theirs, tasks, key)) for key in keys]
+    pairs = [(values(ours, list(ours), key), values(theirs, list(theirs), key)) for key in keys]
     return [span(probability_of_improvement(*pair), improvement_interval(*pair)) for pair in pairs]
 
 
 def aggregate_table(runs: list[dict]) -> str:
-    """One row per method and regime: IQM of final success and return and of the area, P(better than PPO) by each of them."""
+    """One row per method and regime: IQM of final success and return and of the area; P(better than PPO on the same seeds)."""
     rows = ["| regime | method | runs | success, IQM | area under success, IQM | return, IQM | P(success above PPO's) |"]
     rows[0] += " P(area above) | P(return above) |"
     rows.append("|---" * 9 + "|")
     table = cells(runs)
     baseline = table.get(("on-policy", "ppo"), {})
     for (regime, method), tasks in table.items():
-        names = sorted(tasks)
-        shared = [name for name in names if name in baseline]
-        scores = {name: values(tasks, names, key) for name, key in SCORES.items()}
+        scores = {name: values(tasks, sorted(tasks), key) for name, key in SCORES.items()}
+        ours, ppo = matched(tasks, baseline)
         row = [regime, method, sum(len(task) for task in scores["success"])]
         for name in ("success", "area"):
             row.append(span(interquartile_mean(scores[name]), bootstrap_interval(scores[name], interquartile_mean)))
         row.append(f"{interquartile_mean(scores['return']):,.0f}")
-        row += ["-"] * 3 if method == "ppo" or not shared else improvements(tasks, baseline, shared)
+        row += ["-"] * 3 if method == "ppo" or not ours else improvements(ours, ppo)
         rows.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(rows)
 
@@ -356,14 +365,14 @@ def shared(runs: list[dict]) -> tuple[list[dict], str]:
 
 
 def same_replay_table(runs: list[dict]) -> str:
-    """One row per regime, method and PPO-clip it meets in the same regime, over the tasks both have; may be empty.
+    """One row per regime, method and PPO-clip it meets in the same regime, over the tasks and seeds both have; may be empty.
 
     All methods meet `ppo-clip`; GIPO, SAPO and no clip also PPO-clip with another epsilon, those with stored advantages the
     one with stored advantages.
     """
-    rows = ["| regime | method | against | tasks | success, IQM | area under success, IQM | P(success above) |"]
+    rows = ["| regime | method | against | tasks | runs of each | success, IQM | area under success, IQM | P(success above) |"]
     rows[0] += " P(area above) | P(return above) |"
-    rows.append("|---" * 9 + "|")
+    rows.append("|---" * 10 + "|")
     table = cells(runs)
     for (regime, method), tasks in table.items():
         stored = method.endswith("-stored")
@@ -372,15 +381,14 @@ def same_replay_table(runs: list[dict]) -> str:
         if method.startswith("paper"):
             opponents = ["paper-ppo"]
         for opponent in opponents:
-            theirs = table.get((regime, opponent), {})
-            shared = sorted(set(tasks) & set(theirs))
-            if method == opponent or not shared:
+            ours, theirs = matched(tasks, table.get((regime, opponent), {}))
+            if method == opponent or not ours:
                 continue
-            row = [regime, method, opponent, len(shared)]
+            row = [regime, method, opponent, len(ours), sum(map(len, ours.values()))]
             for name in ("success", "area"):
-                pair = (interquartile_mean(values(group, shared, SCORES[name])) for group in (tasks, theirs))
+                pair = (interquartile_mean(values(cell, list(cell), SCORES[name])) for cell in (ours, theirs))
                 row.append("{:.2f} against {:.2f}".format(*pair))
-            rows.append("| " + " | ".join(map(str, row + improvements(tasks, theirs, shared))) + " |")
+            rows.append("| " + " | ".join(map(str, row + improvements(ours, theirs))) + " |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
@@ -925,7 +933,7 @@ def write_report(args: Args) -> list[str]:
         main = [run for run in scored if not is_variant(run)] or scored
         common, scope = comparable(main) if main else ([], "No task with a success flag:")
         totals = aggregate_table(common) if common else "none yet"
-        against = "Against PPO-clip on the same replay, on the tasks that both have"
+        against = "Against PPO-clip on the same replay, on the tasks and seeds that both have"
         table, gains = same_replay_table(scored), gain_table(common)
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py."]

@@ -119,18 +119,22 @@ def test_aggregate_table_by_hand():
     cells = rows[3].strip("| ").split(" | ")
     assert cells[:6] == ["stale", "gipo", "2", "0.75 [0.50, 1.00]", "0.50 [0.50, 0.50]", "4,000"]
     assert [cell.split(" ")[0] for cell in cells[6:]] == ["0.25", "1.00", "0.50"]
+    more = [run("gipo", "stale", 3, 0.0, 0, 0.0)]  # counts in its own scores, but meets no PPO run of its seed
+    assert report.aggregate_table(ppo + gipo + more).splitlines()[3].split(" | ")[6:] == rows[3].split(" | ")[6:]
 
 
 def test_same_replay_table_by_hand():
-    """Only PPO-clip's regime, only the tasks that both have; on-policy PPO and other regimes have no row."""
+    """Only PPO-clip's regime, only the tasks and seeds that both have; on-policy PPO and other regimes have no row."""
     clip = [run("ppo-clip", "stale", seed, 0.5, 1000, 0.2) for seed in (1, 2)]
     gipo = [run("gipo", "stale", 1, 1.0, 2000, 0.6), run("gipo", "stale", 2, 0.5, 900, 0.4)]
-    others = [run("gipo", "stale", 1, 0.0, 0, 0.0, "push-v3")]
+    others = [run("gipo", "stale", 1, 0.0, 0, 0.0, "push-v3"), run("gipo", "stale", 3, 0.0, 0, 0.0)]
+    others += [run("gipo", "stale", 1, 0.0, 0, 0.0, "door-open-v3"), run("ppo-clip", "stale", 2, 1.0, 9, 1.0, "door-open-v3")]
     others += [run("gipo", "recent", 1, 1.0, 1, 1.0), run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
     (row,) = report.same_replay_table(clip + gipo + others).splitlines()[2:]
     cells = row.strip("| ").split(" | ")
-    assert cells[:6] == ["stale", "gipo", "ppo-clip", "1", "0.75 against 0.50", "0.25 against 0.10"]
-    assert [cell.split(" ")[0] for cell in cells[6:]] == ["0.75", "1.00", "0.50"]
+    assert cells[:7] == ["stale", "gipo", "ppo-clip", "1", "2", "0.75 against 0.50", "0.25 against 0.10"]
+    assert [cell.split(" ")[0] for cell in cells[7:]] == ["0.75", "1.00", "0.50"]
+    others = [r for r in others if r["method"] != "ppo-clip"]
     assert report.same_replay_table(gipo + others) == report.same_replay_table(clip) == ""
 
 
