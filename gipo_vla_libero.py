@@ -1029,6 +1029,7 @@ def normalize_images(images: torch.Tensor, args) -> torch.Tensor:
 
 
 # -------------------- Agent --------------------
+# ALGO LOGIC: the policy and its critic
 class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -1633,6 +1634,7 @@ def memory_plan(agent: Agent, args, micro_batch: int, prompt_length: int = 36) -
 
 
 # -------------------- Advantages and objective --------------------
+# ALGO LOGIC: advantages, and policy_objective, where a new objective goes
 def discounted_sum(deltas, decays):
     """x[t] = deltas[t] + decays[t] * x[t + 1], backwards from zero; time first."""
     sums, last = [], torch.zeros_like(deltas[0])
@@ -1909,6 +1911,7 @@ def record_videos(agent, interface, args, folder: Path) -> None:
 
 
 # -------------------- Update --------------------
+# ALGO LOGIC: losses and gradient steps
 def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_policy: bool = True) -> dict:
     """One gradient step on a minibatch of whole segments -> scalars, equal on all processes.
 

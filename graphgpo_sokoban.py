@@ -452,6 +452,7 @@ def held_out_levels(args) -> list[tuple]:
 
 
 # -------------------- Agents --------------------
+# ALGO LOGIC: the policies
 def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     """Orthogonal weights, zero bias."""
     nn.init.orthogonal_(layer.weight, std)
@@ -578,6 +579,7 @@ def make_agent(args, envs):
 
 
 # -------------------- Advantages --------------------
+# ALGO LOGIC: the graph, its distances, and the advantages of the three methods
 def standardise(values, groups, divide_by_std: bool = True, eps: float = 1e-6) -> np.ndarray:
     """(x - mean) / (std + eps) within groups of equal labels, in float64; 0 for a group of one and for equal values.
 
@@ -1112,6 +1114,7 @@ def main(args: Args) -> dict:
             plot_graph(run_folder / f"graph_{episodes:07d}.png", *graph, draw, title)
 
         # ==================== UPDATE ====================
+        # ALGO LOGIC: losses and gradient steps
         t0 = time.perf_counter()
         stats, num_minibatches = collections.defaultdict(list), max(1, round(num_steps / args.minibatch_size))
         per_pass = args.microbatch_size if args.model else num_steps

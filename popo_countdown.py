@@ -383,6 +383,7 @@ class TextCountdown(Countdown):
 
 
 # -------------------- Policies --------------------
+# ALGO LOGIC: the policies
 class Block(nn.Module):
     """Pre-norm transformer block with a key-value cache."""
 
@@ -563,6 +564,7 @@ def warm_up(policy, task, args) -> float:
 
 
 # -------------------- Groups, replay, objective --------------------
+# ALGO LOGIC: which groups are kept and replayed, and the objective
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """(R - mean) / std over the last dimension, the responses of one prompt; 0 where all rewards are equal."""
     centred = rewards - rewards.mean(-1, keepdim=True)
@@ -1030,6 +1032,7 @@ def main(args: Args) -> dict:
             seconds["logprob"] += t2 - t1
 
             # ==================== UPDATE ====================
+            # ALGO LOGIC: losses and gradient steps
             # Every group once, in `updates_per_iteration` minibatches; means are over the minibatch's tokens.
             permutation = torch.randperm(len(batch_groups)).to(device)
             for mb_inds in permutation.tensor_split(min(args.updates_per_iteration, len(batch_groups))):

@@ -305,6 +305,7 @@ def to_env_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
 
 
 # -------------------- Agent --------------------
+# ALGO LOGIC: networks, policy heads, observation normaliser
 def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     """Orthogonal weights, zero bias."""
     nn.init.orthogonal_(layer.weight, std)
@@ -383,6 +384,7 @@ class Agent(nn.Module):
 
 
 # -------------------- Advantages and objective --------------------
+# ALGO LOGIC: advantages, replay sampling, and policy_objective, where a new objective goes
 def discounted_sum(deltas, decays):
     """x[t] = deltas[t] + decays[t] * x[t + 1], backwards from zero; time first."""
     sums, last = [], torch.zeros_like(deltas[0])
@@ -843,6 +845,7 @@ def main(args: Args) -> dict:
                 fresh["returns"][:] = fresh["advantages"] + values
 
         # ==================== UPDATE ====================
+        # ALGO LOGIC: losses and gradient steps
         t0 = time.perf_counter()
         num_filled, stats = min(iteration * args.num_envs, num_segments), collections.defaultdict(list)
         if on_policy:  # shuffled transitions, in epochs
