@@ -352,8 +352,8 @@ def comparable(runs: list[dict]) -> tuple[list[dict], str]:
     if ("on-policy", "ppo") not in complete and len(complete) < len(table):
         return shared(runs)
     left_out = ", ".join(f"{method} {regime}" for regime, method in table if (regime, method) not in complete)
-    note = f"; without the rows that lack tasks ({left_out})" if left_out else ""
-    return [run for run in runs if (run["regime"], run["method"]) in complete], f"Over all {len(every)} tasks{note}:"
+    note = f"; without the rows that lack some of them ({left_out})" if left_out else ""
+    return [run for run in runs if (run["regime"], run["method"]) in complete], f"Over {len(every)} tasks{note}:"
 
 
 def shared(runs: list[dict]) -> tuple[list[dict], str]:

@@ -185,13 +185,13 @@ def test_rows_that_lack_tasks_are_shown_on_what_all_have(tmp_path):
         (folder / f"{task}_{name}.json").write_text(json.dumps(stored | {"env_id": task, "exp_name": name}))
     args = report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md"))
     report.write_report(args)
-    assert "Over all 2 tasks:" in (tmp_path / "benchmark-300000-v1.md").read_text()
+    assert "Over 2 tasks:" in (tmp_path / "benchmark-300000-v1.md").read_text()
     assert "every row has" not in (tmp_path / "benchmark-300000-v1.md").read_text()
     (folder / "recent.json").write_text(json.dumps(stored | {"exp_name": "gipo_recent"}))
     report.write_report(args)
     text = (tmp_path / "benchmark-300000-v1.md").read_text()
     every_row = text[text.index("Over the 1 tasks that every row has (reach):") :]
-    assert text.index("without the rows that lack tasks (gipo recent):") < text.index(every_row)
+    assert text.index("without the rows that lack some of them (gipo recent):") < text.index(every_row)
     assert "| recent | gipo | 1 |" in every_row and "| stale | gipo | 1 |" in every_row
     assert (tmp_path / "buffer-all-rows-300000-v1.png").stat().st_size > 10_000
 
@@ -240,8 +240,8 @@ def test_only_rows_with_the_same_tasks_are_compared():
     gipo = [run("gipo", "stale", 1, 1.0, 1, 1.0, task) for task in ("reach-v3", "push-v3")]
     part = run("gipo", "recent", 1, 1.0, 1, 1.0)
     runs, scope = report.comparable([*ppo, *gipo, part])
-    assert runs == [*ppo, *gipo] and scope == "Over all 2 tasks; without the rows that lack tasks (gipo recent):"
-    assert report.comparable([*ppo, *gipo]) == ([*ppo, *gipo], "Over all 2 tasks:")
+    assert runs == [*ppo, *gipo] and scope == "Over 2 tasks; without the rows that lack some of them (gipo recent):"
+    assert report.comparable([*ppo, *gipo]) == ([*ppo, *gipo], "Over 2 tasks:")
     clip = [r | {"method": "ppo-clip"} for r in gipo]
     runs, scope = report.comparable([ppo[0], *gipo, *clip, part])
     assert runs == [ppo[0], gipo[0], clip[0], part] and scope == "Over the 1 tasks that every row has (reach):"
