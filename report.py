@@ -978,6 +978,8 @@ def write_report(args: Args) -> list[str]:
         parts.append(f"![success in training](results/curves-{name}.png)")
         if replayed:
             parts.append(f"![success, area and return against buffer size](results/buffer-{name}.png)")
+            if more_rows:
+                parts += [shared_scope, f"![the same, every method](results/buffer-all-rows-{name}.png)"]
         readme_block = "\n\n".join(parts) + "\n"
     write_popo_report(args, write)
     readme = Path(args.readme)
