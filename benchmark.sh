@@ -100,10 +100,11 @@ script_of() { # method, regime -> script and flags
         ppo-clip-*) echo "$(script_of ppo-clip "$2") --clip-coef ${1#ppo-clip-}" ;; # with another epsilon
         sapo | none) echo "gipo_continuous.py --buffer-size $buffer --trust-weight $1" ;;
         gipo) echo "gipo_continuous.py --buffer-size $buffer" ;;
+        gipo-adaptive-*) echo "gipo_continuous.py --buffer-size $buffer --adaptive-sigma ${1#gipo-adaptive-}" ;;
         gipo-*-*)
             rest=${1#gipo-}
             echo "gipo_continuous.py --buffer-size $buffer --sigma ${rest%-*} --sigma-neg-ratio ${rest#*-}" ;;
-        *) die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO, any of them with -stored, GIPO with -outward, paper, paper-ppo" ;;
+        *) die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO gipo-adaptive-MULTIPLE, any of them with -stored, GIPO with -outward, paper, paper-ppo" ;;
     esac
 }
 

@@ -51,6 +51,7 @@ META_WORLD = metaworld.ALL_V3_ENVIRONMENTS
 MT10 = list(metaworld.env_dict.MT10_V3)
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 MAX_EPISODE_STEPS = 10_000  # of an environment that sets no time limit: without one, evaluation might never end
+MIN_ADAPTIVE_SIGMA = 0.05  # GIPO: for the first updates after a single rollout, whose log ratios are still near 0
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 
 
@@ -152,6 +153,9 @@ class Args:
     """sigma: width of the trust weight in units of the log ratio (0.2 to 1; joint ratios spread wider: 0.5 to 2)"""
     sigma_neg_ratio: float = 1.0
     """sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
+    adaptive_sigma: float = 0.0
+    """beyond the paper, for buffers of many rollouts: sigma as a multiple of the log ratio's standard deviation in each
+    minibatch, but at least 0.05 (0.7; 0: the fixed sigma)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
     """shape of the trust weight; only the Gaussian bounds omega * rho for every sigma"""
     trust_weight: Literal["gipo", "sapo", "none"] = "gipo"
@@ -476,7 +480,10 @@ def policy_objective(logratio, advantages, args):
         return 4.0 / tau * gate * advantages, (4.0 * gate * (1.0 - gate)).detach()
     log_trust = torch.zeros_like(logratio)
     if args.trust_weight == "gipo":
-        log_trust = gipo_log_weight(logratio, advantages, args.sigma, args.sigma * args.sigma_neg_ratio, args.kernel)
+        sigma = args.sigma
+        if args.adaptive_sigma:  # wider where the samples are older
+            sigma = max(args.adaptive_sigma * logratio.detach().std(correction=0).item(), MIN_ADAPTIVE_SIGMA)
+        log_trust = gipo_log_weight(logratio, advantages, sigma, sigma * args.sigma_neg_ratio, args.kernel)
     if args.trust_side == "outward":
         log_trust = torch.where(logratio.detach() * advantages > 0, log_trust, 0.0)
     return torch.exp((logratio + log_trust.detach()).clamp(max=MAX_LOG_COEF)) * advantages, log_trust.exp()
@@ -584,6 +591,7 @@ def check_args(args) -> None:
     limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
     limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
     not_negative = "seed buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
+    not_negative += " adaptive_sigma"  # GIPO: its flag
     limits |= dict.fromkeys(not_negative.split(), (0, math.inf, "0 or more"))
     for name, (low, high, words) in limits.items():
         if not low <= getattr(args, name) <= high:
@@ -605,6 +613,8 @@ def check_args(args) -> None:
         raise ValueError(f"--minibatch-size {args.minibatch_size} must be a multiple of --num-steps {args.num_steps}")
     if args.trust_side == "outward" and args.trust_weight != "gipo":  # GIPO: an ablation of its weight
         raise ValueError(f"--trust-side outward is for --trust-weight gipo, not {args.trust_weight}: drop one of the flags")
+    if args.adaptive_sigma and args.trust_weight != "gipo":  # GIPO: a property of its weight
+        raise ValueError(f"--adaptive-sigma is for --trust-weight gipo, not {args.trust_weight}: drop one of the flags")
     if args.vtrace and not args.recompute_advantages:  # GIPO: always replays segments
         raise ValueError("--vtrace needs the current ratios: drop --no-recompute-advantages")
     if args.cuda and not torch.cuda.is_available():

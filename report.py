@@ -81,6 +81,8 @@ def outcome_args(args: dict) -> dict:
     unused = ["num_bins"] if args.get("policy_head") == "gaussian" else []
     if args.get("policy_head") == "categorical":
         args = {"num_bins": 256} | args  # runs from before the flag
+    if "trust_side" in args and "suite" not in args:
+        args = {"adaptive_sigma": 0.0} | args  # likewise
     if "method" in args:
         args = {"generate_groups": 0} | args  # likewise
     if "suite" in args:

@@ -32,7 +32,10 @@ RUNS = {  # name -> script, flags; each runs once, and every field of Args appea
         "--env-id MT10 --num-envs 10 --num-steps 64 --total-timesteps 5120 --minibatch-size 64 --eval-episodes 1",
     ),
     "gipo-bins": ("gipo_continuous", f"--env-id Reacher-v5 {SHORT} {HEAD} {LOSS} --kernel laplacian --async-envs"),
-    "gipo-per-dim": ("gipo_continuous", f"--env-id Reacher-v5 {SHORT} --ratio per-dim --kernel gaussian --trust-weight gipo"),
+    "gipo-per-dim": (
+        "gipo_continuous",
+        f"--env-id Reacher-v5 {SHORT} --ratio per-dim --kernel gaussian --trust-weight gipo --adaptive-sigma 1",
+    ),
     "gipo-vtrace": ("gipo_continuous", f"--env-id Reacher-v5 {SHORT} {LOSS} --vtrace --kernel cauchy --buffer-size 128"),
     "gipo-sapo": (
         "gipo_continuous",
@@ -444,7 +447,7 @@ NEGATIVE = (
 ).split()
 ZERO = "total_timesteps num_envs num_steps minibatch_size hidden_size learning_rate checkpoint_every torch_threads".split()
 OWN = {
-    "gipo_continuous": dict.fromkeys(("sigma", "sigma_neg_ratio", "sapo_tau_pos", "sapo_tau_neg"), -1.0),
+    "gipo_continuous": dict.fromkeys("sigma sigma_neg_ratio adaptive_sigma sapo_tau_pos sapo_tau_neg".split(), -1.0),
     "ppo_baseline": {"clip_coef": -0.1, "update_epochs": 0},
 }
 BAD = [  # fields, and what the sentence must name
@@ -489,9 +492,10 @@ def test_bad_arguments_of_one_script(script, name, tmp_path):
 
 
 @pytest.mark.parametrize("weight", ["sapo", "none"])
-def test_one_sided_trust_is_for_gipo(weight, tmp_path):
-    main, args = arguments("gipo_continuous", run_dir=str(tmp_path), trust_weight=weight, trust_side="outward")
-    with pytest.raises(ValueError, match=f"--trust-side outward is for --trust-weight gipo, not {weight}"):
+@pytest.mark.parametrize(("flag", "value", "named"), [("trust_side", "outward", " outward"), ("adaptive_sigma", 0.7, "")])
+def test_variants_of_the_trust_weight_are_for_gipo(flag, value, named, weight, tmp_path):
+    main, args = arguments("gipo_continuous", run_dir=str(tmp_path), trust_weight=weight, **{flag: value})
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')}{named} is for --trust-weight gipo, not {weight}"):
         main(args)
     assert not any(tmp_path.iterdir())
 

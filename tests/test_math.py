@@ -226,6 +226,28 @@ def test_outward_weights_only_what_has_moved_with_its_advantage(kernel):
     np.testing.assert_allclose(gipo.policy_objective(logratio, advantages, args)[1], [omega, 1.0, 1.0, omega, 1.0], rtol=1e-6)
 
 
+def test_adaptive_sigma_is_a_multiple_of_the_minibatch_spread():
+    """The fixed sigma of that size; so the unit of the log ratios does not matter, and no gradient flows through it."""
+    logratio, advantages = column([-0.6, 0.2, 0.5, -0.1]), column([1.0, -1.0, 2.0, -2.0])
+    spread = math.sqrt(0.66 / 4)  # the mean is 0; divided by N, not N - 1
+    widths = {"sigma": 0.7 * spread, "sigma_neg_ratio": 0.5}
+    fixed = surrogate("gipo-gaussian-both", logratio, advantages, **widths)
+    adaptive = surrogate("gipo-gaussian-both", logratio, advantages, adaptive_sigma=0.7, **widths | {"sigma": 9.0})
+    for mine, theirs in zip(adaptive, fixed, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+    doubled = surrogate("gipo-gaussian-both", 2 * logratio, advantages, adaptive_sigma=0.7, sigma_neg_ratio=0.5)
+    np.testing.assert_allclose(doubled[1], fixed[1], rtol=1e-6)
+
+
+def test_adaptive_sigma_has_a_floor():
+    """Right after a single rollout the log ratios are 0: every sample is trusted, and nothing is divided by 0."""
+    logratio = column([0.0, 0.0])
+    _, trust, gradient = surrogate("gipo-gaussian-both", logratio, column([1.0, -1.0]), adaptive_sigma=0.7)
+    assert trust.tolist() == [1.0, 1.0] and gradient.tolist() == [1.0, -1.0]
+    _, trust, _ = surrogate("gipo-gaussian-both", column([0.01, -0.01]), column([1.0, -1.0]), adaptive_sigma=0.7)
+    np.testing.assert_allclose(trust, math.exp(-0.5 * (0.01 / 0.05) ** 2), rtol=1e-6)
+
+
 @ALL_METHODS
 @pytest.mark.parametrize("sigma", [0.05, 1.0, 5.0])
 def test_loss_and_gradient_are_finite_for_any_log_ratio_in_float32(method, sigma):

@@ -295,16 +295,17 @@ def test_dry_run_prints_exact_commands(checkout):
 
 def test_other_methods(checkout):
     """Stored advantages, and the paper's own settings; every printed command is accepted by its script."""
-    methods = "gipo-stored ppo-clip-stored gipo-0.5-1.0-stored paper paper-ppo ppo-clip-0.5 gipo-0.5-1-outward"
+    methods = "gipo-stored ppo-clip-stored gipo-0.5-1.0-stored paper paper-ppo ppo-clip-0.5"
+    methods += " gipo-0.5-1-outward gipo-adaptive-0.7"
     process = benchmark("quick", "--methods", methods, "--seeds", "1", "--tasks", "reach-v3", "--dry-run", cwd=checkout)
     commands = process.stdout.splitlines()
-    assert process.returncode == 0 and len(commands) == 7
-    assert ["--no-recompute-advantages" in command for command in commands] == [True] * 5 + [False] * 2
+    assert process.returncode == 0 and len(commands) == 8
+    assert ["--no-recompute-advantages" in command for command in commands] == [True] * 5 + [False] * 3
     assert "--sigma 0.5 --sigma-neg-ratio 1.0" in commands[2] and "--policy-head categorical" in commands[3]
     assert "--ent-coef 0 " in commands[3] and "--num-bins 256" in commands[3] and "--sigma 1 " in commands[3]
     assert "ppo_baseline.py" in commands[4] and "--num-steps 64" in commands[4]
     assert "ppo_baseline.py" in commands[5] and "--clip-coef 0.5" in commands[5]
-    assert "--sigma 0.5 --sigma-neg-ratio 1 --trust-side outward" in commands[6]
+    assert "--sigma 0.5 --sigma-neg-ratio 1 --trust-side outward" in commands[6] and "--adaptive-sigma 0.7" in commands[7]
     process = benchmark("quick", "--methods", "paper-ppo", "--regimes", "fresh", "--dry-run", cwd=checkout)
     assert all("--update-epochs 5" in command for command in process.stdout.splitlines()) and process.returncode == 0
 
@@ -360,11 +361,12 @@ def test_runs_skips_resumes_and_reports(checkout):
     for run_path, run, bins, finished in [
         (ppo_path, stored[1], 64, True),  # bins are a flag of the categorical head only
         (path, stored[0], 64, False),
-        (path, stored[0], None, True),  # runs from before the flag had 256
+        (path, stored[0], None, True),  # runs from before the flags had 256 and 0
     ]:
         run_path.write_text(json.dumps(run | {"args": {**run["args"], "num_bins": bins}}))
         if bins is None:
-            run_path.write_text(json.dumps(run | {"args": {k: v for k, v in run["args"].items() if k != "num_bins"}}))
+            older = {k: v for k, v in run["args"].items() if k not in ("num_bins", "adaptive_sigma")}
+            run_path.write_text(json.dumps(run | {"args": older}))
         assert (benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == "") == finished
     stored[0]["versions"]["algorithm"] = 0
     path.write_text(json.dumps(stored[0]))
