@@ -51,7 +51,6 @@ META_WORLD = metaworld.ALL_V3_ENVIRONMENTS
 MT10 = list(metaworld.env_dict.MT10_V3)
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 MAX_EPISODE_STEPS = 10_000  # of an environment that sets no time limit: without one, evaluation might never end
-MIN_ADAPTIVE_SIGMA = 0.05  # GIPO: for the first updates after a single rollout, whose log ratios are still near 0
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 
 
@@ -481,8 +480,8 @@ def policy_objective(logratio, advantages, args):
     log_trust = torch.zeros_like(logratio)
     if args.trust_weight == "gipo":
         sigma = args.sigma
-        if args.adaptive_sigma:  # wider where the samples are older
-            sigma = max(args.adaptive_sigma * logratio.detach().std(correction=0).item(), MIN_ADAPTIVE_SIGMA)
+        if args.adaptive_sigma:  # wider where samples are older; the floor is for those just collected, l near 0
+            sigma = max(args.adaptive_sigma * logratio.detach().std(correction=0).item(), 0.05)
         log_trust = gipo_log_weight(logratio, advantages, sigma, sigma * args.sigma_neg_ratio, args.kernel)
     if args.trust_side == "outward":
         log_trust = torch.where(logratio.detach() * advantages > 0, log_trust, 0.0)
