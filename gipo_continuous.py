@@ -153,8 +153,8 @@ class Args:
     sigma_neg_ratio: float = 1.0
     """sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     adaptive_sigma: float = 0.0
-    """an ablation beyond the paper: sigma as a multiple of the log ratio's standard deviation in each minibatch, but at least 0.05
-    (0.7; 0: the fixed sigma)"""
+    """an ablation beyond the paper: sigma as a multiple of the log ratio's standard deviation in each minibatch, but at least
+    0.05 (0.7; 0: the fixed sigma)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
     """shape of the trust weight; only the Gaussian bounds omega * rho for every sigma"""
     trust_weight: Literal["gipo", "sapo", "none"] = "gipo"
