@@ -369,17 +369,22 @@ def shared(runs: list[dict]) -> tuple[list[dict], str]:
 def same_replay_table(runs: list[dict]) -> str:
     """One row per regime, method and PPO-clip it meets in the same regime, over the tasks and seeds both have; may be empty.
 
-    All methods meet `ppo-clip`; GIPO, SAPO and no clip also PPO-clip with another epsilon, those with stored advantages the
-    one with stored advantages.
+    All methods meet `ppo-clip`; GIPO, SAPO and no clip also PPO-clip with another epsilon, those with stored advantages or
+    short segments the ones that have them too; short segments also meet the same method without.
     """
+
+    def ending(method):
+        return next((suffix for suffix in ("-stored", "-short") if method.endswith(suffix)), "")
+
     rows = ["| regime | method | against | tasks | runs of each | success, IQM | area under success, IQM | P(success above) |"]
     rows[0] += " P(area above) | P(return above) |"
     rows.append("|---" * 10 + "|")
     table = cells(runs)
     for (regime, method), tasks in table.items():
-        stored = method.endswith("-stored")
-        clips = [m for r, m in table if r == regime and m.startswith("ppo-clip-") and m.endswith("-stored") == stored]
-        opponents = ["ppo-clip"] + ([] if method.startswith("ppo-clip") and not stored else clips)
+        clips = [m for r, m in table if r == regime and m.startswith("ppo-clip-") and ending(m) == ending(method)]
+        opponents = ["ppo-clip"] + ([] if method.startswith("ppo-clip") and not ending(method) else clips)
+        if ending(method) == "-short":
+            opponents.append(method.removesuffix("-short"))
         if method.startswith("paper"):
             opponents = ["paper-ppo"]
         for opponent in opponents:
