@@ -79,13 +79,16 @@ script_of() { # method, regime -> script and flags
         *) die "--regimes: unknown regime '$2', choose from fresh recent stale very-stale" ;;
     esac
     case $1 in
-        ppo-stored | sapo*-outward | none*-outward | paper*-outward | ppo*-outward | ppo-short | paper*-short) die "--methods: '$1' is no method: that flag would do nothing, or is not for it" ;;
+        ppo-stored | sapo*-outward | none*-outward | paper*-outward | ppo*-outward | ppo-short | paper*-short | *-lr-) die "--methods: '$1' is no method: that flag would do nothing, or is not for it" ;;
         *-stored) # advantages of collection time
             rest=$(script_of "${1%-stored}" "$2") || exit 2
             echo "$rest --no-recompute-advantages" ;;
         *-outward) # the one-sided trust weight
             rest=$(script_of "${1%-outward}" "$2") || exit 2
             echo "$rest --trust-side outward" ;;
+        *-lr-*) # another step size of the actor
+            rest=$(script_of "${1%-lr-*}" "$2") || exit 2
+            echo "$rest --learning-rate ${1##*-lr-}" ;;
         *-short) # segments of 16 steps, and four times as many updates of a quarter of the size
             rest=$(script_of "${1%-short}" "$2") || exit 2
             echo "${rest/ --num-steps 64 --minibatch-size 512/} --num-steps 16 --minibatch-size 128" ;;
@@ -107,7 +110,7 @@ script_of() { # method, regime -> script and flags
         gipo-*-*)
             rest=${1#gipo-}
             echo "gipo_continuous.py --buffer-size $buffer --sigma ${rest%-*} --sigma-neg-ratio ${rest#*-}" ;;
-        *) die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO gipo-adaptive-MULTIPLE, any of them with -stored or -short, GIPO with -outward, paper, paper-ppo" ;;
+        *) die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO gipo-adaptive-MULTIPLE, any of them with -stored, -short or -lr-STEPSIZE, GIPO with -outward, paper, paper-ppo" ;;
     esac
 }
 

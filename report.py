@@ -369,12 +369,12 @@ def shared(runs: list[dict]) -> tuple[list[dict], str]:
 def same_replay_table(runs: list[dict]) -> str:
     """One row per regime, method and PPO-clip it meets in the same regime, over the tasks and seeds both have; may be empty.
 
-    All methods meet `ppo-clip`; GIPO, SAPO and no clip also PPO-clip with another epsilon, those with stored advantages or
-    short segments the ones that have them too; short segments also meet the same method without.
+    All methods meet `ppo-clip`; GIPO, SAPO and no clip also PPO-clip with another epsilon, those with stored advantages,
+    short segments or another step size the ones that have them too; the latter two also meet the same method without.
     """
 
     def ending(method):
-        return next((suffix for suffix in ("-stored", "-short") if method.endswith(suffix)), "")
+        return re.search(r"(-stored|-short|-lr-[^_]+)?$", method)[0]
 
     rows = ["| regime | method | against | tasks | runs of each | success, IQM | area under success, IQM | P(success above) |"]
     rows[0] += " P(area above) | P(return above) |"
@@ -383,8 +383,8 @@ def same_replay_table(runs: list[dict]) -> str:
     for (regime, method), tasks in table.items():
         clips = [m for r, m in table if r == regime and m.startswith("ppo-clip-") and ending(m) == ending(method)]
         opponents = ["ppo-clip"] + ([] if method.startswith("ppo-clip") and not ending(method) else clips)
-        if ending(method) == "-short":
-            opponents.append(method.removesuffix("-short"))
+        if ending(method) not in ("", "-stored"):
+            opponents.append(method.removesuffix(ending(method)))
         if method.startswith("paper"):
             opponents = ["paper-ppo"]
         for opponent in opponents:

@@ -221,9 +221,9 @@ def test_a_newer_version_is_not_overwritten(tmp_path):
 
 def test_variants_meet_their_counterparts():
     """Stored advantages against PPO-clip with fresh and with stored ones, the paper's settings against PPO's under them,
-    GIPO with any sigma also against PPO-clip with another epsilon, and short segments also against long ones."""
+    GIPO with any sigma also against PPO-clip with another epsilon, short segments and other step sizes also the usual."""
     names = ["ppo-clip", "gipo", "ppo-clip-stored", "gipo-stored", "paper", "paper-ppo", "ppo-clip-0.5", "gipo-1.0-1.0"]
-    names += ["gipo-short", "ppo-clip-0.5-short"]
+    names += ["gipo-short", "ppo-clip-0.5-short", "gipo-lr-6e-4"]
     runs = [run(name, "stale", 1, 1.0, 1, 1.0) for name in names]
     pairs = {tuple(row.strip("| ").split(" | ")[1:3]) for row in report.same_replay_table(runs).splitlines()[2:]}
     assert pairs == {(name, "ppo-clip") for name in names if not name.startswith("paper") and name != "ppo-clip"} | {
@@ -232,6 +232,7 @@ def test_variants_meet_their_counterparts():
         ("gipo-1.0-1.0", "ppo-clip-0.5"),
         ("paper", "paper-ppo"),
         ("gipo-short", "gipo"),
+        ("gipo-lr-6e-4", "gipo"),
         ("gipo-short", "ppo-clip-0.5-short"),
         ("ppo-clip-0.5-short", "ppo-clip-0.5"),
     }
@@ -300,19 +301,20 @@ def test_dry_run_prints_exact_commands(checkout):
 def test_other_methods(checkout):
     """Stored advantages, the paper's own settings, and variants; every printed command is accepted by its script."""
     methods = "gipo-stored ppo-clip-stored gipo-0.5-1.0-stored paper paper-ppo ppo-clip-0.5"
-    methods += " gipo-0.5-1-outward gipo-adaptive-0.7 gipo-short ppo-clip-0.5-short"
+    methods += " gipo-0.5-1-outward gipo-adaptive-0.7 gipo-short ppo-clip-0.5-short ppo-clip-0.5-lr-6e-4"
     process = benchmark("quick", "--methods", methods, "--seeds", "1", "--tasks", "reach-v3", "--dry-run", cwd=checkout)
     commands = process.stdout.splitlines()
-    assert process.returncode == 0 and len(commands) == 10
-    assert ["--no-recompute-advantages" in command for command in commands] == [True] * 5 + [False] * 5
+    assert process.returncode == 0 and len(commands) == 11
+    assert ["--no-recompute-advantages" in command for command in commands] == [True] * 5 + [False] * 6
     assert "--sigma 0.5 --sigma-neg-ratio 1.0" in commands[2] and "--policy-head categorical" in commands[3]
     assert "--ent-coef 0 " in commands[3] and "--num-bins 256" in commands[3] and "--sigma 1 " in commands[3]
     assert "ppo_baseline.py" in commands[4] and "--num-steps 64" in commands[4]
     assert "ppo_baseline.py" in commands[5] and "--clip-coef 0.5" in commands[5]
     assert "--sigma 0.5 --sigma-neg-ratio 1 --trust-side outward" in commands[6] and "--adaptive-sigma 0.7" in commands[7]
-    for command in commands[8:]:
+    for command in commands[8:10]:
         assert command.count("--num-steps") == 1 and "--num-steps 16 --minibatch-size 128 " in command
         assert command.count("--minibatch-size") == 1
+    assert "--clip-coef 0.5 --learning-rate 6e-4" in commands[10]
     process = benchmark("quick", "--methods", "paper-ppo", "--regimes", "fresh", "--dry-run", cwd=checkout)
     assert all("--update-epochs 5" in command for command in process.stdout.splitlines()) and process.returncode == 0
 
