@@ -79,7 +79,7 @@ script_of() { # method, regime -> script and flags
         *) die "--regimes: unknown regime '$2', choose from fresh recent stale very-stale" ;;
     esac
     case $1 in
-        ppo-stored | sapo*-outward | none*-outward | paper*-outward | ppo*-outward | ppo-short | paper*-short | *-lr-) die "--methods: '$1' is no method: that flag would do nothing, or is not for it" ;;
+        ppo-stored | sapo*-outward | none*-outward | paper*-outward | ppo*-outward | ppo-short | ppo-lr-* | paper*-short | *-lr-) die "--methods: '$1' is no method: that flag would do nothing, or is not for it" ;;
         *-stored) # advantages of collection time
             rest=$(script_of "${1%-stored}" "$2") || exit 2
             echo "$rest --no-recompute-advantages" ;;

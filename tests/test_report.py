@@ -331,6 +331,8 @@ def test_other_methods(checkout):
         (["quick", "--methods", "ppo-stored"], "ppo-stored"),
         (["quick", "--methods", "paper-ppo-outward"], "paper-ppo-outward"),
         (["quick", "--methods", "ppo-short"], "ppo-short"),
+        (["quick", "--methods", "ppo-lr-1e-3"], "ppo-lr-1e-3"),
+        (["quick", "--methods", "gipo-lr-"], "gipo-lr-"),
         (["quick", "--methods", "dqn-stored"], "unknown method 'dqn'"),
         (["quick", "--workers", "0"], "--workers 0"),
         (["graphgpo", "--methods", "gigop-step"], "unknown method 'gigop'"),
