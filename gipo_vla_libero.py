@@ -1089,7 +1089,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth - 1))
 
     def forward(self, x):
-        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
         if self.prefix_tokens:
             x = torch.cat([torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
@@ -1278,8 +1278,9 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **kwargs))
 
     def forward(self, x):
-        update = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + self.scale * update
+        out, low = F.linear(x, self.weight, self.bias), F.linear(x, self.lora_a.to(x.dtype))
+        b = self.lora_b.to(x.dtype).T  # added inside the product: the output crosses memory twice, not six times
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b, alpha=self.scale).view_as(out)
 
     def merged(self) -> torch.Tensor:
         return (self.weight.float() + self.scale * self.lora_b @ self.lora_a).to(self.weight.dtype)
@@ -1320,6 +1321,8 @@ def prepare_training(agent: Agent, args) -> None:
         for name, p in agent.named_parameters():
             frozen = name.startswith("vision_backbone") or "embed_tokens" in name
             p.requires_grad_(p.dtype == torch.float32 and not frozen)
+    if args.torch_compile:  # two towers, with gradient and without, and batches of one, some and any size share one function
+        torch._dynamo.config.recompile_limit = 32
     for layer in [*llama.layers, *(block for tower in agent.vision_backbone.children() for block in tower.blocks)]:
         if args.torch_compile:  # layer by layer: a stack of equal layers is compiled once
             layer.forward = torch.compile(layer.forward)

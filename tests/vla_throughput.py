@@ -3,6 +3,7 @@
     python tests/vla_throughput.py --output results/vla_throughput.json                          # LoRA, 7.5 B random weights
     python tests/vla_throughput.py --train full --gradient-checkpointing --output results/vla_throughput.json
     python tests/vla_throughput.py --size tiny --device cpu                                      # the measurement itself
+    python tests/vla_throughput.py --save random7b     # 15 GB in the public layout: to try a whole run without a checkpoint
 
 Random weights are as fast as trained ones. For the log-ratios the action head is scaled until the policy is as sure as a
 trained one, because flat distributions hide the rounding. Prints JSON; --output FILE also appends it to the list in FILE.
@@ -23,6 +24,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gipo_vla_libero as vla
+
+STATISTICS = {key: {"q01": [-1.0] * n, "q99": [1.0] * n} for key, n in (("action", 7), ("proprio", 8))}
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Args:
     """nats per token of the sharpened policy"""
     output: str | None = None
     """JSON file to extend"""
+    save: str | None = None
+    """folder: write the random policy there as a checkpoint of libero_spatial, and measure nothing"""
 
 
 def synchronize(device) -> None:
@@ -92,6 +97,15 @@ def sharpen(agent, inputs: dict, entropy: float) -> float:
     return reached
 
 
+def save(args: Args) -> None:
+    """Write the random policy to the folder args.save; its actions have the statistics of no data set, -1 to 1."""
+    config = vla.PolicyConfig() if args.size == "7b" else vla.tiny_config(64)
+    script = vla.Args(cuda=args.device == "cuda", dtype="bfloat16" if args.device == "cuda" else "float32")
+    agent = vla.init_random(config, script, torch.device(args.device))
+    words = [vla.instruction("libero_spatial", task) for task in range(vla.num_tasks("libero_spatial"))]
+    vla.save_policy(args.save, agent, vla.build_word_tokenizer(words), {"libero_spatial": STATISTICS})
+
+
 def log_ratios(agent, draw, batches, micro_batch: int) -> dict:
     """|l| between sampling in rollout batches and evaluating in pieces of `micro_batch`, with equal weights."""
     differences = []
@@ -127,8 +141,7 @@ def measure(args: Args) -> dict:
     agent = vla.init_random(config, script, device)
     vla.prepare_training(agent, script)
     prompts = torch.randint(4, config.vocab - config.bins, (1, 36))
-    stats = {key: {"q01": [-1.0] * n, "q99": [1.0] * n} for key, n in (("action", 7), ("proprio", 8))}
-    interface = vla.Interface(prompts, torch.tensor([36]), stats, config, script, device)
+    interface = vla.Interface(prompts, torch.tensor([36]), STATISTICS, config, script, device)
     generator = torch.Generator().manual_seed(1)
 
     def draw(batch: int) -> dict:  # every chunk another image, of smooth colours rather than noise
@@ -190,6 +203,9 @@ if __name__ == "__main__":
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda: no GPU here; --size tiny --device cpu tries the measurement out", file=sys.stderr)
         sys.exit(2)
+    if args.save:
+        save(args)
+        sys.exit()
     result = measure(args)
     print(json.dumps(result, indent=2))
     if args.output:
