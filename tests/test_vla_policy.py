@@ -231,8 +231,8 @@ def mistake_layernorm_eps(agent, monkeypatch):
 
 def mistake_rms_eps(agent, monkeypatch):
     for module in agent.language_model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = 1e-5
+        if isinstance(module, torch.nn.RMSNorm):
+            module.eps = 1e-5
 
 
 def mistake_positions_restart(agent, monkeypatch):
