@@ -249,7 +249,7 @@ class Args:
     micro_batch: str = "auto"
     """chunks per forward and backward pass, or auto: the largest power of two that fits the GPU, 64 on a CPU"""
     torch_compile: bool = False
-    """compile the language model's layers (sequences are padded to one length)"""
+    """compile the layers; in bfloat16 the self-check refuses it so far (on an H200 fresh data had log ratios of up to 0.28)"""
     torch_threads: int = 0
     """CPU threads of PyTorch (0: its own choice)"""
 
@@ -1329,11 +1329,8 @@ def prepare_training(agent: Agent, args) -> None:
         for name, p in agent.named_parameters():
             frozen = name.startswith("vision_backbone") or "embed_tokens" in name
             p.requires_grad_(p.dtype == torch.float32 and not frozen)
-    if args.torch_compile:
-        # Two towers, with gradient and without, and batches of one, some and any size share one function.
+    if args.torch_compile:  # two towers, with gradient and without, and batches of one, some and any size share one function
         torch._dynamo.config.recompile_limit = 32
-        # Or passes with gradient and without round bfloat16 in different places: log ratios of 0.25 on fresh data.
-        importlib.import_module("torch._inductor.config").emulate_precision_casts = True
     for layer in [*llama.layers, *(block for tower in agent.vision_backbone.children() for block in tower.blocks)]:
         if args.torch_compile:  # layer by layer: a stack of equal layers is compiled once
             layer.forward = torch.compile(layer.forward)
@@ -1609,8 +1606,9 @@ def self_check(agent: Agent, batch: dict, temperature: float = 1.0) -> dict:
     if not result["image_effect"] > 1e-4:
         raise ValueError("a black and a white image give the same action logits: the policy does not see its images")
     exact = agent.language_model["model"].norm.weight.dtype == torch.float32
-    if not result["fresh_log_ratio"] < (1e-2 if exact else 0.1):  # compiled, a pass with gradient rounds bfloat16 elsewhere
-        raise ValueError(f"the log ratio on fresh data is {result['fresh_log_ratio']:.3f}, not 0: rollout and update disagree")
+    if not result["fresh_log_ratio"] < (1e-2 if exact else 0.1):
+        text = f"the log ratio on fresh data is {result['fresh_log_ratio']:.3f}, not 0: rollout and update disagree"
+        raise ValueError(f"{text}; with --torch-compile they round bfloat16 in different places: drop it")
     return result
 
 
