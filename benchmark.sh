@@ -31,7 +31,7 @@ case "$suite" in
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
     vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="recent stale" steps=102400 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [ -z "$suite" ] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo, vla or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo, vla or throughput"; exit 0 ;;
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm=""
