@@ -78,6 +78,8 @@ script_of() { # method, regime -> script and flags
         fresh) buffer=0 ;; recent) buffer=5120 ;; stale) buffer=20000 ;; very-stale) buffer=100000 ;; on-policy) buffer=0 ;;
         *) die "--regimes: unknown regime '$2', choose from fresh recent stale very-stale" ;;
     esac
+    # All replay methods alike; segments of 16 and minibatches of 128, the defaults since 2026-11-26, are the methods ...-short.
+    local common="--num-steps 64 --minibatch-size 512"
     case $1 in
         ppo-stored | sapo*-outward | none*-outward | paper*-outward | ppo*-outward | ppo-short | ppo-lr-* | paper*-short | *-lr-) die "--methods: '$1' is no method: that flag would do nothing, or is not for it" ;;
         *-stored) # advantages of collection time
@@ -89,27 +91,28 @@ script_of() { # method, regime -> script and flags
         *-lr-*) # another step size of the actor
             rest=$(script_of "${1%-lr-*}" "$2") || exit 2
             echo "$rest --learning-rate ${1##*-lr-}" ;;
-        *-short) # segments of 16 steps, and four times as many updates of a quarter of the size
+        *-short) # the defaults of gipo_continuous.py: segments of 16 steps, and four times as many updates of a quarter of the size
             rest=$(script_of "${1%-short}" "$2") || exit 2
-            echo "${rest/ --num-steps 64 --minibatch-size 512/} --num-steps 16 --minibatch-size 128" ;;
+            echo "${rest/ $common/} --num-steps 16 --minibatch-size 128" ;;
         paper | paper-ppo) # the authors' settings, with one rollout of 512 steps instead of 500
             rest="--policy-head categorical --num-bins 256 --ratio per-dim --no-recompute-advantages --kl-coef 0.1 --ent-coef 0 --updates-per-iteration 5"
             rest+=" --critic-learning-rate 3e-3 --lr-schedule cosine --critic-lr-schedule cosine --lr-warmup 0.001"
             rest+=" --reward-scale 0.001 --max-grad-norm 1.0 --adv-std-floor 0 --buffer-size $buffer"
-            [ "$1" = paper ] && rest+=" --sigma 1" || rest+=" --num-steps 64 --minibatch-size 512"
+            rest+=" $common"
+            [ "$1" = paper-ppo ] || rest+=" --sigma 1"
             [ "$1 $2" != "paper-ppo fresh" ] || rest+=" --update-epochs 5" # on-policy, where --updates-per-iteration is not read
             echo "$([ "$1" = paper ] && echo gipo_continuous.py || echo ppo_baseline.py) $rest" ;;
         ppo) echo "ppo_baseline.py" ;; # textbook: its own defaults
         ppo-clip) # all but the objective as in GIPO: 10 updates of 512 steps per 512 new steps, head, ratio, entropy
-            rest="--buffer-size $buffer --num-steps 64 --minibatch-size 512 --policy-head categorical --ratio per-dim --ent-coef 0.001"
+            rest="--buffer-size $buffer $common --policy-head categorical --ratio per-dim --ent-coef 0.001"
             echo "ppo_baseline.py $rest --$([ "$2" = fresh ] && echo update-epochs || echo updates-per-iteration) 10" ;;
         ppo-clip-*) echo "$(script_of ppo-clip "$2") --clip-coef ${1#ppo-clip-}" ;; # with another epsilon
-        sapo | none) echo "gipo_continuous.py --buffer-size $buffer --trust-weight $1" ;;
-        gipo) echo "gipo_continuous.py --buffer-size $buffer" ;;
-        gipo-adaptive-*) echo "gipo_continuous.py --buffer-size $buffer --adaptive-sigma ${1#gipo-adaptive-}" ;;
+        sapo | none) echo "gipo_continuous.py --buffer-size $buffer $common --trust-weight $1" ;;
+        gipo) echo "gipo_continuous.py --buffer-size $buffer $common" ;;
+        gipo-adaptive-*) echo "gipo_continuous.py --buffer-size $buffer $common --adaptive-sigma ${1#gipo-adaptive-}" ;;
         gipo-*-*)
             rest=${1#gipo-}
-            echo "gipo_continuous.py --buffer-size $buffer --sigma ${rest%-*} --sigma-neg-ratio ${rest#*-}" ;;
+            echo "gipo_continuous.py --buffer-size $buffer $common --sigma ${rest%-*} --sigma-neg-ratio ${rest#*-}" ;;
         *) die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO gipo-adaptive-MULTIPLE, any of them with -stored, -short or -lr-STEPSIZE, GIPO with -outward, paper, paper-ppo" ;;
     esac
 }

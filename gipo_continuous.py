@@ -100,11 +100,11 @@ class Args:
     # ---- algorithm
     total_timesteps: int = 300_000
     """environment steps of the whole run, rounded up to whole rollouts"""
-    num_steps: int = 64  # GIPO: short segments, replayed
+    num_steps: int = 16  # GIPO: short segments, replayed
     """T: steps per environment and rollout; also the length of a replayed segment (16-250)"""
-    buffer_size: int = 5_120  # GIPO: replay of 10 rollouts
+    buffer_size: int = 5_120  # GIPO: replay of 40 rollouts
     """replay buffer in environment steps, rounded down to whole rollouts; 0: one rollout, near on-policy (0 to 500,000)"""
-    minibatch_size: int = 512  # GIPO: large, since segments are correlated
+    minibatch_size: int = 128  # GIPO: 8 segments
     """environment steps per update; where segments are replayed, a multiple of num_steps"""
     updates_per_iteration: int = 10
     """updates after each rollout from replayed segments; times minibatch_size / (num_envs * num_steps): the replay ratio"""

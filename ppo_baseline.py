@@ -8,7 +8,7 @@
 
 --buffer-size 0 (default) is the textbook algorithm: one rollout, stored advantages, shuffled transitions, epochs.
 A larger --buffer-size is PPO-clip on replayed segments with recomputed advantages, all else as in gipo_continuous.py; compare:
---buffer-size 5120 --num-steps 64 --minibatch-size 512 --policy-head categorical --ratio per-dim --ent-coef 0.001.
+--buffer-size 5120 --num-steps 16 --minibatch-size 128 --policy-head categorical --ratio per-dim --ent-coef 0.001.
 
 Docs: docs/gipo_continuous.md.  Method: https://arxiv.org/abs/1707.06347
 """

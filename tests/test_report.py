@@ -294,7 +294,7 @@ def test_dry_run_prints_exact_commands(checkout):
     assert "ppo_baseline.py --buffer-size 20000 --num-steps 64 --minibatch-size 512 --policy-head categorical" in stale
     assert "--ratio per-dim --ent-coef 0.001 --updates-per-iteration 10" in stale
     (sigma,) = (c for c in commands if "reach-v3 --seed 2 --exp-name gipo-0.2-0.5_very-stale" in c)
-    assert "gipo_continuous.py --buffer-size 100000 --sigma 0.2 --sigma-neg-ratio 0.5" in sigma
+    assert "--buffer-size 100000 --num-steps 64 --minibatch-size 512 --sigma 0.2 --sigma-neg-ratio 0.5" in sigma
     assert not (checkout / "runs").exists()
 
 

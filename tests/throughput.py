@@ -37,8 +37,12 @@ class Args:
     """length of the training run"""
     buffer_size: int = 20_000
     """replay buffer in environment steps"""
+    num_steps: int = 16
+    """steps of each of the 8 environments per rollout"""
+    minibatch_size: int = 128
+    """environment steps per update"""
     updates_per_iteration: int = 10
-    """updates of 512 samples per 512 environment steps"""
+    """updates per rollout"""
     policy_head: str = "categorical"
     """gaussian or categorical"""
     num_bins: int = 256
@@ -97,9 +101,9 @@ def measure(args: Args, env_id: str) -> dict:
             run_dir=run_dir,
             total_timesteps=args.total_timesteps,
             num_envs=8,
-            num_steps=64,
+            num_steps=args.num_steps,
             buffer_size=args.buffer_size,
-            minibatch_size=512,
+            minibatch_size=args.minibatch_size,
             updates_per_iteration=args.updates_per_iteration,
             policy_head=args.policy_head,
             num_bins=args.num_bins,
@@ -115,7 +119,7 @@ def measure(args: Args, env_id: str) -> dict:
         setattr(owner, name, original)
     stock = (before + stock_steps_per_second(env_id)) / 2
     training = result["total_timesteps"] / result["sps"]
-    updates = result["total_timesteps"] // 512 * args.updates_per_iteration
+    updates = result["total_timesteps"] // (8 * args.num_steps) * args.updates_per_iteration
     shares = {key: value / training for key, value in seconds.items()}
     return {
         "env_id": env_id,
