@@ -58,6 +58,7 @@ POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours;
 }
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#999999"]  # Okabe and Ito, 2008
 METHODS = ("gipo", "ppo-clip", "ppo", "sapo", "none", "ppo-clip-0.5")  # the main rows; each has one colour in all plots
+DEFAULTS = ("recent", "gipo-short")  # regime and method of gipo_continuous.py without flags: a main row, too
 LINES = {"on-policy": "solid", "fresh": "dotted", "recent": "solid", "stale": "dashed", "very-stale": "dashdot"}
 
 
@@ -340,7 +341,7 @@ def has_success(run: dict) -> bool:
 
 def is_variant(run: dict) -> bool:
     """Another sigma or clip, stored advantages, the paper's settings: compared with PPO-clip, not among the main rows."""
-    return run["method"] not in METHODS
+    return run["method"] not in METHODS and (run["regime"], run["method"]) != DEFAULTS
 
 
 def comparable(runs: list[dict]) -> tuple[list[dict], str]:
