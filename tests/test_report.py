@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT, read_json
 
+import gipo_continuous
 import report
 
 PYTHON = {**os.environ, "PYTHON": sys.executable}
@@ -296,6 +298,19 @@ def test_dry_run_prints_exact_commands(checkout):
     (sigma,) = (c for c in commands if "reach-v3 --seed 2 --exp-name gipo-0.2-0.5_very-stale" in c)
     assert "--buffer-size 100000 --num-steps 64 --minibatch-size 512 --sigma 0.2 --sigma-neg-ratio 0.5" in sigma
     assert not (checkout / "runs").exists()
+
+
+def test_the_row_of_the_defaults_has_the_defaults(checkout):
+    """The row that the documents call the defaults runs gipo_continuous.py as it is."""
+    regime, method = report.DEFAULTS
+    flags = ["--methods", method, "--regimes", regime, "--seeds", "1", "--tasks", "reach-v3"]
+    command = benchmark("main", *flags, "--dry-run", cwd=checkout).stdout.split()
+    assert command[1] == "gipo_continuous.py"
+    args, default = vars(tyro.cli(gipo_continuous.Args, args=command[2:])), vars(gipo_continuous.Args())
+    assert {name for name in args if args[name] != default[name]} == {"exp_name", "run_dir", "eval_every"}
+    run = {"method": method, "regime": regime}
+    assert not report.is_variant(run) and report.is_variant(run | {"regime": "stale"})
+    assert report.is_variant(run | {"method": "gipo-1.0-1.0"}) and not report.is_variant(run | {"method": "gipo"})
 
 
 def test_other_methods(checkout):
