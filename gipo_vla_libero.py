@@ -1089,6 +1089,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth - 1))
 
     def forward(self, x):
+        # contiguous, as every later block's input is: else the first block is compiled on its own
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
         if self.prefix_tokens:
             x = torch.cat([torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1), x], 1)

@@ -482,6 +482,20 @@ def test_measured_log_ratios_by_hand():
     assert result == {"tokens": 8, "mean": 1.5, "percentile_99.9": 3.0, "max": 3.0}
 
 
+def test_the_gpu_measurement_saves_a_policy_to_start_from(tmp_path):
+    """--save writes a folder that the script loads, with statistics for libero_spatial and a prompt per task."""
+    command = [sys.executable, "tests/vla_throughput.py", "--size", "tiny", "--device", "cpu", "--save", str(tmp_path / "ck")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0 and process.stdout == "", process.stderr
+    script = vla.Args(cuda=False, dtype="float32", jpeg=False)
+    agent, tokenizer, norm_stats = vla.load_policy(str(tmp_path / "ck"), script, torch.device("cpu"))
+    again = vla.init_random(agent.config, script, torch.device("cpu"))
+    assert torch.equal(agent.projector.fc1.weight, again.projector.fc1.weight) and agent.projector.fc1.weight.std() > 0
+    assert vla.resolve_unnorm_key(norm_stats, "libero_spatial") == "libero_spatial"
+    prompts = [vla.encode_prompt(tokenizer, vla.instruction("libero_spatial", t), agent.config) for t in range(10)]
+    assert len({tuple(ids) for ids in prompts}) == 10 and not any(tokenizer.token_to_id("<unk>") in ids for ids in prompts)
+
+
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_gpu_measurement_runs_anywhere(train, tmp_path):
     """The command that fills the table of docs/gipo_vla_libero.md, on the tiny architecture; twice into one file."""

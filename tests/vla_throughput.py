@@ -141,9 +141,7 @@ def measure(args: Args) -> dict:
     agent = vla.init_random(config, script, device)
     vla.prepare_training(agent, script)
     for module in agent.modules():
-        if isinstance(
-            module, vla.LoRALinear
-        ):  # as after some training, 1 % of the weights: while B is 0 adapters round nothing
+        if isinstance(module, vla.LoRALinear):  # 1 % of the weights, as after some training: while B is 0, they round nothing
             rank, width = module.lora_a.shape
             torch.nn.init.normal_(module.lora_b, std=0.01 * (rank / width) ** 0.5 / module.scale)
     prompts = torch.randint(4, config.vocab - config.bins, (1, 36))
