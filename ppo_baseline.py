@@ -152,9 +152,9 @@ class Args:
 
     # ---- runtime
     cuda: bool = False
-    """run the networks on the GPU: does not pay for networks of this size, the simulator is the bottleneck"""
+    """run the networks on the GPU: does not pay for networks of this size (half to three quarters of the speed on reach-v3)"""
     torch_compile: bool = False
-    """compile both networks: does not pay for networks of this size on a CPU (0.97 of the speed on reach-v3)"""
+    """compile both networks: 1.1 times the speed on reach-v3 on a CPU, after half a minute of compiling"""
     torch_threads: int = 1
     """CPU threads of PyTorch; 1 is best for these networks and lets several runs share a machine"""
 
@@ -699,8 +699,8 @@ def main(args: Args) -> dict:
     actor_parameters, critic_parameters = agent.actor_parameters(), list(agent.critic.parameters())
     optimizer = torch.optim.Adam([{"params": actor_parameters}, {"params": critic_parameters}], lr=0.0, eps=1e-5, fused=True)
     if args.torch_compile:
-        agent.actor.compile()
-        agent.critic.compile()
+        for network in (agent.actor, agent.critic):
+            network.forward = torch.compile(network.forward)  # Module.compile() skips a Sequential, whose code is torch's own
 
     # Replay of whole segments, time first: rb[key][:, j] is segment j, one environment's part of one rollout. (T, S, ...)
     rollout_size = args.num_envs * args.num_steps
@@ -800,8 +800,9 @@ def main(args: Args) -> dict:
             t0 = time.perf_counter()
             with torch.no_grad():
                 action, logprob, _ = agent.get_action_and_logprob(next_obs)
+            env_action = to_env_action(action.cpu().numpy(), action_space)
             t1 = time.perf_counter()
-            obs_np, rewards, terminations, truncations, infos = envs.step(to_env_action(action.cpu().numpy(), action_space))
+            obs_np, rewards, terminations, truncations, infos = envs.step(env_action)
             t2 = time.perf_counter()
             if not np.isfinite(obs_np).all():
                 raise FloatingPointError(f"--env-id {args.env_id}: an observation is not finite after step {global_step:,}")
@@ -916,10 +917,10 @@ def main(args: Args) -> dict:
                 for name, value in mb_stats.items():
                     stats[name].append(value.detach())
         agent.update_normalizer(fresh["obs"])  # after the update, so that log ratios on fresh data are 0
+        scalars = {name: torch.stack(values).mean().item() for name, values in stats.items()}  # waits for the GPU
         seconds["update"] += time.perf_counter() - t0
 
         # ==================== LOG ====================
-        scalars = {name: torch.stack(values).mean().item() for name, values in stats.items()}
         for name, value in scalars.items():
             if not math.isfinite(value):
                 last_good = run_folder / "checkpoint.pt" if (run_folder / "checkpoint.pt").exists() else "none yet"
