@@ -597,9 +597,14 @@ def test_self_check(weights, monkeypatch):
     assert result["backward_attention"] > 0.01 and result["image_effect"] > 0.01 and result["fresh_log_ratio"] < 1e-5
     assert vla.self_check(golden_agent(weights, attention="causal"), check_batch())["backward_attention"] == 0
 
-    agent = golden_agent(weights)  # a library that ignores the mask and attends causally
+    agent = golden_agent(weights)  # a library that makes the mask causal
     forward = agent.language_model["model"].forward
-    monkeypatch.setattr(agent.language_model["model"], "forward", lambda **k: forward(**{**k, "attention_mask": None}))
+
+    def causal(attention_mask, **kwargs):
+        length = attention_mask.shape[-1]
+        return forward(attention_mask=attention_mask & torch.ones(length, length, dtype=torch.bool).tril(), **kwargs)
+
+    monkeypatch.setattr(agent.language_model["model"], "forward", causal)
     with pytest.raises(ValueError, match="attention is causal"):
         vla.self_check(agent, check_batch())
 
@@ -619,6 +624,28 @@ def test_self_check(weights, monkeypatch):
     monkeypatch.setattr(agent, "decode", lambda *a: (decode(*a)[0] * (1.1 if torch.is_grad_enabled() else 1), decode(*a)[1]))
     with pytest.raises(ValueError, match="fresh data"):
         vla.self_check(agent, check_batch())
+
+
+def test_compiled_layers_round_alike_with_and_without_gradient():
+    """--torch-compile in bfloat16: rollout and update agree bit for bit; the gradients are the eager ones but for rounding."""
+    tokens, gradients = torch.randint(256, (3, 8, 7)), []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        args = make_args(dtype="bfloat16", torch_compile=compiled)
+        agent = vla.init_random(GOLDEN, args, torch.device("cpu"))
+        vla.prepare_training(agent, args)
+        for name, p in agent.named_parameters():
+            if "lora_b" in name:
+                torch.nn.init.normal_(p, std=0.1)
+        with torch.no_grad():
+            old = agent.get_action_and_logprob(**check_batch(), tokens=tokens)[1]
+        new = agent.get_action_and_logprob(**check_batch(), tokens=tokens)[1]
+        assert torch.equal(old, new)
+        new.mean().backward()
+        gradients.append({name: p.grad for name, p in agent.named_parameters() if "lora_" in name})
+    assert len(gradients[1]) == 2 * (2 * 7 + 2 * 2 * 4 + 3)  # every linear layer of decoder, towers and projector
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() < 0.2 * expected.norm(), name
 
 
 # -------------------- Checkpoint folders --------------------
