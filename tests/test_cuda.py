@@ -103,3 +103,18 @@ def test_networks_equal_those_on_the_cpu(script, head):
     there = [*agent.get_action_and_logprob(obs.cuda(), action.cuda())[1:], agent.get_value(obs.cuda())]
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=1e-4, rtol=1e-5)
+
+
+def test_lora_rounds_alike_in_batches_of_any_size():
+    """Rollout and update have other batch sizes; in bfloat16 a product that a GPU splits by size would tell them apart."""
+    import gipo_vla_libero as vla
+
+    torch.manual_seed(1)
+    for width, out in ((1024, 3072), (4096, 4096), (4096, 11008), (11008, 4096)):  # of the 7B policy's layers
+        layer = vla.LoRALinear(torch.nn.Linear(width, out, device="cuda", dtype=torch.bfloat16), 32, 16)
+        torch.nn.init.normal_(layer.lora_b)
+        with torch.no_grad():
+            x = torch.randn(64, 352, width, device="cuda", dtype=torch.bfloat16)
+            whole = layer(x)
+            for size in (8, 16, 32):
+                assert torch.equal(layer(x[:size]), whole[:size]), (width, out, size)
