@@ -24,7 +24,7 @@ die() { echo "error: $1" >&2; exit 2; }
 
 suite="${1:-}"
 case "$suite" in
-    quick) tasks="reach-v3 button-press-topdown-v3" seeds="1 2" methods="ppo gipo" regimes="recent" steps=200000 ;;
+    quick) tasks="reach-v3 button-press-topdown-v3" seeds="1 2" methods="ppo gipo-short" regimes="recent" steps=200000 ;;
     main) tasks="$TEN" seeds="1 2 3 4 5" methods="ppo ppo-clip $GRID sapo none" regimes="fresh recent stale very-stale" steps=300000 ;;
     sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
     graphgpo) methods="grpo gigpo graphgpo" seeds="1 2 3 4 5 6 7 8 9 10" steps=32000 ;;
