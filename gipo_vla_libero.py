@@ -1127,8 +1127,9 @@ class ValueHead(nn.Module):
 
 
 class TextAttention(nn.Module):
-    """Llama's attention with the stock layer's weights, no other mask than the one given, and rotary embeddings that cross
-    GPU memory half as often: x cos + roll(x) (-sin, sin) in place of x cos + (-x2, x1) (sin, sin).
+    """Llama's attention with the stock layer's weights and no other mask than the one given.
+
+    Rotary embeddings are x cos + roll(x) (-sin, sin): three GPU kernels, where x cos + (-x2, x1) (sin, sin) takes five.
     """
 
     def __init__(self, stock: nn.Module):
@@ -1188,7 +1189,7 @@ class Agent(nn.Module):
             rope_theta=config.rope_theta,
             max_position_embeddings=config.max_positions,
             pad_token_id=config.pad_id,
-            attn_implementation="sdpa",  # never flash_attention_2: it takes no mask of this shape and would be causal
+            attn_implementation="sdpa",  # hands a 4-D mask on as it is; with flash_attention_2 it would be lost
         )
         trunk = LlamaModel(llama)
         # One GPU kernel instead of seven that also keep float32 copies for the backward pass: LoRA trains a tenth faster.
@@ -1348,8 +1349,10 @@ def compile_layer(layer: nn.Module) -> None:
     compiled, trains = torch.compile(layer.forward), any(p.requires_grad for p in layer.parameters())
 
     def forward(x, **kwargs):
-        if not trains or torch.is_grad_enabled():
-            return compiled(x if x.requires_grad or not trains else x.detach().requires_grad_(), **kwargs)
+        if not trains:
+            return compiled(x, **kwargs)
+        if torch.is_grad_enabled():
+            return compiled(x if x.requires_grad else x.detach().requires_grad_(), **kwargs)
         with torch.enable_grad():
             return compiled(x.detach().requires_grad_(), **kwargs).detach()
 
