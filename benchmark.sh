@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Side-by-side benchmark: GIPO, PPO and the published baselines on Meta-World, many runs at a time, resumable.
 #
-#   ./benchmark.sh quick        PPO and GIPO, 2 tasks, 2 seeds; then the tables and plots (about 10 minutes on 2 cores)
+#   ./benchmark.sh quick        PPO and GIPO, 2 tasks, 2 seeds; then the tables and plots (about 14 minutes on 2 cores)
 #   ./benchmark.sh main         the ten tasks of MT10, five seeds, all methods in the regimes fresh, recent, stale, very-stale
 #   ./benchmark.sh sweep        GIPO's sigma x sigma-neg-ratio x buffer size
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
