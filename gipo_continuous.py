@@ -170,7 +170,7 @@ class Args:
     cuda: bool = False
     """run the networks on the GPU: does not pay for networks of this size (half to three quarters of the speed on reach-v3)"""
     torch_compile: bool = False
-    """compile both networks: 1.1 times the speed on reach-v3 on a CPU, after 10 to 20 seconds of compiling"""
+    """compile both networks: 1.1 times the speed on reach-v3 on a CPU, after up to a minute of compiling"""
     torch_threads: int = 1
     """CPU threads of PyTorch; 1 is best for these networks and lets several runs share a machine"""
 
