@@ -3,8 +3,8 @@
     rho  = pi(a|s) / mu(a|s),  mu = the policy that acted
     loss = -mean(min(rho * A, clip(rho, 1 - eps, 1 + eps) * A))
 
-    python ppo_baseline.py --env-id reach-v3             # any Meta-World task, MT10, or a Gymnasium id with a Box action space
-    -> success rate 1.0 on the 50 training goals after 300,000 steps, 3 minutes on one CPU core
+    python ppo_baseline.py --env-id reach-v3        # or MT10, or a Gymnasium id with a Box of actions
+    -> success rate 1.0 on the 50 training goals after 300,000 steps, in @@MINUTES@@ on one CPU core
 
 --buffer-size 0 (default) is the textbook algorithm: one rollout, stored advantages, shuffled transitions, epochs.
 A larger --buffer-size is PPO-clip on replayed segments with recomputed advantages, all else as in gipo_continuous.py; compare:
@@ -14,8 +14,10 @@ Docs: docs/gipo_continuous.md.  Method: https://arxiv.org/abs/1707.06347
 """
 
 import collections
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
 import importlib.metadata
 import importlib.util
@@ -23,21 +25,26 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-import types
+import traceback
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import metaworld
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -46,9 +53,32 @@ from metaworld.wrappers import OneHotWrapper, RandomTaskSelectWrapper
 
 META_WORLD = metaworld.ALL_V3_ENVIRONMENTS
 MT10 = list(metaworld.env_dict.MT10_V3)
-ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
+ALGORITHM_VERSION = 2  # raised whenever equal arguments give other results; the benchmark never mixes versions
 MAX_EPISODE_STEPS = 10_000  # of an environment that sets no time limit: without one, evaluation might never end
+MAX_EVAL_ENVS = 10  # episodes that an evaluation runs side by side
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
+MAX_MAGNITUDE = 1e15  # of rewards and observations: a float32 holds the sum of their squares
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Arguments that concern the machine or the files, not the results: a resumed run may change them.
+MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every capture_video track wandb_project".split()
+MACHINE_ARGS += "async_envs overlap cuda torch_compile torch_threads".split()
+
+
+class ArgumentError(ValueError):
+    """Arguments that cannot work: one sentence that names the flag and the fix."""
+
+
+class BadNumber(FloatingPointError):
+    """A number that no training survives, and where it appeared."""
+
+
+OPTIONAL_FOLDER = tyro.constructors.PrimitiveConstructorSpec(  # a flag that may have a value
+    nargs="*",
+    metavar="[RUN_FOLDER]",
+    instance_from_str=lambda words: words[0] if words else True,
+    is_instance=lambda value: isinstance(value, bool | str),
+    str_from_instance=lambda value: [value] if isinstance(value, str) else [],
+)
 
 
 @dataclass
@@ -60,8 +90,8 @@ class Args:
     """seed of the networks, the sampling, and the Meta-World goals (each seed has its own 50 training goals)"""
     run_dir: str = "runs"
     """parent folder of all runs"""
-    resume: bool = False
-    """continue an interrupted run exactly where its last checkpoint is; the arguments come from its args.json"""
+    resume: Annotated[bool | str, OPTIONAL_FOLDER] = False
+    """continue an interrupted run exactly where its last checkpoint is: give its folder, or the same command and --resume"""
     overwrite: bool = False
     """delete an existing run of the same name first"""
     evaluate: str | None = None
@@ -83,14 +113,13 @@ class Args:
     # ---- environment
     env_id: str = "reach-v3"
     """a Meta-World task (reach-v3, ...), MT10, or any Gymnasium id with a Box action space (HalfCheetah-v5, ...)"""
+    env_kwargs: str = "{}"
+    """arguments of the environment's constructor, as JSON: '{"ctrl_cost_weight": 0.5}'"""
     num_envs: int = 8
     """N: parallel environments (MT10: a multiple of 10); a rollout has N * num_steps steps, so a larger N makes the replay
     younger and uses every step less often unless buffer_size and updates_per_iteration grow with it"""
     async_envs: bool = False
-    """one process per environment: for slow environments on many cores; on 2 cores reach-v3 runs at 0.89 and pick-place-v3 at
-    0.96 of the speed of stepping them in turn"""
-    fast_env: bool = True
-    """Meta-World's slow helper functions rewritten, equal to 1e-14; --no-fast-env steps the stock package"""
+    """one process per environment: for slow environments (10 ms per step and more) or many cores"""
     reward_scale: float = 0.01
     """constant factor on rewards in the losses, not in the logs: keeps values near 1-10 (Meta-World pays 0-10 per step)"""
 
@@ -126,7 +155,7 @@ class Args:
     policy_head: Literal["gaussian", "categorical"] = "gaussian"
     """diagonal Gaussian with a tanh-bounded mean, or evenly spaced bins per action dimension as in the paper"""
     num_bins: int = 256
-    """bins of the categorical head per action dimension, 256 in the paper (64: half as fast again, and worse on door-open)"""
+    """bins of the categorical head per action dimension (256 in the paper)"""
     init_log_std: float = -0.5
     """initial log standard deviation of the Gaussian head, actions being in [-1, 1] (-1 to 0)"""
     hidden_size: int = 256
@@ -151,70 +180,107 @@ class Args:
     """passes over the rollout per iteration, where the buffer holds one rollout (3 to 20)"""
 
     # ---- runtime
+    overlap: bool = True
+    """collect the next rollout in a process of its own while the networks learn, if the run may use two cores; with
+    --no-overlap the two take turns: equal results, bit for bit"""
     cuda: bool = False
-    """run the networks on the GPU: does not pay for networks of this size (half to three quarters of the speed on reach-v3)"""
+    """update the networks on the GPU (the policy acts on the CPU): pays for wide networks only"""
     torch_compile: bool = False
-    """compile both networks: 1.1 times the speed on reach-v3 on a CPU, after up to a minute of compiling"""
+    """compile the loss: faster updates, after a minute of compiling"""
     torch_threads: int = 1
-    """CPU threads of PyTorch; 1 is best for these networks and lets several runs share a machine"""
+    """CPU threads of an update; 1 is best for networks of this size"""
 
 
 # -------------------- Environment --------------------
-class EpisodeRecorder(gym.Wrapper):
-    """Latch success over the episode, and remember what rebuilds it exactly: the generator at its reset and its actions.
+def scalar(value) -> float:
+    """A number, or an array or tensor with one element, as a float."""
+    return float(value.item() if hasattr(value, "item") else value)
 
-    `info` is empty except at the last step of an episode: {"episode": {r, l, t}} and, if the environment reports it,
-    "success" 0.0 or 1.0. A vector environment that gathers Meta-World's seven entries at every step is slower by a tenth.
+
+def generator_of(env):
+    """The environment's random generator: numpy's Generator, or the older RandomState (dm_control); None if it has another."""
+    rng = getattr(env.unwrapped, "np_random", None)
+    return rng if isinstance(rng, np.random.Generator | np.random.RandomState) else None
+
+
+def generator_state(env) -> dict | None:
+    """State of the environment's generator in plain types, which torch.load accepts with weights_only=True."""
+
+    def plain(x):
+        return {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else x.tolist() if hasattr(x, "tolist") else x
+
+    rng = generator_of(env)
+    if rng is None:
+        return None
+    return plain(rng.get_state(legacy=False) if isinstance(rng, np.random.RandomState) else rng.bit_generator.state)
+
+
+def set_generator_state(env, state: dict) -> None:
+    """Undo generator_state."""
+    rng = generator_of(env)
+    if isinstance(rng, np.random.RandomState):
+        rng.set_state(state)
+    else:
+        rng.bit_generator.state = state
+
+
+class EpisodeRecorder(gym.Wrapper):
+    """Return, length and success of every episode, and what rebuilds it exactly: the generator at its reset and its actions.
+
+    `info` is empty except at the last step of an episode: {"return", "length", "success"}, plain floats; success is latched,
+    and nan where the environment reported none. Rewards and flags may be arrays or tensors of one element.
     """
 
     resume_from: dict | None = None  # set from outside before reset(): a snapshot to rebuild instead of a new episode
 
     def reset(self, *, seed=None, options=None):
-        past_actions = []
-        if self.resume_from is not None:
-            self.unwrapped.np_random.bit_generator.state = self.resume_from["generator"]
-            past_actions, self.resume_from = self.resume_from["actions"], None
-        self.generator = self.unwrapped.np_random.bit_generator.state
-        self.actions, self.success = [], None
+        snapshot, self.resume_from = self.resume_from, None
+        if snapshot and snapshot["generator"]:
+            set_generator_state(self, snapshot["generator"])
+        self.generator = generator_state(self)
+        self.actions, self.episode_return, self.success = [], 0.0, math.nan
         obs, _ = self.env.reset(seed=seed, options=options)
-        for action in past_actions:
-            obs, *_ = self.step(action)
+        for action in snapshot["actions"] if snapshot else ():
+            obs, _, terminated, truncated, _ = self.step(action)
+            if terminated or truncated:  # it has random numbers that we do not know of
+                return self.reset()
         return obs, {}
 
     def step(self, action):
         self.actions.append(action.copy())  # before the step, which may change it in place
         obs, reward, terminated, truncated, info = self.env.step(action)
+        reward, terminated, truncated = scalar(reward), bool(terminated), bool(truncated)
+        self.episode_return += reward
         success = info.get("success", info.get("is_success"))  # Meta-World's name, Gymnasium-Robotics' name
         if success is not None:  # one successful step makes a successful episode, as Meta-World defines it
-            self.success = max(self.success or 0.0, float(success))
+            self.success = max(scalar(success), 0.0 if math.isnan(self.success) else self.success)
         if not (terminated or truncated):
             return obs, reward, terminated, truncated, {}
-        last_info = {"episode": info["episode"]} | ({} if self.success is None else {"success": self.success})
+        last_info = {"return": self.episode_return, "length": len(self.actions), "success": self.success}
         return np.array(obs), reward, terminated, truncated, last_info  # a copy: the reset that follows may reuse the memory
 
     def snapshot(self) -> dict:
-        """State of the current episode as plain types."""
-        return {"generator": self.generator, "actions": self.actions}
+        """What rebuilds the current episode, as tensors and plain types."""
+        return {"generator": self.generator, "actions": torch.tensor(np.array(self.actions))}
 
 
-class PlainRotation:
-    """scipy's Rotation.from_matrix(m).as_quat() for one orthogonal matrix, in plain floats and with scipy's choice of sign."""
+def success_rate(successes) -> float | None:
+    """Mean over episodes, nan being one that reported no success: none of them does -> None, or it counts as a failure."""
+    return None if np.isnan(list(successes)).all() else float(np.mean(np.nan_to_num(list(successes))))
+
+
+class FastRotation:
+    """scipy's Rotation.from_matrix(m).as_quat() for one rotation matrix, with scipy's choice of sign."""
 
     @staticmethod
     def from_matrix(matrix: np.ndarray):
-        (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = matrix.tolist()
-        trace = xx + yy + zz
-        largest = max(xx, yy, zz, trace)
-        if largest == xx:
-            quat = (1 - trace + 2 * xx, yx + xy, zx + xz, zy - yz)
-        elif largest == yy:
-            quat = (xy + yx, 1 - trace + 2 * yy, zy + yz, xz - zx)
-        elif largest == zz:
-            quat = (xz + zx, yz + zy, 1 - trace + 2 * zz, yx - xy)
-        else:
-            quat = (zy - yz, xz - zx, yx - xy, 1 + trace)
-        rotation = PlainRotation()
-        rotation.quat = np.array(quat) / math.sqrt(sum(q * q for q in quat))
+        rotation, wxyz = FastRotation(), np.empty(4)
+        mujoco.mju_mat2Quat(wxyz, matrix.ravel())
+        (xx, _, _), (_, yy, _), (_, _, zz) = matrix.tolist()
+        signs = (xx, yy, zz, xx + yy + zz)
+        rotation.quat = wxyz[[1, 2, 3, 0]]
+        if rotation.quat[signs.index(max(signs))] < 0:
+            rotation.quat = -rotation.quat
         return rotation
 
     def as_quat(self) -> np.ndarray:
@@ -228,6 +294,8 @@ def fast_meta_world(task: str) -> type:
     Most of a stock step is not physics but scipy and numpy calls on arrays of 3 to 9 numbers, and Python loops over contacts.
     """
     stock = META_WORLD[task]
+    if hasattr(sys.modules[stock.__module__], "Rotation"):  # half of the tasks convert a rotation at every step
+        sys.modules[stock.__module__].Rotation = FastRotation
 
     class FastTask(stock):
         def _get_curr_obs_combined_no_goal(self):
@@ -250,10 +318,6 @@ def fast_meta_world(task: str) -> type:
                     return False
             return True
 
-    quat_objects = stock._get_quat_objects
-    if "Rotation" in quat_objects.__globals__:  # the same code with its name `Rotation` bound to ours, the package unchanged
-        names = {**quat_objects.__globals__, "Rotation": PlainRotation}
-        FastTask._get_quat_objects = types.FunctionType(quat_objects.__code__, names, closure=quat_objects.__closure__)
     return FastTask
 
 
@@ -272,27 +336,26 @@ def make_env(args, idx: int, render_mode: str | None = None):
     """
     task = MT10[idx % len(MT10)] if args.env_id == "MT10" else args.env_id
     goals = meta_world_goals(task, args.seed) if task in META_WORLD else None
+    kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
 
     def thunk():
-        if multiprocessing.parent_process() is not None:  # a worker of --async-envs: the main process handles Ctrl-C
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if goals is not None:
-            task_class = fast_meta_world(task) if args.fast_env else META_WORLD[task]
-            env = task_class(reward_function_version="v2", render_mode=render_mode)
+            env = fast_meta_world(task)(**{"reward_function_version": "v2"} | kwargs)
             env.seed(1000 * args.seed + idx)
             env = gym.wrappers.TimeLimit(env, env.max_path_length)
             if args.env_id == "MT10":
                 env = OneHotWrapper(env, idx % len(MT10), len(MT10))
-            env = RandomTaskSelectWrapper(gym.wrappers.RecordEpisodeStatistics(env), goals)
-        else:
-            env = gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}))
-            if env.spec.max_episode_steps is None:
-                env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
-            env = gym.wrappers.RecordEpisodeStatistics(env)
-            if len(env.observation_space.shape or ()) != 1:
-                env = gym.wrappers.FlattenObservation(env)
-            env.reset(seed=1000 * args.seed + idx)
+            return EpisodeRecorder(RandomTaskSelectWrapper(env, goals))
+        env = gym.make(args.env_id, **kwargs)
+        if env.spec.max_episode_steps is None:
+            env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+            try:
+                env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
+            except NotImplementedError as error:
+                what = f"the observation space {env.observation_space}, which has no fixed size"
+                raise ArgumentError(f"--env-id {args.env_id} has {what}: choose another or wrap it") from error
+        env.reset(seed=1000 * args.seed + idx)
         return EpisodeRecorder(env)
 
     return thunk
@@ -319,6 +382,27 @@ def mlp(inputs: int, hidden: int, outputs: int, std: float) -> nn.Sequential:
     return nn.Sequential(*layers, layer_init(nn.Linear(hidden, outputs), std))
 
 
+class LogProbAndEntropy(torch.autograd.Function):
+    """Log-probability of one bin, and entropy: logits (..., bins), bin (...) -> (...), (...); a fused log_softmax and gather.
+
+    d log p_k / d logits = onehot_k - p,  dH / d logits = -p (log p + H): the backward pass reads p once for both.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, token):
+        logprobs = torch.log_softmax(logits, dim=-1)
+        probs = logprobs.exp()
+        entropy = -(probs * logprobs).sum(-1)
+        ctx.save_for_backward(logprobs, probs, entropy, token)
+        return logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1), entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprob, grad_entropy):
+        logprobs, probs, entropy, token = ctx.saved_tensors
+        grad = logprobs * grad_entropy.unsqueeze(-1) + (grad_logprob + grad_entropy * entropy).unsqueeze(-1)
+        return (-grad * probs).scatter_add(-1, token.unsqueeze(-1), grad_logprob.unsqueeze(-1)), None
+
+
 class Agent(nn.Module):
     """Separate actor and critic MLPs behind one observation normaliser, which is part of the model, so it is saved with it."""
 
@@ -338,7 +422,9 @@ class Agent(nn.Module):
         self.register_buffer("adv_std_peak", torch.zeros(()))
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        return [p for name, p in self.named_parameters() if name.startswith("actor")]
+        """All but the critic's: what a fork adds, an encoder say, is trained and clipped with the actor."""
+        critic = set(self.critic.parameters())
+        return [p for p in self.parameters() if p not in critic]
 
     def update_normalizer(self, obs: torch.Tensor) -> None:
         """Merge a batch of raw observations (..., obs_dim) into the running mean and variance (Chan et al., 1979)."""
@@ -358,29 +444,228 @@ class Agent(nn.Module):
         """V(s): (..., obs_dim) -> (...)."""
         return self.critic(self.normalize(obs)).squeeze(-1)
 
-    def get_action_and_logprob(self, obs, action=None, deterministic=False):
+    def get_action_and_logprob(self, obs, action=None, deterministic=False, generator=None):
         """Sample an action, or take one: (..., obs_dim) -> action, log-probs per dimension, entropy (all (..., action_dim)).
 
         Actions are unclipped samples in units of [-1, 1]; the joint log-prob is the sum over the last dimension.
         """
         out = self.actor(self.normalize(obs))
         if self.categorical:
-            logprobs = torch.log_softmax(out.unflatten(-1, (self.action_dim, self.num_bins)), dim=-1)
-            probs = logprobs.exp()
-            if action is None and deterministic:  # the mean: among many neighbours the most probable bin says little
-                action = probs @ torch.linspace(-1.0, 1.0, self.num_bins, device=out.device)
-            if action is not None:
-                token = ((action + 1.0) * 0.5 * (self.num_bins - 1)).round().long()
-            else:
-                token = torch.multinomial(probs.flatten(0, -2), 1).view(logprobs.shape[:-1])
-                action = -1.0 + 2.0 * token / (self.num_bins - 1)
-            entropy = -(probs * logprobs).sum(-1)
-            return action, logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1), entropy
+            logits = out.unflatten(-1, (self.action_dim, self.num_bins))
+            if action is None:
+                probs = torch.softmax(logits, dim=-1)
+                if deterministic:  # the mean: among many neighbours the most probable bin says little
+                    action = probs @ torch.linspace(-1.0, 1.0, self.num_bins, device=out.device)
+                else:  # the inverse of the distribution function; the bin found always has a probability above 0
+                    cdf = probs.cumsum(-1)
+                    uniform = torch.rand(cdf[..., -1:].shape, generator=generator, device=out.device) * cdf[..., -1:]
+                    action = -1.0 + 2.0 * torch.searchsorted(cdf, uniform, right=True).squeeze(-1) / (self.num_bins - 1)
+            token = ((action + 1.0) * 0.5 * (self.num_bins - 1)).round().long()
+            return action, *LogProbAndEntropy.apply(logits, token)
         if action is None:
-            action = out if deterministic else out + self.actor_logstd.exp() * torch.randn_like(out)
+            noise = torch.randn(out.shape, generator=generator, device=out.device)
+            action = out if deterministic else out + self.actor_logstd.exp() * noise
         z = (action - out) * torch.exp(-self.actor_logstd)
         logprob = -0.5 * z**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)
         return action, logprob, (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).expand_as(out)
+
+
+# -------------------- Rollouts --------------------
+class Collector:
+    """The environments and the policy that acts in them: one call, one rollout of N environments and T steps.
+
+    A rollout depends on the weights it is given and on the collector's own state, so it is the same in any process.
+    """
+
+    def __init__(self, args):
+        random.seed(args.seed)  # these three for environments that draw from them
+        np.random.seed(args.seed)
+        torch.manual_seed(args.seed)
+        self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(args.seed)
+        thunks = [make_env(args, i) for i in range(args.num_envs)]
+        if args.async_envs:
+            thunks = [functools.partial(build_in_worker, thunk, os.getpid()) for thunk in thunks]
+        vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
+        self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        self.obs_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        check_spaces(args, self.obs_space, self.action_space)
+        with seeded(args.seed):
+            self.agent = Agent(*self.dims(), args)
+
+    def dims(self) -> tuple[int, int]:
+        """Sizes of an observation and of an action."""
+        return self.obs_space.shape[0], self.action_space.shape[0]
+
+    def reset(self, snapshot: dict | None = None) -> None:
+        """Begin, or go on where the snapshot was taken."""
+        if snapshot:
+            self.envs.set_attr("resume_from", [{**e, "actions": list(e["actions"].numpy())} for e in snapshot["envs"]])
+            self.generator.set_state(snapshot["generator"])
+            self.steps = snapshot["steps"]
+        self.next_obs = torch.as_tensor(self.envs.reset()[0], dtype=torch.float32)
+        if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
+            text = f"{self.args.env_id} has random numbers that no checkpoint holds: its running episodes go on otherwise"
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def snapshot(self) -> dict:
+        """What reset() needs, as tensors and plain types."""
+        state = {"next_obs": self.next_obs, "generator": self.generator.get_state(), "steps": self.steps}
+        return state | {"envs": list(self.envs.call("snapshot"))}
+
+    def collect(self, weights: dict, version: int) -> dict:
+        """Act with these weights for T steps.
+
+        Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes`, those that ended: (steps of the run, return,
+        length, success); `log_ratio_max`, the largest |log ratio| between acting and a batch of the same weights, 0 up to
+        rounding; `seconds` spent in environments and policy; and `version`, the iteration before whose update the weights are.
+        """
+        torch.set_num_threads(1)
+        self.agent.load_state_dict(weights)
+        columns, episodes, seconds = collections.defaultdict(list), [], {"env": 0.0, "policy": 0.0}
+        for _ in range(self.args.num_steps):
+            t0 = time.perf_counter()
+            with torch.no_grad():
+                action, logprob, _ = self.agent.get_action_and_logprob(self.next_obs, generator=self.generator)
+            env_action = to_env_action(action.numpy(), self.action_space)
+            t1 = time.perf_counter()
+            obs_np, rewards, terminations, truncations, infos = self.envs.step(env_action)
+            seconds["policy"] += t1 - t0
+            seconds["env"] += time.perf_counter() - t1
+            dones = terminations | truncations
+            obs, self.next_obs = self.next_obs, torch.as_tensor(obs_np, dtype=torch.float32)
+            real_next_obs = self.next_obs
+            self.steps += self.args.num_envs
+            if dones.any():  # SAME_STEP autoreset: `obs_np` is the next episode's first, the last one is in final_obs
+                done_idx, final_info = np.flatnonzero(dones), infos["final_info"]
+                real_next_obs = self.next_obs.clone()
+                real_next_obs[done_idx] = torch.as_tensor(np.stack(infos["final_obs"][done_idx])).float()
+                for i in done_idx:
+                    episodes.append((self.steps, *(float(final_info[key][i]) for key in ("return", "length", "success"))))
+            transition = {"obs": obs, "next_obs": real_next_obs, "actions": action, "logprobs": logprob}
+            transition |= {"rewards": rewards, "terminations": terminations, "dones": dones}
+            for key, value in transition.items():
+                columns[key].append(torch.as_tensor(value))
+        data = {key: torch.stack(column).float() for key, column in columns.items()}
+        self.check_numbers(data)
+        with torch.no_grad():
+            logprob = self.agent.get_action_and_logprob(data["obs"], data["actions"])[1]
+        log_ratio_max = (logprob - data["logprobs"]).sum(-1).abs().max().item()
+        rollout = {"data": data, "episodes": episodes, "log_ratio_max": log_ratio_max, "seconds": seconds}
+        return rollout | {"version": version}
+
+    def check_numbers(self, data: dict) -> None:
+        """BadNumber if a reward or observation is not finite, or so large that its square is not."""
+        for key, name in {"obs": "observation", "next_obs": "observation after a step", "rewards": "reward"}.items():
+            bad = ~(data[key].abs() <= MAX_MAGNITUDE)
+            if bad.any():
+                row, idx, *_ = bad.nonzero()[0].tolist()
+                step = self.steps - (len(bad) - 1 - row) * self.args.num_envs
+                value = data[key][row, idx][bad[row, idx]].flatten()[0].item()
+                raise BadNumber(f"--env-id {self.args.env_id}: {name} {value} of environment {idx} at step {step:,}")
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def follow_parent() -> None:
+    """In a process started by this script: leave signals to the main process, and end when that ends, for whatever reason."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def build_in_worker(thunk, creator: int) -> gym.Env:
+    """Build one of --async-envs in its own process, or in the creator's, where the vector environment asks for the spaces."""
+    if os.getpid() != creator:
+        follow_parent()
+    return thunk()
+
+
+def convert(tree, kind: type, function):
+    """Apply a function to all values of one type in nested dicts, lists and tuples."""
+    if isinstance(tree, dict):
+        return {key: convert(value, kind, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(convert(value, kind, function) for value in tree)
+    return function(tree) if isinstance(tree, kind) else tree
+
+
+def serve(pipe, parents_end, factory, args) -> None:
+    """Main function of a Worker's process: build the object, then answer calls; an exception is sent, and ends it."""
+    parents_end.close()
+    follow_parent()
+    try:
+        instance, answer = factory(*args), None
+        while True:
+            pipe.send((None, "", convert(answer, torch.Tensor, torch.Tensor.numpy)))
+            name, arguments = pipe.recv()
+            answer = getattr(instance, name)(*convert(arguments, np.ndarray, torch.from_numpy))
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # some exceptions do not survive the way
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        pipe.send((error, traceback.format_exc(), None))
+
+
+class Worker:
+    """Calls an object's methods in a process of its own, or in this one: `start(name, *arguments)`, then `result()`.
+
+    The object sees the same calls in the same order either way. Its exceptions are raised here, with its own traceback.
+    Tensors cross as numpy arrays, for torch would pass them as open files.
+    """
+
+    def __init__(self, factory, *args, own_process: bool):
+        self.process, self.busy, self.answer = None, False, None
+        if not own_process:
+            self.instance = factory(*args)
+            return
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, self.pipe, factory, args))
+        self.process.start()
+        theirs.close()
+        self.busy = True
+        try:
+            self.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, name: str, *arguments) -> None:
+        """Begin a call; in this process, also finish it."""
+        self.busy = True
+        if self.process is None:
+            self.answer = getattr(self.instance, name)(*arguments)
+        else:
+            self.pipe.send((name, convert(arguments, torch.Tensor, torch.Tensor.numpy)))
+
+    def result(self):
+        """Wait for what the started call returns."""
+        self.busy = False
+        if self.process is None:
+            return self.answer
+        try:
+            error, text, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            raise RuntimeError(f"the process of the environments has died (exit code {code}; -9: out of memory?)") from None
+        if error is not None:
+            raise error from RuntimeError(f"in the process of the environments:\n{text}")
+        return convert(answer, np.ndarray, torch.from_numpy)
+
+    def call(self, name: str, *arguments):
+        """start() and result()."""
+        self.start(name, *arguments)
+        return self.result()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
 
 
 # -------------------- Advantages and objective --------------------
@@ -417,20 +702,25 @@ def compute_vtrace(rewards, values, next_values, terminations, dones, logratio, 
     return rewards + gamma * (1.0 - terminations) * next_targets - values, targets
 
 
-def get_next_values(agent, values, next_obs, dones):
-    """V of the real next observation, (T, S): the following row's value, or the critic on `next_obs` where there is none."""
-    ends = dones > 0
+def get_end_values(agent, next_obs, dones):
+    """V of the real next observation where no following row has it, (T, S): in done rows and in the last one; 0 elsewhere."""
+    ends, values = dones > 0, torch.zeros_like(dones)
     ends[-1] = True
-    next_values = torch.cat([values[1:], values[-1:]])
-    next_values[ends] = agent.get_value(next_obs[ends])
-    return next_values
+    with torch.no_grad():
+        values[ends] = agent.get_value(next_obs[ends])
+    return values
 
 
-def sample_segments(num_filled: int, args) -> torch.Tensor:
+def get_next_values(values, end_values, dones):
+    """V of every row's real next observation, (T, S): the following row's value where the episode goes on."""
+    return torch.where(dones > 0, end_values, torch.cat([values[1:], end_values[-1:]]))
+
+
+def sample_segments(num_filled: int, args, generator=None) -> torch.Tensor:
     """Indices of each update's segments, (updates, S), in shuffled passes: none is drawn again before all others were."""
     segments = args.minibatch_size // args.num_steps
     draws = args.updates_per_iteration * segments
-    passes = [torch.randperm(num_filled) for _ in range(math.ceil(draws / num_filled))]
+    passes = [torch.randperm(num_filled, generator=generator) for _ in range(math.ceil(draws / num_filled))]
     return torch.cat(passes)[:draws].view(-1, segments)
 
 
@@ -443,7 +733,86 @@ def policy_objective(logratio, advantages, args):
     return objective, trust.float()
 
 
+def compute_loss(agent, mb, args):
+    """Loss of one minibatch, and what is logged of it: -> (), {name: ()}. `mb`: segments (T, S, ...), or rows (B, ...) with
+    stored advantages; where they are recomputed, with the critic's `end_values`. --torch-compile compiles all of it."""
+    _, newlogprob, entropy = agent.get_action_and_logprob(mb["obs"], mb["actions"])
+    newvalue = agent.get_value(mb["obs"])
+    logratio = newlogprob - mb["logprobs"]  # (T, S, action_dim)
+    joint_logratio = logratio.sum(-1)
+
+    with torch.no_grad():
+        if args.recompute_advantages:
+            values = newvalue.detach()
+            next_values = get_next_values(values, mb["end_values"], mb["dones"])
+            gae_args = mb["rewards"] * args.reward_scale, values, next_values, mb["terminations"], mb["dones"]
+            if args.vtrace:
+                mb_advantages, mb_returns = compute_vtrace(*gae_args, joint_logratio, args.gamma, args.gae_lambda)
+            else:
+                mb_advantages = compute_gae(*gae_args, args.gamma, args.gae_lambda)
+                mb_returns = mb_advantages + values
+        else:
+            mb_advantages, mb_returns = mb["advantages"], mb["returns"]
+        adv_std = mb_advantages.std(correction=0)
+        agent.adv_std_peak.copy_(torch.maximum(agent.adv_std_peak, adv_std))
+        adv_std = torch.maximum(adv_std, args.adv_std_floor * agent.adv_std_peak)
+        mb_advantages = (mb_advantages - mb_advantages.mean()) / (adv_std + 1e-8)
+
+    if args.ratio == "joint":
+        logratio = joint_logratio
+    else:
+        mb_advantages = mb_advantages.unsqueeze(-1)  # the same for every action dimension
+    objective, trust = policy_objective(logratio, mb_advantages, args)
+    pg_loss = -objective.mean()
+    v_loss = 0.5 * ((newvalue - mb_returns) ** 2).mean()
+    entropy_loss = entropy.sum(-1).mean()
+    behavior_kl = -logratio.mean()  # KL(mu || pi), since the samples are mu's
+    loss = pg_loss - args.ent_coef * entropy_loss + args.kl_coef * behavior_kl + args.vf_coef * v_loss
+
+    with torch.no_grad():
+        error_var, return_var = (mb_returns - newvalue).var(correction=0), mb_returns.var(correction=0)
+        ratio = torch.exp(logratio.clamp(max=MAX_LOG_COEF))
+        coef = trust * ratio  # of grad log pi * advantage; 1 on-policy
+        return loss, {
+            "losses/policy_loss": pg_loss.detach(),
+            "losses/value_loss": v_loss.detach(),
+            "losses/entropy": entropy_loss.detach(),
+            "losses/approx_kl": ((ratio - 1) - logratio).mean(),
+            "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
+            "losses/explained_variance": 1 - error_var / return_var.clamp(min=1e-12),
+            "gipo/trust_mean": trust.mean(),
+            "gipo/trust_min": trust.min(),
+            "gipo/effective_sample_size": coef.mean() ** 2 / (coef**2).mean().clamp(min=1e-12),
+            "gipo/utilization": (coef > 1e-3).float().mean(),
+            "gipo/logratio_std": logratio.std(correction=0),
+        }
+
+
+def lr_share(schedule: str, progress: float, warmup: float) -> float:
+    """Factor on a step size after the share `progress` of the run, in [0, 1)."""
+    if progress < warmup:
+        return progress / warmup
+    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
+    return decay[schedule]
+
+
 # -------------------- Evaluation and files --------------------
+@contextlib.contextmanager
+def seeded(seed: int):
+    """Seed the global generators for a while, and leave them as they were: environments may draw from them, too."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@seeded(0)
 @torch.no_grad()
 def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop_signals=()) -> dict:
     """Run the deterministic policy once on each of the first `num_episodes` training goals (MT10: of every task).
@@ -451,42 +820,58 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
     Gymnasium environments without goals get fixed reset seeds instead. Returns `success_rate` (None where the environment
     reports none), `return_mean`, `episodes`, `returns`, and for MT10 `success_by_task`. Ends early once a signal arrived.
     """
-    returns, successes, has_goals = [], [], args.env_id in [*META_WORLD, "MT10"]
+    results, has_goals = [], args.env_id in [*META_WORLD, "MT10"]  # results: (return, success)
     for task_idx in range(len(MT10) if args.env_id == "MT10" else 1):
-        env = make_env(args, task_idx, render_mode="rgb_array" if video_dir else None)()
+        render = ["rgb_array" if video_dir and i == 0 else None for i in range(min(num_episodes, MAX_EVAL_ENVS))]
+        envs = [make_env(args, task_idx, render_mode)() for render_mode in render]
         if has_goals:
-            env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
-        for episode in range(num_episodes):
-            if has_goals:
-                env.unwrapped.set_task(env.get_wrapper_attr("tasks")[episode])
-            obs, done, frames = env.reset(seed=10_000 + episode)[0], False, []
-            while not done and not stop_signals:
-                if video_dir and episode == 0 and len(env.get_wrapper_attr("actions")) % 4 == 0:
-                    frames.append(env.render())
-                obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.obs_mean.device)
-                action, *_ = agent.get_action_and_logprob(obs.unsqueeze(0), deterministic=True)
-                obs, _, terminated, truncated, info = env.step(to_env_action(action[0].cpu().numpy(), env.action_space))
-                done = terminated or truncated
+            for env in envs:
+                env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
+        for first in range(0, num_episodes, len(envs)):
+            running, frames, last_infos = {}, [], {}  # running: env -> observation
+            for episode, env in zip(range(first, num_episodes), envs, strict=False):
+                if has_goals:
+                    env.unwrapped.set_task(env.get_wrapper_attr("tasks")[episode])
+                running[env] = env.reset(seed=10_000 + episode)[0]
+            while running and not stop_signals:
+                if video_dir and first == 0 and envs[0] in running and len(envs[0].get_wrapper_attr("actions")) % 4 == 0:
+                    frames.append(envs[0].render())
+                obs = torch.as_tensor(np.stack([*running.values()]), dtype=torch.float32, device=agent.obs_mean.device)
+                action, *_ = agent.get_action_and_logprob(obs, deterministic=True)
+                for env, env_action in zip([*running], to_env_action(action.cpu().numpy(), envs[0].action_space), strict=True):
+                    running[env], _, terminated, truncated, info = env.step(env_action)
+                    if terminated or truncated:
+                        del running[env]
+                        last_infos[env] = info
             if stop_signals:
                 break
+            results += [(last_infos[env]["return"], last_infos[env]["success"]) for env in envs if env in last_infos]
             if frames:
                 from moviepy import ImageSequenceClip
 
                 video_dir.mkdir(parents=True, exist_ok=True)
                 ImageSequenceClip(frames, fps=20).write_videofile(str(video_dir / f"task{task_idx}.mp4"), logger=None)
-            returns.append(float(info["episode"]["r"]))
-            successes.append(info.get("success"))
-        env.close()
-    has_success = bool(successes) and None not in successes
+                say(f"video: {video_dir / f'task{task_idx}.mp4'}")
+        for env in envs:
+            env.close()
+    returns, successes = zip(*results, strict=True) if results else ((), ())
     result = {
-        "success_rate": float(np.mean(successes)) if has_success else None,
-        "return_mean": float(np.mean(returns)) if returns else None,
-        "episodes": len(returns),
-        "returns": returns,
+        "success_rate": success_rate(successes) if results else None,
+        "return_mean": float(np.mean(returns)) if results else None,
+        "episodes": len(results),
+        "returns": list(returns),
     }
-    if args.env_id == "MT10" and has_success and not stop_signals:
-        result["success_by_task"] = dict(zip(MT10, np.reshape(successes, (10, -1)).mean(1).tolist(), strict=True))
+    if args.env_id == "MT10" and len(results) == num_episodes * len(MT10):
+        result["success_by_task"] = dict(zip(MT10, np.reshape(successes, (len(MT10), -1)).mean(1).tolist(), strict=True))
     return result
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print; once nobody reads it any more (`| head`), go on without."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -500,12 +885,12 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, device="cpu") -> dict:
-    """Read what save_checkpoint wrote; ValueError if the file is missing or damaged."""
+    """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        how = "it is no .pt file of this script, or damaged; --overwrite instead of --resume starts the run anew"
-        raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
+        how = "it is missing, damaged, or no .pt file of this script"
+        raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -535,177 +920,240 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
         save_checkpoint(best, model)
 
 
+def run_folder_of(args) -> Path:
+    """The folder that --resume names, or the one of these arguments."""
+    if isinstance(args.resume, str):
+        return Path(args.resume)
+    return Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+
+
+def lock_folder(run_folder: Path):
+    """Own the run folder, which is made if need be, until the returned file is closed or the process dies."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run_folder / ".lock", "a")
+    except OSError as error:
+        how = "choose another --run-dir or --exp-name"
+        raise ArgumentError(f"--run-dir: {run_folder} cannot be used ({error.strerror}): {how}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or --exp-name names a new one") from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def refuse_existing(run_folder: Path, args) -> None:
+    """ArgumentError if a new run would end up in the folder of another."""
+    exists = run_folder.is_dir() and any(path.name != ".lock" for path in run_folder.iterdir())
+    if exists and not (args.resume or args.overwrite):
+        raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+
+
 def check_args(args) -> None:
-    """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
+    """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
     rollout, meta_world = args.num_envs * args.num_steps, [*META_WORLD, "MT10"]
     buffer = max(args.buffer_size, rollout)
     positive = "total_timesteps num_envs num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate"
     positive += " reward_scale max_grad_norm hidden_size checkpoint_every torch_threads"
     positive += " clip_coef update_epochs"
-    limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
+    limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
     limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
-    not_negative = "seed buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
-    limits |= dict.fromkeys(not_negative.split(), (0, math.inf, "0 or more"))
+    not_negative = "buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
+    limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more"))
+    limits["seed"] = (0, 4_000_000, "between 0 and 4,000,000")  # environments get 1000 * seed + i, which must be below 2^32
+    limits["init_log_std"] = (-20, 2, "between -20 and 2")
+    limits["num_bins"] = (2, 100_000, "2 or more")
     for name, (low, high, words) in limits.items():
         if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
-    if args.num_bins < 2:
-        raise ValueError(f"--num-bins {args.num_bins} must be 2 or more")
-    if ":" not in args.env_id and args.env_id not in [*meta_world, *gym.registry]:  # module:Name-v0 is registered when built
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+    if args.resume and args.overwrite:
+        raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
+    if "/" in args.exp_name or "\0" in args.exp_name:
+        raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
+    try:
+        is_object = isinstance(json.loads(args.env_kwargs), dict)
+    except json.JSONDecodeError:
+        is_object = False
+    if not is_object:
+        raise ArgumentError(f"--env-kwargs {args.env_kwargs} must be a JSON object, as in --env-kwargs '{{\"name\": 1}}'")
+    module, _, name = args.env_id.rpartition(":")
+    if args.env_id.startswith("Meta-World/"):
+        raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
+    if module and importlib.util.find_spec(module.split(".")[0]) is None:
+        raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
+    if not module and name not in [*meta_world, *gym.registry]:  # module:Name-v0 is registered when built
         nearest = difflib.get_close_matches(args.env_id, [*meta_world, *gym.registry], n=3, cutoff=0.5)
-        raise ValueError(f"--env-id {args.env_id} is unknown; try {', '.join(nearest or ['reach-v3', 'HalfCheetah-v5'])}")
+        raise ArgumentError(f"--env-id {args.env_id} is unknown; try {', '.join(nearest or ['reach-v3', 'HalfCheetah-v5'])}")
     if args.env_id == "MT10" and args.num_envs % len(MT10):
-        raise ValueError(f"--num-envs {args.num_envs} must be a multiple of 10 for MT10, as many for every task")
+        raise ArgumentError(f"--num-envs {args.num_envs} must be a multiple of 10 for MT10, as many for every task")
     if args.env_id in meta_world and args.eval_episodes > 50:
-        raise ValueError(f"--eval-episodes {args.eval_episodes} must be 50 or fewer: a Meta-World task has 50 training goals")
+        raise ArgumentError(f"--eval-episodes {args.eval_episodes} must be 50 or fewer: there are 50 training goals")
     if 0 < args.buffer_size < rollout:
-        raise ValueError(f"--buffer-size {args.buffer_size} must be 0 or at least num_envs * num_steps = {rollout}")
+        raise ArgumentError(f"--buffer-size {args.buffer_size} must be 0 or at least num_envs * num_steps = {rollout}")
     if args.minibatch_size > buffer:
-        raise ValueError(f"--minibatch-size {args.minibatch_size} must not exceed the buffer of {buffer} steps")
+        raise ArgumentError(f"--minibatch-size {args.minibatch_size} must not exceed the buffer of {buffer} steps")
     if buffer >= 2 * rollout and args.minibatch_size % args.num_steps:
-        raise ValueError(f"--minibatch-size {args.minibatch_size} must be a multiple of --num-steps {args.num_steps}")
+        raise ArgumentError(f"--minibatch-size {args.minibatch_size} must be a multiple of --num-steps {args.num_steps}")
     if args.vtrace and (buffer < 2 * rollout or not args.recompute_advantages):
-        raise ValueError("--vtrace needs replayed segments with recomputed advantages: raise --buffer-size")
+        raise ArgumentError("--vtrace needs replayed segments with recomputed advantages: raise --buffer-size")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
+        raise ArgumentError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
-    if args.capture_video:
-        how = "without a display, set MUJOCO_GL=egl (Debian packages libegl1 libgl1) or MUJOCO_GL=osmesa (libosmesa6)"
-        if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ):
-            raise ValueError(f"--capture-video finds no display: {how}")
-        try:
-            env = make_env(args, 0, render_mode="rgb_array")()
-            env.reset()
-            env.render()
-            env.close()
-        except Exception as error:
-            raise ValueError(f"--capture-video cannot render ({type(error).__name__}): {how}") from error
+            raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
 
 
-def env_spaces(args) -> tuple[gym.Space, gym.spaces.Box]:
-    """Observation and action space of the task; ValueError if it cannot be built or its actions are no finite vector."""
+def check_spaces(args, obs_space, action_space) -> None:
+    """ArgumentError unless observations are a vector and actions one of finite real numbers."""
+    if 0 in obs_space.shape:
+        raise ArgumentError(f"--env-id {args.env_id} has empty observations, {obs_space}: choose another")
+    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or 0 in action_space.shape:
+        what = "choose one with a Box of shape (d,)"
+    elif not np.issubdtype(action_space.dtype, np.floating):
+        what = "choose one with real numbers"
+    elif not np.abs([action_space.low, action_space.high]).max() < 1e30:
+        what = "choose one with a finite Box"
+    else:
+        return
+    raise ArgumentError(f"--env-id {args.env_id} has the action space {action_space}: {what}")
+
+
+def check_video(args) -> None:
+    """ArgumentError unless --capture-video can render."""
+    how = "without a display, set MUJOCO_GL=egl (Debian packages libegl1 libgl1) or MUJOCO_GL=osmesa (libosmesa6)"
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ):
+        raise ArgumentError(f"--capture-video finds no display: {how}")
     try:
-        env = make_env(args, 0)()
-    except Exception as error:  # another package is missing, a retired version, ...
-        raise ValueError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
-    space = env.action_space
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        raise ValueError(f"--env-id {args.env_id} has the action space {space}: choose one with a Box of shape (d,)")
-    if not np.issubdtype(space.dtype, np.floating):
-        raise ValueError(f"--env-id {args.env_id} has the action space {space}: choose one with real numbers")
-    if not (np.isfinite([space.low, space.high]).all() and np.abs([space.low, space.high]).max() < 1e30):
-        raise ValueError(f"--env-id {args.env_id} has the action space {space}: choose one with a finite Box")
-    env.close()
-    return env.observation_space, space
+        env = make_env(args, 0, render_mode="rgb_array")()
+        env.reset()
+        env.render()
+        env.close()
+    except Exception as error:
+        raise ArgumentError(f"--capture-video cannot render ({type(error).__name__}): {how}") from error
 
 
-def typed_flags() -> set[str]:
-    """Names of the flags on the command line, also of those that were given their default's value."""
-    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
-    return {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
-
-
-def saved_args(args, run_folder: Path):
-    """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
-    if not run_folder.exists():
-        raise ValueError(f"--resume: there is no {run_folder}; check the flags that name it, or drop --resume")
-    if not (run_folder / "args.json").exists():
-        return args
-    saved = json.loads((run_folder / "args.json").read_text())
-    version = saved.pop("algorithm_version", None)
+def saved_args(path: Path, cls=Args):
+    """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
+    file = path / "args.json"
+    if not path.is_dir():
+        raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
+    try:
+        saved = json.loads(file.read_text())
+        version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ArgumentError(f"--resume: {file} is missing or damaged: --overwrite starts anew") from error
+    if not set(saved) <= {field.name for field in dataclasses.fields(cls)}:  # fewer: an older file's run
+        raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
-        raise ValueError(f"--resume: {run_folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
-    if not set(saved) <= set(vars(args)):  # fewer is an older file's run: what was added since has its default
-        raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
-    for field in dataclasses.fields(args):
-        given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
-        named = field.name in typed_flags() or given != field.default
-        has = saved.get(field.name, field.default)
-        if field.name not in own and named and given != has:
-            flag = f"--{field.name.replace('_', '-')}"
-            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {has}: drop the flag")
-    return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
+        raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
+    return cls(**saved | {"resume": str(path), "run_dir": str(path.parent)})
+
+
+def refuse_contradictions(args, saved, what: str) -> None:
+    """ArgumentError if arguments that decide the results differ from the saved ones."""
+    for name in sorted(set(vars(saved)) - set(MACHINE_ARGS)):
+        if getattr(args, name) != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
+
+
+def load_model(path: str, cls=Args):
+    """A saved model: -> its state_dict, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
+    if not os.path.isfile(path):
+        raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run")
+    saved = load_checkpoint(Path(path))
+    fields = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= fields:
+        raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
+    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False, "capture_video": False}
+    return saved["model"], cls(**saved["args"] | machine)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
+    args = tyro.cli(Args, args=argv)
+    if args.evaluate is not None:
+        return tyro.cli(Args, args=argv, default=load_model(args.evaluate)[1])
+    if args.resume and not args.overwrite:
+        resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
+        return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
+    return args
 
 
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
-    path = Path(args.evaluate)
-    saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= set(vars(args)):
-        raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
-    own = {name: getattr(args, name) for name in ("eval_episodes", "capture_video", "torch_threads", "fast_env")}
-    for name in sorted(typed_flags() & set(saved["args"]) - {*own, "evaluate", "run_dir"}):
-        if getattr(args, name) != saved["args"][name]:
-            flag, has = f"--{name.replace('_', '-')} {getattr(args, name)}", saved["args"][name]
-            raise ValueError(f"{flag} contradicts the run of the model to evaluate, which has {has}: drop the flag")
-    args = dataclasses.replace(type(args)(**saved["args"]), **own, cuda=False, track=False)
+    weights, saved = load_model(args.evaluate)
+    refuse_contradictions(args, dataclasses.replace(saved, eval_episodes=args.eval_episodes), "the run of the model")
     check_args(args)
+    if args.capture_video:
+        check_video(args)
     torch.set_num_threads(args.torch_threads)
-    obs_space, action_space = env_spaces(args)
-    agent = Agent(obs_space.shape[0], action_space.shape[0], args)
-    agent.load_state_dict(saved["model"])
-    video_dir = path.parent / "videos" if args.capture_video else None
-    result = evaluate(agent, args, args.eval_episodes, video_dir)
-    print(json.dumps({key: value for key, value in result.items() if key != "returns"}, indent=2))
+    agent = Agent(weights["obs_mean"].shape[0], make_env(args, 0)().action_space.shape[0], args)
+    agent.load_state_dict(weights)
+    result = evaluate(agent, args, args.eval_episodes, Path(args.evaluate).parent / "videos" if args.capture_video else None)
+    say(json.dumps({key: value for key, value in result.items() if key != "returns"}, indent=2))
     return result
-
-
-def lr_share(schedule: str, progress: float, warmup: float) -> float:
-    """Factor on a step size after the share `progress` of the run, in [0, 1)."""
-    if progress < warmup:
-        return progress / warmup
-    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
-    return decay[schedule]
 
 
 # -------------------- Main --------------------
 def main(args: Args) -> dict:
-    """Train, and return what result.json holds. ValueError on bad arguments, before anything is written."""
-    if args.evaluate:
+    """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
+    if args.evaluate is not None:
         return evaluate_saved_model(args)
+    with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
+        try:
+            return train(args, at_exit)
+        except BadNumber as error:
+            checkpoint = run_folder_of(args) / "checkpoint.pt"
+            raise BadNumber(f"{error}; last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}") from error
 
+
+def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
+    """What main() does."""
     # ==================== SETUP ====================
-    run_folder = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
-    if args.resume and args.overwrite:
-        raise ValueError("--resume and --overwrite contradict each other: drop one of them")
-    if args.resume:
-        args = saved_args(args, run_folder)
-    elif run_folder.exists() and not args.overwrite:
-        raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+    # Nothing is written before all that can fail cheaply was tried.
+    run_folder = run_folder_of(args)
+    if args.resume and not args.overwrite:
+        refuse_contradictions(args, saved_args(run_folder), "the run to resume")
     check_args(args)
-    obs_space, action_space = env_spaces(args)
+    refuse_existing(run_folder, args)
+    if args.resume and (run_folder / "result.json").exists():
+        say(f"{run_folder} is finished already: nothing to resume")
+        return json.loads((run_folder / "result.json").read_text())
+    main_thread = threading.current_thread() is threading.main_thread()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    may_fork = cores > 1 and not multiprocessing.current_process().daemon
     on_policy = args.buffer_size < 2 * args.num_envs * args.num_steps  # GIPO: the textbook form is PPO's alone
     if on_policy:
-        args = dataclasses.replace(args, recompute_advantages=False)
-    if args.resume and (run_folder / "result.json").exists():
-        print(f"{run_folder} is finished already: nothing to resume")
-        return json.loads((run_folder / "result.json").read_text())
-    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
-    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
-    if not args.resume:
-        shutil.rmtree(run_folder, ignore_errors=True)
-        run_folder.mkdir(parents=True)
-    config = vars(args) | {"resume": False, "overwrite": False}
-    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION})
+        args = dataclasses.replace(args, recompute_advantages=False, overlap=False)
+    collector = Worker(Collector, args, own_process=args.overlap and may_fork)
+    at_exit.callback(collector.close)
+    obs_dim, action_dim = collector.call("dims")
+    if args.capture_video:
+        check_video(args)
 
     torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)  # the first two for environments that draw from them
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    agent = Agent(obs_space.shape[0], action_space.shape[0], args).to(device)
+    with seeded(args.seed):
+        agent = Agent(obs_dim, action_dim, args).to(device)
     actor_parameters, critic_parameters = agent.actor_parameters(), list(agent.critic.parameters())
     optimizer = torch.optim.Adam([{"params": actor_parameters}, {"params": critic_parameters}], lr=0.0, eps=1e-5, fused=True)
-    if args.torch_compile:
-        for network in (agent.actor, agent.critic):
-            network.forward = torch.compile(network.forward)  # Module.compile() skips a Sequential, whose code is torch's own
+    loss_function = torch.compile(compute_loss) if args.torch_compile else compute_loss
+    generator = torch.Generator().manual_seed(args.seed)  # draws the minibatches
 
     # Replay of whole segments, time first: rb[key][:, j] is segment j, one environment's part of one rollout. (T, S, ...)
     rollout_size = args.num_envs * args.num_steps
     num_segments = max(args.buffer_size // rollout_size, 1) * args.num_envs
-    shape, obs_dim, action_dim = (args.num_steps, num_segments), obs_space.shape[0], action_space.shape[0]
+    shape = (args.num_steps, num_segments)
+    gigabytes, memory = (
+        (2 * obs_dim + 2 * action_dim + 6) * 4e-9 * math.prod(shape),
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+    )
+    if not args.cuda and gigabytes > memory:
+        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
     rb = {
         "obs": torch.zeros(*shape, obs_dim, device=device),  # raw, not normalised
         "next_obs": torch.zeros(*shape, obs_dim, device=device),  # the real one, also where the episode ended
@@ -714,208 +1162,159 @@ def main(args: Args) -> dict:
         "rewards": torch.zeros(shape, device=device),  # raw, not scaled
         "terminations": torch.zeros(shape, device=device),
         "dones": torch.zeros(shape, device=device),  # termination or truncation
-        "versions": torch.zeros(shape, device=device),  # iteration whose policy acted
+        "versions": torch.zeros(shape, device=device),  # iteration before whose update the policy acted
         "advantages": torch.zeros(shape, device=device),  # of collection time; used unless they are recomputed
         "returns": torch.zeros(shape, device=device),
     }
     used = [key for key in rb if not (args.recompute_advantages and key in ("advantages", "returns"))]  # what an update reads
 
-    num_iterations, iteration = math.ceil(args.total_timesteps / rollout_size), 0
-    seconds = {"env": 0.0, "policy": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
-    recent_returns, recent_successes = collections.deque(maxlen=100), collections.deque(maxlen=100)
-    vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-    envs = vector_env([make_env(args, i) for i in range(args.num_envs)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    at_exit.enter_context(lock_folder(run_folder))
+    refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
+    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
+    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
+    config = vars(args) | {"resume": False, "overwrite": False}
+    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
+    if args.track:
+        import wandb
 
+        # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
+        at_exit.callback(wandb.finish)
+    if args.overwrite:
+        for path in run_folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+
+    num_iterations, iteration, next_rollout = math.ceil(args.total_timesteps / rollout_size), 0, None
+    seconds = {"env": 0.0, "policy": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
+    recent_returns, recent_successes = collections.deque(maxlen=100), collections.deque(maxlen=100)  # nan: reports none
     if checkpoint:
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         for key, value in checkpoint.pop("replay").items():
             rb[key][:, : value.shape[1]] = value
-        iteration, seconds = checkpoint["iteration"], checkpoint["seconds"]
+        iteration, seconds, next_rollout = checkpoint["iteration"], checkpoint["seconds"], checkpoint["next_rollout"]
         recent_returns.extend(checkpoint["recent_returns"])
         recent_successes.extend(checkpoint["recent_successes"])
-        envs.set_attr("resume_from", [{**e, "actions": list(e["actions"].numpy())} for e in checkpoint["envs"]])
-        torch.set_rng_state(checkpoint["rng"])
-        if args.cuda:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-    next_obs = torch.as_tensor(envs.reset()[0], dtype=torch.float32, device=device)
+        generator.set_state(checkpoint["generator"])
+    collector.call("reset", checkpoint.get("collector"))
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
 
-    if args.track:
-        import wandb
-
-        name = run_folder.name  # also the id, so that a resumed run continues its own curves
-        wandb.init(project=args.wandb_project, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
     global_step = iteration * rollout_size
     writer = SummaryWriter(str(run_folder), purge_step=global_step + 1 if args.resume else None)
+    at_exit.callback(writer.close)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
 
     stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in STOP_SIGNALS if main_thread else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
     start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout.isatty()
-    print(f"{run_folder}: {num_iterations * rollout_size:,} steps of {args.env_id}, from step {global_step:,}", flush=True)
+    say(f"{run_folder}: {num_iterations * rollout_size:,} steps of {args.env_id}, from step {global_step:,}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
         return every > 0 and global_step // every > (global_step - rollout_size) // every
 
-    while True:
-        # ==================== EVAL ====================
-        # Before collecting more, so that a run which died here evaluates again when resumed.
-        finished, evaluation = iteration == num_iterations, None
-        eval_due = args.eval_episodes > 0 and iteration > 0 and (finished or passed(args.eval_every))
-        if eval_due:
-            episodes = min(args.eval_episodes, 5) if args.env_id == "MT10" and not finished else args.eval_episodes
-            video_dir = run_folder / "videos" / str(global_step) if args.capture_video else None
-            evaluation = evaluate(agent, args, episodes, video_dir, stop_signals)
-        if finished and not args.eval_episodes:
-            save_models(run_folder, agent, config, None, global_step)
-        if evaluation and not stop_signals:
-            save_models(run_folder, agent, config, evaluation, global_step)
-            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
-            line = f"eval at {global_step:,}: return {evaluation['return_mean']:.1f}"
-            if evaluation["success_rate"] is not None:
-                writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
-                line += f", success {evaluation['success_rate']:.0%} of {evaluation['episodes']} goals"
-            for task, success in evaluation.get("success_by_task", {}).items():
-                writer.add_scalar(f"eval/success_rate/{task}", success, global_step)
-            print(f"\n{line}" if tty else line, flush=True)
-        if finished or stop_signals:
-            break
+    def weights() -> dict:
+        return {key: value.cpu() for key, value in agent.state_dict().items()}
 
+    def evaluation_phase() -> dict | None:  # also right after a resume: a run may die while it evaluates
+        finished = iteration == num_iterations
+        if not (args.eval_episodes and iteration and (finished or passed(args.eval_every))):
+            return None
+        episodes = min(args.eval_episodes, 5) if args.env_id == "MT10" and not finished else args.eval_episodes
+        video_dir = run_folder / "videos" / str(global_step) if args.capture_video else None
+        evaluation = evaluate(agent, args, episodes, video_dir, stop_signals)
+        if stop_signals:
+            return None
+        save_models(run_folder, agent, config, evaluation, global_step)
+        writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+        line = f"eval at {global_step:,}: return {evaluation['return_mean']:.1f}"
+        if evaluation["success_rate"] is not None:
+            writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
+            line += f", success {evaluation['success_rate']:.0%} of {evaluation['episodes']} goals"
+        for task, success in evaluation.get("success_by_task", {}).items():
+            writer.add_scalar(f"eval/success_rate/{task}", success, global_step)
+        say(f"\n{line}" if tty else line)
+        return evaluation
+
+    evaluation = evaluation_phase()
+    while iteration < num_iterations and not stop_signals:
+        # ==================== ROLLOUT ====================
+        # Replay: the policy is the one from before the last update, so that the next rollout is collected during this one.
         iteration += 1
         iteration_start = time.perf_counter()
+        if not (collector.busy or next_rollout):
+            collector.start("collect", weights(), iteration)
+        rollout, next_rollout = next_rollout or collector.result(), None
+        if iteration < num_iterations and not on_policy:
+            collector.start("collect", weights(), iteration)
+        slot = (iteration - 1) * args.num_envs % num_segments  # the oldest N segments of the ring
+        new = slice(slot, slot + args.num_envs)
+        for key, value in rollout["data"].items():
+            rb[key][:, new] = value
+        rb["versions"][:, new] = rollout["version"]
+        global_step = iteration * rollout_size
+        for step, episode_return, length, success in rollout["episodes"]:
+            recent_returns.append(episode_return)
+            recent_successes.append(success)
+            writer.add_scalar("charts/episodic_return", episode_return, step)
+            writer.add_scalar("charts/episodic_length", length, step)
+            if success_rate(recent_successes) is not None:
+                writer.add_scalar("charts/episodic_success", np.nan_to_num(success), step)
+
+        # ==================== ADVANTAGES ====================
+        # Those of collection time; by default the update recomputes them.
         progress = (iteration - 1) / num_iterations
         actor_group, critic_group = optimizer.param_groups
         actor_group["lr"] = args.learning_rate * lr_share(args.lr_schedule, progress, args.lr_warmup)
         critic_group["lr"] = args.critic_learning_rate * lr_share(args.critic_lr_schedule, progress, args.lr_warmup)
-
-        # ==================== ROLLOUT ====================
-        # N environments, T steps, into the oldest N segments of the ring.
-        slot = (iteration - 1) * args.num_envs % num_segments
-        new = slice(slot, slot + args.num_envs)
-        rollout = collections.defaultdict(list)
-        for _ in range(args.num_steps):
-            t0 = time.perf_counter()
-            with torch.no_grad():
-                action, logprob, _ = agent.get_action_and_logprob(next_obs)
-            env_action = to_env_action(action.cpu().numpy(), action_space)
-            t1 = time.perf_counter()
-            obs_np, rewards, terminations, truncations, infos = envs.step(env_action)
-            t2 = time.perf_counter()
-            if not np.isfinite(obs_np).all():
-                raise FloatingPointError(f"--env-id {args.env_id}: an observation is not finite after step {global_step:,}")
-            seconds["policy"] += t1 - t0
-            seconds["env"] += t2 - t1
-            dones = terminations | truncations
-            obs, next_obs = next_obs, torch.as_tensor(obs_np, dtype=torch.float32, device=device)
-            real_next_obs = next_obs
-            global_step += args.num_envs
-            if dones.any():  # SAME_STEP autoreset: `obs_np` is the next episode's first, the last one is in final_obs
-                done_idx, final_info = np.flatnonzero(dones), infos["final_info"]
-                real_next_obs = next_obs.clone()
-                real_next_obs[done_idx] = torch.as_tensor(np.stack(infos["final_obs"][done_idx]), device=device).float()
-                recent_returns.extend(final_info["episode"]["r"][done_idx].tolist())
-                writer.add_scalar("charts/episodic_return", final_info["episode"]["r"][done_idx].mean(), global_step)
-                writer.add_scalar("charts/episodic_length", final_info["episode"]["l"][done_idx].mean(), global_step)
-                if "success" in final_info:
-                    recent_successes.extend(final_info["success"][done_idx].tolist())
-                    writer.add_scalar("charts/episodic_success", final_info["success"][done_idx].mean(), global_step)
-            transition = {"obs": obs, "next_obs": real_next_obs, "actions": action, "logprobs": logprob}
-            transition |= {"rewards": rewards, "terminations": terminations, "dones": dones}
-            for key, value in transition.items():
-                rollout[key].append(value)
-        for key, value in rollout.items():
-            stacked = torch.stack(value) if torch.is_tensor(value[0]) else torch.as_tensor(np.stack(value), device=device)
-            rb[key][:, new] = stacked.float()
-        rb["versions"][:, new] = iteration
-
-        # ==================== ADVANTAGES ====================
-        # Those of collection time; by default the update recomputes them.
+        torch.set_num_threads(args.torch_threads)
         fresh = {key: value[:, new] for key, value in rb.items()}  # views: writing into them writes into the replay
-        with torch.no_grad():
-            # Nothing changed since these actions were taken, so l is 0 up to rounding, or something is broken.
-            fresh_logprob = agent.get_action_and_logprob(fresh["obs"], fresh["actions"])[1]
-            log_ratio_max = (fresh_logprob - fresh["logprobs"]).sum(-1).abs().max()
-            if not args.recompute_advantages:
+        if not args.recompute_advantages:
+            with torch.no_grad():
                 values = agent.get_value(fresh["obs"])
-                next_values = get_next_values(agent, values, fresh["next_obs"], fresh["dones"])
+                end_values = get_end_values(agent, fresh["next_obs"], fresh["dones"])
+                next_values = get_next_values(values, end_values, fresh["dones"])
                 gae_args = fresh["rewards"] * args.reward_scale, values, next_values, fresh["terminations"], fresh["dones"]
                 fresh["advantages"][:] = compute_gae(*gae_args, args.gamma, args.gae_lambda)
                 fresh["returns"][:] = fresh["advantages"] + values
 
         # ==================== UPDATE ====================
-        # ALGO LOGIC: losses and gradient steps
+        # ALGO LOGIC: gradient steps; the loss is in compute_loss
         t0 = time.perf_counter()
         num_filled, stats = min(iteration * args.num_envs, num_segments), collections.defaultdict(list)
         if on_policy:  # shuffled transitions, in epochs
-            epochs = [torch.randperm(rollout_size) for _ in range(args.update_epochs)]
+            epochs = [torch.randperm(rollout_size, generator=generator) for _ in range(args.update_epochs)]
             minibatches = [mb_inds for epoch in epochs for mb_inds in epoch.split(args.minibatch_size)]
         else:
-            minibatches = sample_segments(num_filled, args)
+            minibatches = sample_segments(num_filled, args, generator)
         for mb_inds in minibatches:
             mb = {key: rb[key].flatten(0, 1)[mb_inds] if on_policy else rb[key][:, mb_inds] for key in used}
-            _, newlogprob, entropy = agent.get_action_and_logprob(mb["obs"], mb["actions"])
-            newvalue = agent.get_value(mb["obs"])
-            logratio = newlogprob - mb["logprobs"]  # (T, S, action_dim)
-            joint_logratio = logratio.sum(-1)
-
-            with torch.no_grad():
-                if args.recompute_advantages:
-                    values = newvalue.detach()
-                    next_values = get_next_values(agent, values, mb["next_obs"], mb["dones"])
-                    gae_args = mb["rewards"] * args.reward_scale, values, next_values, mb["terminations"], mb["dones"]
-                    if args.vtrace:
-                        mb_advantages, mb_returns = compute_vtrace(*gae_args, joint_logratio, args.gamma, args.gae_lambda)
-                    else:
-                        mb_advantages = compute_gae(*gae_args, args.gamma, args.gae_lambda)
-                        mb_returns = mb_advantages + values
-                else:
-                    mb_advantages, mb_returns = mb["advantages"], mb["returns"]
-                adv_std = mb_advantages.std(correction=0)
-                agent.adv_std_peak.copy_(torch.maximum(agent.adv_std_peak, adv_std))
-                adv_std = torch.maximum(adv_std, args.adv_std_floor * agent.adv_std_peak)
-                mb_advantages = (mb_advantages - mb_advantages.mean()) / (adv_std + 1e-8)
-
-            if args.ratio == "joint":
-                logratio = joint_logratio
-            else:
-                mb_advantages = mb_advantages.unsqueeze(-1)  # the same for every action dimension
-            objective, trust = policy_objective(logratio, mb_advantages, args)
-            pg_loss = -objective.mean()
-            v_loss = 0.5 * ((newvalue - mb_returns) ** 2).mean()
-            entropy_loss = entropy.sum(-1).mean()
-            behavior_kl = -logratio.mean()  # KL(mu || pi), since the samples are mu's
-            loss = pg_loss - args.ent_coef * entropy_loss + args.kl_coef * behavior_kl + args.vf_coef * v_loss
-
+            if args.recompute_advantages:
+                mb["end_values"] = get_end_values(agent, mb["next_obs"], mb["dones"])
+            loss, mb_stats = loss_function(agent, mb, args)
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(actor_parameters, args.max_grad_norm)
+            mb_stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(actor_parameters, args.max_grad_norm)
             nn.utils.clip_grad_norm_(critic_parameters, args.max_grad_norm)
             optimizer.step()
-
-            with torch.no_grad():
-                error_var, return_var = (mb_returns - newvalue).var(correction=0), mb_returns.var(correction=0)
-                ratio = torch.exp(logratio.clamp(max=MAX_LOG_COEF))
-                coef = trust * ratio  # of grad log pi * advantage; 1 on-policy
-                mb_stats = {
-                    "losses/policy_loss": pg_loss,
-                    "losses/value_loss": v_loss,
-                    "losses/entropy": entropy_loss,
-                    "losses/approx_kl": ((ratio - 1) - logratio).mean(),
-                    "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
-                    "losses/explained_variance": 1 - error_var / return_var.clamp(min=1e-12),
-                    "losses/grad_norm": grad_norm,
-                    "gipo/trust_mean": trust.mean(),
-                    "gipo/trust_min": trust.min(),
-                    "gipo/effective_sample_size": coef.mean() ** 2 / (coef**2).mean().clamp(min=1e-12),
-                    "gipo/utilization": (coef > 1e-3).float().mean(),
-                    "gipo/logratio_std": logratio.std(correction=0),
-                    "gipo/policy_lag": iteration - mb["versions"].mean(),
-                }
-                for name, value in mb_stats.items():
-                    stats[name].append(value.detach())
+            mb_stats["gipo/policy_lag"] = iteration - mb["versions"].mean()
+            for name, value in mb_stats.items():
+                stats[name].append(value)
         agent.update_normalizer(fresh["obs"])  # after the update, so that log ratios on fresh data are 0
         scalars = {name: torch.stack(values).mean().item() for name, values in stats.items()}  # waits for the GPU
         seconds["update"] += time.perf_counter() - t0
@@ -923,27 +1322,30 @@ def main(args: Args) -> dict:
         # ==================== LOG ====================
         for name, value in scalars.items():
             if not math.isfinite(value):
-                last_good = run_folder / "checkpoint.pt" if (run_folder / "checkpoint.pt").exists() else "none yet"
-                raise FloatingPointError(f"{name} is {value} at step {global_step:,}; last good checkpoint: {last_good}")
+                raise BadNumber(f"{name} is {value} at step {global_step:,}")
         seconds["training"] += time.perf_counter() - iteration_start
+        for part in ("env", "policy"):
+            seconds[part] += rollout["seconds"][part]
         sps = global_step / seconds["training"]
         scalars |= {"charts/SPS": sps, "charts/learning_rate": actor_group["lr"]}
-        scalars["gipo/log_ratio_max"] = log_ratio_max.item()
+        scalars["gipo/log_ratio_max"] = rollout["log_ratio_max"]
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
         for name, value in scalars.items():
             writer.add_scalar(name, value, global_step)
         if tty or time.time() - last_print > 10 or iteration == num_iterations:
-            left = (num_iterations - iteration) * rollout_size / sps
-            line = f"step {global_step:>9,}  return {np.mean(recent_returns) if recent_returns else math.nan:8.1f}"
-            line += f"  success {np.mean(recent_successes):4.0%}" if recent_successes else ""
+            left, train_success = (num_iterations - iteration) * rollout_size / sps, success_rate(recent_successes)
+            line = f"step {global_step:>9,}  "
+            line += f"return {np.mean(recent_returns):8.1f}" if recent_returns else "no episode has ended yet"
+            line += "" if train_success is None else f"  success {train_success:4.0%}"
             line += f"  {sps:5.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
-            print(f"\r{line} " if tty else line, end="" if tty else "\n", flush=True)
+            say(f"\r{line} " if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
         # ==================== CHECKPOINT ====================
         # Also before every evaluation, and when asked to stop.
         seconds["wall"] = time.time() - start_time
         if iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or stop_signals:
+            next_rollout = collector.result() if collector.busy else None
             state = {
                 "model": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -953,20 +1355,27 @@ def main(args: Args) -> dict:
                 "seconds": seconds,
                 "recent_returns": list(recent_returns),
                 "recent_successes": list(recent_successes),
-                "envs": [{**e, "actions": torch.tensor(np.array(e["actions"]))} for e in envs.call("snapshot")],
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
+                "collector": collector.call("snapshot"),
+                "next_rollout": next_rollout,
+                "generator": generator.get_state(),
             }
             save_checkpoint(run_folder / "checkpoint.pt", state)
             writer.flush()
 
-    envs.close()
-    writer.close()
+        # ==================== EVAL ====================
+        evaluation = None if stop_signals else evaluation_phase()
+
     if stop_signals:
-        print(f"\nstopped at step {global_step:,} with a checkpoint; continue with the same command and --resume", flush=True)
+        how = shlex.join(["python", sys.argv[0], "--resume", str(run_folder)])
+        say(f"\nstopped at step {global_step:,} with a checkpoint; continue with: {how}")
         sys.exit(128 + stop_signals[0])
+    if not args.eval_episodes:
+        save_models(run_folder, agent, config, None, global_step)
+    collector.call("close")
+    collector.close()
     seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
+    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     result = {
         "env_id": args.env_id,
         "exp_name": args.exp_name,
@@ -976,10 +1385,10 @@ def main(args: Args) -> dict:
         "eval_return_mean": evaluation["return_mean"],
         "eval_episodes": evaluation["episodes"],
         "train_return_mean": float(np.mean(recent_returns)) if recent_returns else None,
-        "train_success_rate": float(np.mean(recent_successes)) if recent_successes else None,
+        "train_success_rate": success_rate(recent_successes),
         "sps": sps,
         "wall_seconds": seconds["wall"],
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gymnasium", "metaworld", "mujoco")},
@@ -989,18 +1398,22 @@ def main(args: Args) -> dict:
         result["eval_success_by_task"] = evaluation["success_by_task"]
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
-    print(f"finished in {seconds['wall']:.0f} s, {sps:.0f} steps/s ({shares})")
-    print(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
+    say(f"finished in {seconds['wall']:.0f} s, {sps:.0f} steps/s ({shares})")
+    say(f"files:  {run_folder}")
+    say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
+    if args.eval_episodes:
+        model = str(run_folder / "best_model.pt")
+        say("watch:  " + shlex.join(["python", sys.argv[0], "--evaluate", model, "--eval-episodes", "1", "--capture-video"]))
     return result
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
-    except ValueError as error:
+        main(parse_args())
+    except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
+    except BadNumber as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
