@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 import tyro
 
 ROOT = Path(__file__).resolve().parent
@@ -202,34 +201,38 @@ def collect(args: Args) -> None:
 
 
 # -------------------- Statistics --------------------
-def interquartile_mean(scores) -> float:
-    """Mean of the middle half of all scores, `scores` being one array per task.
+def interquartile_mean(scores):
+    """Mean of the middle half of all scores, `scores` being one array per task, its seeds along the last axis.
 
     As in `rliable`, a quarter is cut from either side in whole scores, rounded down: 7 of 30.
     Every task counts the same: where some have more runs, all are repeated up to the least common multiple.
     """
-    tasks = [np.ravel(task) for task in scores]
-    count = math.lcm(*map(len, tasks))
-    return float(scipy.stats.trim_mean(np.concatenate([np.repeat(task, count // len(task)) for task in tasks]), 0.25))
+    tasks = [np.asarray(task) for task in scores]
+    count = math.lcm(*(task.shape[-1] for task in tasks))
+    pooled = np.concatenate([np.repeat(task, count // task.shape[-1], axis=-1) for task in tasks], axis=-1)
+    low, high = pooled.shape[-1] // 4, pooled.shape[-1] - pooled.shape[-1] // 4
+    return np.partition(pooled, (low, high - 1), axis=-1)[..., low:high].mean(-1)
 
 
 def bootstrap_interval(scores: list[np.ndarray], statistic, repetitions: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of `statistic(scores)`; every task's seeds are resampled within the task.
 
+    All draws at once: `statistic` gets arrays of shape (repetitions, seeds) and reduces the last axis.
     NaN where a task has one run: nothing is known of its spread then, and resampling would call it zero.
     """
-    if min(map(len, scores)) < 2:
+    sizes = [len(task) for task in scores]
+    if min(sizes) < 2:
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    draws = [statistic([task[rng.integers(0, len(task), len(task))] for task in scores]) for _ in range(repetitions)]
-    low, high = np.percentile(draws, [2.5, 97.5])
+    chosen = np.random.default_rng(seed).integers(0, np.repeat(sizes, sizes), (repetitions, sum(sizes)))
+    by_task = np.split(chosen, np.cumsum(sizes)[:-1], axis=1)
+    low, high = np.percentile(statistic([task[own] for task, own in zip(scores, by_task, strict=True)]), [2.5, 97.5])
     return float(low), float(high)
 
 
-def probability_of_improvement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+def probability_of_improvement(ours: list[np.ndarray], theirs: list[np.ndarray]):
     """P(a run of ours beats a run of theirs on the same task), ties counted half, averaged over the tasks."""
-    wins = [(x[:, None] > y[None]).mean() + 0.5 * (x[:, None] == y[None]).mean() for x, y in zip(ours, theirs, strict=True)]
-    return float(np.mean(wins))
+    pairs = [(x[..., :, None], y[..., None, :]) for x, y in zip(ours, theirs, strict=True)]
+    return np.mean([(x > y).mean((-2, -1)) + 0.5 * (x == y).mean((-2, -1)) for x, y in pairs], axis=0)
 
 
 def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, float]:
@@ -249,12 +252,13 @@ def area_under_curve(run: dict, name: str) -> float:
     return float(np.mean(filled_curve(run, name)))
 
 
-def paper_score(returns: list[np.ndarray], num_tasks: int, method: int) -> float:
+def paper_score(returns: list[np.ndarray], num_tasks: int, method: int):
     """The paper's score of one method: IQM of final training returns, min-max normalised per task by all methods' means.
 
     `returns` has the tasks' arrays of the first method, then those of the second, and so on; `method` counts from 0.
     """
-    means = np.array([task.mean() for task in returns]).reshape(-1, num_tasks)
+    means = np.array([task.mean(-1, keepdims=True) for task in returns])
+    means = means.reshape(-1, num_tasks, *means.shape[1:])
     low, width = means.min(0), np.maximum(means.max(0) - means.min(0), 1e-12)
     own = returns[method * num_tasks : (method + 1) * num_tasks]
     return interquartile_mean([(task - low[i]) / width[i] for i, task in enumerate(own)])
@@ -597,9 +601,14 @@ def collect_graphgpo(args: Args) -> None:
         store(result, file)
 
 
+def seed_mean(scores):
+    """Mean over the seeds of the first (and only) task."""
+    return scores[0].mean(-1)
+
+
 def mean_and_interval(scores, form: str = ".3f") -> str:
     """Mean over the seeds with its 95 % bootstrap interval."""
-    return span(np.mean(scores), bootstrap_interval([np.asarray(scores, dtype=float)], lambda s: float(s[0].mean())), form)
+    return span(np.mean(scores), bootstrap_interval([np.asarray(scores, dtype=float)], seed_mean), form)
 
 
 def graphgpo_report(args: Args) -> str:
@@ -672,7 +681,7 @@ def plot_graphgpo(methods: dict, path: Path) -> None:
             values = np.array([run["curves"][curve] for run in runs], dtype=float)
             keep = ~np.isnan(values).any(0)
             episodes, values = np.array(runs[0]["curves"]["episodes"])[keep] / 1000, values[:, keep]
-            bands = np.array([bootstrap_interval([v], lambda s: float(s[0].mean()), 500) for v in values.T])
+            bands = np.array([bootstrap_interval([v], seed_mean, 500) for v in values.T])
             color = {"grpo": COLORS[7], "gigpo": COLORS[4], "graphgpo": COLORS[0]}[name]
             axis.plot(episodes, values.mean(0), color=color, marker=marker, markersize=3, linewidth=1.5)
             axis.fill_between(episodes, *bands.T, color=color, alpha=0.2, linewidth=0)
@@ -719,13 +728,12 @@ def popo_table(methods: dict[str, list[dict]]) -> str:
     rows = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
     budget = min(popo_rollouts(run) for runs in methods.values() for run in runs)
     grid = np.linspace(0, budget, GRID_POINTS + 1)
-    mean = lambda scores: float(np.mean(scores))  # noqa: E731
     areas = {name: np.array([popo_curve(run, "rollouts", grid).mean() for run in runs]) for name, runs in methods.items()}
     for name, runs in methods.items():
         final = np.array([run["eval_success_rate"] for run in runs])
         equal = np.array([popo_curve(run, "rollouts", np.array([budget]))[0] for run in runs])
         row = [name, len(runs), f"{np.mean([run['total_timesteps'] for run in runs]):,.0f}"]
-        row += [percent(final), percent(final, mean), percent(equal), percent(areas[name]), "-", "-"]
+        row += [percent(final), percent(final, seed_mean), percent(equal), percent(areas[name]), "-", "-"]
         if name != "grpo" and "grpo" in methods:
             pair = [areas[name]], [areas["grpo"]]
             row[-2] = span(probability_of_improvement(*pair), improvement_interval(*pair))
