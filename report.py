@@ -7,8 +7,11 @@ resamples seeds within each task, probability of improvement by task.
 """
 
 import collections
+import contextlib
 import functools
+import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -252,6 +255,11 @@ def area_under_curve(run: dict, name: str) -> float:
     return float(np.mean(filled_curve(run, name)))
 
 
+def mean_of_curve(run: dict, name: str) -> float:
+    """Mean of a diagnostic over the stretches of the run that have it."""
+    return float(np.mean([value for value in run["curves"][name] if value is not None]))
+
+
 def paper_score(returns: list[np.ndarray], num_tasks: int, method: int):
     """The paper's score of one method: IQM of final training returns, min-max normalised per task by all methods' means.
 
@@ -299,6 +307,8 @@ SCORES = {  # of a run: what the table compares
     "success": lambda run: run["eval_success_rate"],
     "return": lambda run: run["eval_return_mean"],
     "area": functools.partial(area_under_curve, name="success"),
+    "utilization": functools.partial(mean_of_curve, name="utilization"),
+    "effective sample size": functools.partial(mean_of_curve, name="effective_sample_size"),
 }
 
 
@@ -327,7 +337,7 @@ def aggregate_table(runs: list[dict]) -> str:
     table = cells(runs)
     baseline = table.get(("on-policy", "ppo"), {})
     for (regime, method), tasks in table.items():
-        scores = {name: values(tasks, sorted(tasks), key) for name, key in SCORES.items()}
+        scores = {name: values(tasks, sorted(tasks), SCORES[name]) for name in ("success", "area", "return")}
         ours, ppo = matched(tasks, baseline)
         row = [regime, method, sum(len(task) for task in scores["success"])]
         for name in ("success", "area"):
@@ -488,7 +498,7 @@ def style(method: str, methods) -> dict:
     return {"color": COLORS[order.index(method) % len(COLORS)], "label": method}
 
 
-def plot_curves(runs: list[dict], path: Path) -> None:
+def plot_curves(runs: list[dict]):
     """Training success per task: mean over the seeds, band from the worst to the best seed."""
     import matplotlib.pyplot as plt
 
@@ -517,17 +527,18 @@ def plot_curves(runs: list[dict], path: Path) -> None:
     entries = {text: handle for axis in np.ravel(axes) for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     fig.legend(entries.values(), entries.keys(), loc="upper center", ncols=min(len(entries), 4), fontsize=8)
     fig.tight_layout(rect=(0, 0, 1, 1 - 0.25 / fig.get_figheight() * -(-len(table) // 4) - 0.02))
-    save(fig, path)
+    return fig
 
 
-def plot_against_buffer(runs: list[dict], panels: dict, path: Path) -> None:
-    """One panel per quantity: interquartile mean of each method against its buffer size, on-policy PPO as a line."""
+def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
+    """A panel {title: score} per quantity: interquartile mean of each method against its buffer size, on-policy PPO a line."""
     import matplotlib.pyplot as plt
 
     table = cells(runs)
     methods = list(dict.fromkeys(method for _, method in table if method != "ppo"))
     fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.0), squeeze=False)
-    for axis, (title, key) in zip(axes[0], panels.items(), strict=True):
+    for axis, (title, name) in zip(axes[0], panels.items(), strict=True):
+        key = SCORES[name]
         if ("on-policy", "ppo") in table:
             tasks = table["on-policy", "ppo"]
             level = interquartile_mean(values(tasks, sorted(tasks), key))
@@ -557,14 +568,22 @@ def plot_against_buffer(runs: list[dict], panels: dict, path: Path) -> None:
         axis.tick_params(labelsize=8)
     axes[0][0].legend(fontsize=8)
     fig.tight_layout()
-    save(fig, path)
+    return fig
 
 
-def save(fig, path: Path) -> None:
+def draw(path: Path, plot, *data) -> None:
+    """Write the figure `plot(*data)`, unless the file shows it: it carries a digest of the data and of the function's text."""
     import matplotlib.pyplot as plt
+    from PIL import Image
 
-    fig.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(fig)
+    digest = hashlib.sha256(repr((inspect.getsource(plot), data)).encode()).hexdigest()
+    with contextlib.suppress(OSError), Image.open(path) as image:  # no file, or a damaged one
+        if image.info.get("Digest") == digest:
+            return
+    figure = plot(*data)
+    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=150, metadata={"Software": None, "Digest": digest})
+    os.replace(path.with_suffix(".tmp"), path)
+    plt.close(figure)
 
 
 # -------------------- GraphGPO --------------------
@@ -662,12 +681,12 @@ def graphgpo_report(args: Args) -> str:
             rows.append(f"| {name} | " + " | ".join(f"{np.mean(v):.3f}" if v else "-" for v in curves) + " |")
         parts.append("\n".join(rows))
         if not args.check and {"grpo", "gigpo", "graphgpo"} & methods.keys():
-            plot_graphgpo(methods, Path(args.results) / "graphgpo_sokoban" / f"curves-{total}-v{version}.png")
+            draw(Path(args.results) / "graphgpo_sokoban" / f"curves-{total}-v{version}.png", plot_graphgpo, methods)
     machines = sorted({run["machine"] for runs in by_method.values() for run in runs.values()})
     return "\n\n".join([*parts, f"Machine: {'; '.join(machines)}."]) + "\n" if by_method else ""
 
 
-def plot_graphgpo(methods: dict, path: Path) -> None:
+def plot_graphgpo(methods: dict):
     """Success in training and on held-out levels against rollouts: mean over the seeds, band its 95 % bootstrap interval."""
     import matplotlib.pyplot as plt
 
@@ -701,7 +720,7 @@ def plot_graphgpo(methods: dict, path: Path) -> None:
     axes[0].set_ylabel(f"success rate, mean of {len(methods[shown[-1]])} seeds", fontsize=9)
     axes[0].set_ylim(0)
     fig.tight_layout()
-    save(fig, path)
+    return fig
 
 
 # -------------------- POPO on Countdown --------------------
@@ -748,7 +767,7 @@ def popo_table(methods: dict[str, list[dict]]) -> str:
     return "\n".join(rows)
 
 
-def plot_popo(methods: dict[str, list[dict]], axis_name: str, path: Path) -> None:
+def plot_popo(methods: dict[str, list[dict]], axis_name: str):
     """Held-out pass rate against rollouts or updates: mean over the seeds, band of its 95 % bootstrap interval."""
     import matplotlib.pyplot as plt
 
@@ -770,7 +789,7 @@ def plot_popo(methods: dict[str, list[dict]], axis_name: str, path: Path) -> Non
         axis.tick_params(labelsize=8)
     axes[0].set_ylabel("held-out pass rate, %", fontsize=9)
     fig.tight_layout()
-    save(fig, path)
+    return fig
 
 
 def write_popo_report(args: Args, write) -> None:
@@ -795,7 +814,7 @@ def write_popo_report(args: Args, write) -> None:
         write(folder / f"benchmark-{name}.md", text)
         if not args.check:
             for axis in ("rollouts", "updates"):
-                plot_popo(methods, axis, folder / f"{axis}-{name}.png")
+                draw(folder / f"{axis}-{name}.png", plot_popo, methods, axis)
 
 
 # -------------------- VLA on LIBERO --------------------
@@ -852,7 +871,7 @@ def vla_report(args: Args) -> str:
         parts += [f"# GIPO and PPO on {suite}, tiny preset, {steps:,} steps", heading, *vla_tables(by_cell)]
         parts.append(f"![success in training]({plot})")
         if not args.check:
-            plot_vla(by_cell, Path(args.results) / "vla_tiny" / plot)
+            draw(Path(args.results) / "vla_tiny" / plot, plot_vla, by_cell)
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
@@ -894,7 +913,7 @@ def vla_tables(by_cell: dict) -> list[str]:
     return [*tables, "Means over the run and the seeds (the README explains them):", "\n".join(means)]
 
 
-def plot_vla(by_cell: dict, path: Path) -> None:
+def plot_vla(by_cell: dict):
     """Success in training against steps, a panel per buffer size: mean over the seeds, and every seed as a thin line."""
     import matplotlib.pyplot as plt
 
@@ -917,7 +936,7 @@ def plot_vla(by_cell: dict, path: Path) -> None:
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("success of the last 100 episodes, %", fontsize=9)
     fig.tight_layout()
-    save(fig, path)
+    return fig
 
 
 # -------------------- Report --------------------
@@ -969,21 +988,14 @@ def write_report(args: Args) -> list[str]:
         write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
         replayed = [run for run in common if run["regime"] != "on-policy"]
         if main and not args.check:
-            plot_curves(common or main, results / f"curves-{name}.png")
+            draw(results / f"curves-{name}.png", plot_curves, common or main)
             if replayed:
                 panels = {"success rate": "success", "area under success": "area", "return": "return"}
-                panels = {title: SCORES[name] for title, name in panels.items()}
-                plot_against_buffer(common, panels, results / f"buffer-{name}.png")
+                draw(results / f"buffer-{name}.png", plot_against_buffer, common, panels)
                 if more_rows:
-                    plot_against_buffer(every_row, panels, results / f"buffer-all-rows-{name}.png")
-                plot_against_buffer(
-                    replayed,
-                    {
-                        title: lambda r, key=key: np.mean([v for v in r["curves"][key] if v is not None])
-                        for title, key in (("utilization", "utilization"), ("effective sample size", "effective_sample_size"))
-                    },
-                    results / f"staleness-{name}.png",
-                )
+                    draw(results / f"buffer-all-rows-{name}.png", plot_against_buffer, every_row, panels)
+                panels = {score: score for score in ("utilization", "effective sample size")}
+                draw(results / f"staleness-{name}.png", plot_against_buffer, replayed, panels)
         if len(runs) < most:
             continue
         parts = [f"{heading} {scope}", totals]

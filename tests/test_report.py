@@ -208,6 +208,27 @@ def test_rows_that_lack_tasks_are_shown_on_what_all_have(tmp_path):
     assert (tmp_path / "buffer-all-rows-300000-v1.png").stat().st_size > 10_000
 
 
+def test_plots_are_drawn_again_only_for_other_data(tmp_path):
+    """Also those that somebody damaged."""
+    stored = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    file = tmp_path / "runs" / "300000" / "reach-v3__gipo_stale__1.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(stored))
+    args = report.Args(results=str(tmp_path), readme="none")
+    plots = [tmp_path / f"{name}-300000-v1.png" for name in ("curves", "buffer", "staleness")]
+
+    def drawn():
+        before = [plot.exists() and plot.stat().st_mtime_ns for plot in plots]
+        report.write_report(args)
+        return [plot.stat().st_mtime_ns != time for plot, time in zip(plots, before, strict=True)]
+
+    assert drawn() == [True] * 3 and drawn() == [False] * 3
+    plots[0].write_bytes(b"half a file")
+    assert drawn() == [True, False, False]
+    file.write_text(json.dumps(stored | {"eval_return_mean": 1.0}))
+    assert drawn() == [True] * 3 and drawn() == [False] * 3
+
+
 def test_readme_shows_the_largest_set_of_runs(tmp_path):
     """A few runs of another length have their own tables, and leave the README's block as it is."""
     result = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
