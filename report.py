@@ -233,9 +233,10 @@ def bootstrap_interval(scores: list[np.ndarray], statistic, repetitions: int = 2
 
 
 def probability_of_improvement(ours: list[np.ndarray], theirs: list[np.ndarray]):
-    """P(a run of ours beats a run of theirs on the same task), ties counted half, averaged over the tasks."""
-    pairs = [(x[..., :, None], y[..., None, :]) for x, y in zip(ours, theirs, strict=True)]
-    return np.mean([(x > y).mean((-2, -1)) + 0.5 * (x == y).mean((-2, -1)) for x, y in pairs], axis=0)
+    """P(a run of ours beats a run of theirs on the same task), ties counted half, mean over the tasks; NaN if a score is."""
+    gaps = [x[..., :, None] - y[..., None, :] for x, y in zip(ours, theirs, strict=True)]
+    wins = [(gap > 0).mean((-2, -1)) + 0.5 * (gap == 0).mean((-2, -1)) for gap in gaps]
+    return np.mean([win + 0 * gap.mean((-2, -1)) for win, gap in zip(wins, gaps, strict=True)], axis=0)  # 0 * NaN is NaN
 
 
 def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, float]:
@@ -244,20 +245,31 @@ def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, 
     return bootstrap_interval(pairs, lambda s: probability_of_improvement(s[: len(ours)], s[len(ours) :]), repetitions)
 
 
-def filled_curve(run: dict, name: str) -> list[float]:
-    """A training curve without gaps: 0 before the first episode, else the last value where a stretch saw no episode end."""
-    curve = itertools.accumulate(run["curves"][name], lambda last, value: last if value is None else value, initial=0.0)
-    return list(curve)[1:]
+def filled_curve(run: dict, name: str) -> np.ndarray:
+    """A training curve with the last value where a stretch saw no episode end; NaN before the first, or if it is missing."""
+    missing = [None] * len(next(iter(run["curves"].values())))
+    curve = itertools.accumulate(run["curves"].get(name, missing), lambda last, value: last if value is None else value)
+    return np.array(list(curve), dtype=float)
+
+
+def has_curve(run: dict, name: str) -> bool:
+    """Whether a run has any point of a training curve."""
+    return any(value is not None for value in run["curves"].get(name, ()))
 
 
 def area_under_curve(run: dict, name: str) -> float:
-    """Mean of a training curve over the run: its area, in units of the curve."""
-    return float(np.mean(filled_curve(run, name)))
+    """Mean of a success curve over the run: its area. Nothing is solved before the first episode ends; NaN without a curve."""
+    return mean(np.nan_to_num(filled_curve(run, name))) if has_curve(run, name) else math.nan
 
 
 def mean_of_curve(run: dict, name: str) -> float:
-    """Mean of a diagnostic over the stretches of the run that have it."""
-    return float(np.mean([value for value in run["curves"][name] if value is not None]))
+    """Mean of a diagnostic over the stretches of the run that have it; NaN without any."""
+    return mean([value for value in run["curves"].get(name, ()) if value is not None])
+
+
+def mean(scores) -> float:
+    """Mean, NaN of nothing."""
+    return float(np.mean(scores)) if len(scores) else math.nan
 
 
 def paper_score(returns: list[np.ndarray], num_tasks: int, method: int):
@@ -296,8 +308,14 @@ def values(tasks: dict[str, list[dict]], names: list[str], key) -> list[np.ndarr
     return [np.array([key(run) for run in tasks[name]], dtype=float) for name in names]
 
 
+def number(value: float, form: str = ".2f") -> str:
+    """A number, or a dash where it is missing."""
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
 def span(value: float, interval: tuple[float, float], form: str = ".2f") -> str:
-    return f"{value:{form}}" + ("" if math.isnan(interval[0]) else f" [{interval[0]:{form}}, {interval[1]:{form}}]")
+    """A number and its interval, if it has one."""
+    return number(value, form) + ("" if math.isnan(interval[0]) else f" [{interval[0]:{form}}, {interval[1]:{form}}]")
 
 
 GAINS = "What each method gains when the buffer grows from one rollout of 512 steps (fresh) to 20,000 (stale):"
@@ -409,7 +427,7 @@ def same_replay_table(runs: list[dict]) -> str:
             row = [regime, method, opponent, len(ours), sum(map(len, ours.values()))]
             for name in ("success", "area"):
                 pair = (interquartile_mean(values(cell, list(cell), SCORES[name])) for cell in (ours, theirs))
-                row.append("{:.2f} against {:.2f}".format(*pair))
+                row.append(" against ".join(map(number, pair)))
             rows.append("| " + " | ".join(map(str, row + improvements(ours, theirs))) + " |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
@@ -454,7 +472,8 @@ def task_table(runs: list[dict]) -> str:
         for tasks in table.values():
             found = tasks.get(name, [])
             score = f"({np.mean([run['eval_return_mean'] for run in found]):,.0f})" if found else "-"
-            success = f"{np.mean([run['eval_success_rate'] for run in found]):.0%} " if found and has_success(found[0]) else ""
+            rates = [run["eval_success_rate"] for run in found if has_success(run)]
+            success = f"{np.mean(rates):.0%} " if rates else ""
             row.append(success + score)
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
@@ -468,9 +487,9 @@ def diagnostics_table(runs: list[dict]) -> str:
         minutes = np.median([run["wall_seconds"] / 60 for group in tasks.values() for run in group])
         row = [regime, method, f"{minutes:.1f}"]
         for name in shown:
-            curves = [run["curves"][name] for group in tasks.values() for run in group if name in run["curves"]]
-            fifths = np.array([curve[:6] + curve[-6:] for curve in curves], dtype=float).reshape(-1, 2, 6)
-            row.append(" / ".join(f"{value:.2g}" for value in np.nanmean(fifths, axis=(0, 2))) if curves else "-")
+            curves = [run["curves"].get(name, []) for group in tasks.values() for run in group]
+            fifths = [[v for curve in curves for v in curve[part] if v is not None] for part in (slice(6), slice(-6, None))]
+            row.append(" / ".join(number(mean(fifth), ".2g") for fifth in fifths) if any(fifths) else "-")
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 
@@ -509,7 +528,7 @@ def plot_curves(runs: list[dict]):
     fig, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.1 * rows + 0.5))
     for axis, name in zip(np.ravel(axes), names, strict=False):
         for regime, method in table:
-            found = table[regime, method].get(name, [])
+            found = [run for run in table[regime, method].get(name, []) if has_curve(run, "success")]
             if found:
                 curves = np.array([filled_curve(run, "success") for run in found])
                 steps = np.array(found[0]["curves"]["steps"]) / 1000
@@ -553,6 +572,9 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
                     args = next(iter(tasks.values()))[0]["args"]
                     size = max(args["buffer_size"], args["num_envs"] * args["num_steps"])
                     points.append((size, interquartile_mean(scores), *bootstrap_interval(scores, interquartile_mean, 500)))
+            points = [point for point in points if not math.isnan(point[1])]
+            if not points:
+                continue
             sizes, middles, lows, highs = np.array(points).T
             errors = np.maximum([middles - lows, highs - middles], 0)
             ticks |= set(sizes)
@@ -658,7 +680,7 @@ def graphgpo_report(args: Args) -> str:
                     "-" if same else span(probability_of_improvement(ours, theirs), improvement_interval(ours, theirs))
                 )
             areas = [area(run) for run in runs]
-            row = [name, len(runs), mean_and_interval(areas), f"{interquartile_mean([areas]):.3f}", better[0]]
+            row = [name, len(runs), mean_and_interval(areas), number(interquartile_mean([areas]), ".3f"), better[0]]
             row += [mean_and_interval([final(run) for run in runs]), better[1]]
             share = np.sum([run["credit_seconds"] for run in runs]) / np.sum([run["wall_seconds"] for run in runs])
             rows.append("| " + " | ".join(map(str, [*row, f"{share:.0%}"])) + " |")
@@ -678,7 +700,7 @@ def graphgpo_report(args: Args) -> str:
         rows = ["| method | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 1) + "|"]
         for name, runs in methods.items():
             curves = [[v for run in runs.values() for v in run["curves"].get(curve, []) if v is not None] for curve in shown]
-            rows.append(f"| {name} | " + " | ".join(f"{np.mean(v):.3f}" if v else "-" for v in curves) + " |")
+            rows.append(f"| {name} | " + " | ".join(number(mean(v), ".3f") for v in curves) + " |")
         parts.append("\n".join(rows))
         if not args.check and {"grpo", "gigpo", "graphgpo"} & methods.keys():
             draw(Path(args.results) / "graphgpo_sokoban" / f"curves-{total}-v{version}.png", plot_graphgpo, methods)
@@ -696,7 +718,9 @@ def plot_graphgpo(methods: dict):
     for axis, curve, title in zip(axes, ("success", "held_out_success"), ("training levels", "held-out levels"), strict=True):
         ends = []
         for name, marker in zip(shown, "so^", strict=False):
-            runs = list(methods[name].values())
+            runs = [run for run in methods[name].values() if has_curve(run, curve)]
+            if not runs:
+                continue
             values = np.array([run["curves"][curve] for run in runs], dtype=float)
             keep = ~np.isnan(values).any(0)
             episodes, values = np.array(runs[0]["curves"]["episodes"])[keep] / 1000, values[:, keep]
@@ -712,8 +736,9 @@ def plot_graphgpo(methods: dict):
             axis.annotate(labels[name], (episodes[-1], height), (6, 0), textcoords="offset points", **text)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("thousand rollouts", fontsize=9)
-        axis.set_xlim(0, episodes[-1] * 1.2)
-        axis.set_xticks(np.linspace(0, episodes[-1], 5))
+        last = next(iter(methods[shown[0]].values()))["curves"]["episodes"][-1] / 1000
+        axis.set_xlim(0, last * 1.2)
+        axis.set_xticks(np.linspace(0, last, 5))
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -882,7 +907,7 @@ def vla_tables(by_cell: dict) -> list[str]:
     rows.append("|---" * (rows[0].count("|") - 1) + "|")
     shown = ["effective_sample_size", "utilization", "logratio_std", "clipfrac", "entropy", "policy_lag"]
     means = ["| buffer | method | seeds | " + " | ".join(shown).replace("_", " ") + " |", "|---" * (len(shown) + 3) + "|"]
-    percents = lambda scores: ", ".join(f"{100 * score:.0f}" for score in scores)  # noqa: E731
+    percents = lambda scores: ", ".join(number(100 * score, ".0f") for score in scores)  # noqa: E731
     final = lambda run: vla_success(run, range(50))  # noqa: E731
     training = functools.partial(area_under_curve, name="success")
     for (size, method), cell in sorted(by_cell.items()):
@@ -892,11 +917,11 @@ def vla_tables(by_cell: dict) -> list[str]:
         row = [percents(vla_success(run, range(50), 0) for run in found), percents(map(final, found))]
         row += [percents(vla_success(run, states) for run in found) for states in (range(40), range(40, 50))]
         # The policy is still the clone's while only the critic trains.
-        row += [percents(filled_curve(run, "success")[: run["args"]["critic_warmup"]][-1] for run in found)]
+        row += [percents(filled_curve(run, "success")[: run["args"]["critic_warmup"] or 1][-1] for run in found)]
         row += [percents(map(training, found)), percents(run["train_success_rate"] for run in found)]
         rows.append(name + " | ".join(row) + " |")
-        averages = [np.mean([v for run in found for v in run["curves"][key] if v is not None]) for key in shown]
-        means.append(name + " | ".join(f"{value:.3f}" for value in averages) + " |")
+        averages = [mean([v for run in found for v in run["curves"].get(key, ()) if v is not None]) for key in shown]
+        means.append(name + " | ".join(number(value, ".3f") for value in averages) + " |")
     tables = ["\n".join(rows)]
     differences = ["| buffer | against | seeds | success after RL, 50 states | success in training |", "|---" * 5 + "|"]
     for size, other in sorted(by_cell):
@@ -905,7 +930,7 @@ def vla_tables(by_cell: dict) -> list[str]:
         if other != "gipo" and len(seeds) > 1:
             pairs = [(ours[seed], theirs[seed]) for seed in seeds]
             gaps = [np.array([score(a) - score(b) for a, b in pairs]) for score in (final, training)]
-            gaps = [mean_and_interval(gap, "+.3f") if len(seeds) > 2 else f"{gap.mean():+.3f}" for gap in gaps]
+            gaps = [mean_and_interval(gap, "+.3f") if len(seeds) > 2 else number(gap.mean(), "+.3f") for gap in gaps]
             differences.append(f"| {size:,} | {other} | {', '.join(map(str, seeds))} | {gaps[0]} | {gaps[1]} |")
     if len(differences) > 2:
         tables.append("GIPO less the others on shared seeds and clones (95 % bootstrap interval from three seeds on):")
@@ -924,7 +949,9 @@ def plot_vla(by_cell: dict):
         for method in [m for m in methods if (size, m) in by_cell]:
             cell, line = by_cell[size, method], style(method, methods)
             line["label"] += f", seed{'s' * (len(cell) > 1)} {', '.join(map(str, sorted(cell)))}"
-            curves = 100 * np.array([filled_curve(run, "success") for run in cell.values()])
+            curves = 100 * np.array([filled_curve(run, "success") for run in cell.values() if has_curve(run, "success")])
+            if not len(curves):
+                continue
             steps = next(iter(cell.values()))["curves"]["steps"]
             axis.plot(steps, curves.T, color=line["color"], linewidth=0.7, alpha=0.4)
             axis.plot(steps, curves.mean(0), linewidth=1.8, **line)
@@ -933,7 +960,8 @@ def plot_vla(by_cell: dict):
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.set_ylim(0, 100)
         axis.tick_params(labelsize=8)
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     axes[0][0].set_ylabel("success of the last 100 episodes, %", fontsize=9)
     fig.tight_layout()
     return fig

@@ -111,8 +111,51 @@ def test_grid_means():
 def test_area_fills_gaps():
     """Episodes that end together, as in eight environments in step, leave stretches without a value in a short run."""
     curve = [None, None, 1.0, None, 0.5, None]
-    assert report.filled_curve({"curves": {"success": curve}}, "success") == [0.0, 0.0, 1.0, 1.0, 0.5, 0.5]
+    filled = report.filled_curve({"curves": {"success": curve}}, "success")
+    np.testing.assert_array_equal(filled, [np.nan, np.nan, 1.0, 1.0, 0.5, 0.5])  # in a plot nothing, in the area no success
     assert report.area_under_curve({"curves": {"success": curve}}, "success") == pytest.approx(3 / 6)
+
+
+@pytest.mark.parametrize("missing", [{"success": [None] * 30}, {}])
+def test_a_missing_curve_is_missing(missing):
+    """Not 0: neither its area, nor what it is compared with, nor its line in the plots."""
+    runs = [run("gipo", "stale", seed, 1.0, 10, 0.5) for seed in (1, 2)]
+    runs += [run("ppo-clip", "stale", seed, 0.5, 9, 0.2) for seed in (1, 2)]
+    for stored in runs:
+        stored["curves"]["steps"] = list(range(30))
+        stored["args"] = {"buffer_size": 20_000, "num_envs": 8, "num_steps": 64}
+    lost = runs[1]
+    lost["curves"] = {"steps": lost["curves"]["steps"]} | missing
+    assert np.isnan(report.area_under_curve(lost, "success"))
+    clip, gipo = [row.strip("| ").split(" | ") for row in report.aggregate_table(runs).splitlines()[2:]]
+    assert clip[4] == "0.10 [0.10, 0.10]" and gipo[3:6] == ["1.00 [1.00, 1.00]", "-", "10"]
+    (row,) = [row.strip("| ").split(" | ") for row in report.same_replay_table(runs).splitlines()[2:]]
+    assert row[6] == "- against 0.10" and row[8] == "-" and row[9] == "1.00 [1.00, 1.00]"
+    lines = report.plot_curves(runs).axes[0].lines
+    assert [list(line.get_ydata())[-1] for line in lines] == [0.2, 0.5]  # GIPO's is that of the run that has one
+    areas = report.plot_against_buffer(runs, {"area": "area", "utilization": "utilization"}).axes
+    assert [text.get_text() for text in areas[0].get_legend().get_texts()] == ["ppo-clip"]
+    assert "| stale | gipo | 2.0 | - |" in report.diagnostics_table(runs)
+
+
+def test_a_missing_curve_of_the_other_scripts():
+    """GraphGPO's held-out success without an evaluation, and the VLA's success where no episode ended."""
+    curves = {"success": [0.5] * 30, "episodes": list(range(30))}
+    sokoban = {"graphgpo": {1: {"curves": curves}, 2: {"curves": curves | {"held_out_success": [None, *[0.25] * 29]}}}}
+    training, held_out = report.plot_graphgpo(sokoban).axes
+    assert training.lines[0].get_ydata()[-1] == 0.5 and held_out.lines[0].get_ydata()[-1] == 0.25
+    del sokoban["graphgpo"][2]
+    assert not report.plot_graphgpo(sokoban).axes[1].lines
+    curves = {name: [0.5] * 3 for name in report.VLA_CURVES if name != "clipfrac"} | {
+        "steps": [1, 2, 3],
+        "success": [None] * 3,
+    }
+    successes = [[0, k, 1.0] for k in range(50)]
+    libero = {"args": {"critic_warmup": 2}, "evaluations": [{"successes": successes}], "curves": curves, "seed": 1}
+    rows = report.vla_tables({(1024, "gipo"): {1: libero | {"train_success_rate": 0.0}}})
+    assert "| 1,024 | gipo | 1 | 100 | 100 | 100 | 100 | - | - | 0 |" in rows[0]
+    assert "| 1,024 | gipo | 1 | 0.500 | 0.500 | 0.500 | - | 0.500 | 0.500 |" in rows[-1]
+    assert not report.plot_vla({(1024, "gipo"): {1: libero}}).axes[0].lines
 
 
 def run(method, regime, seed, success, score, area, env_id="reach-v3"):
