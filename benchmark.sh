@@ -81,13 +81,10 @@ script_of() { # method, regime -> script and flags
     # All replay methods alike; segments of 16 and minibatches of 128, the defaults since 2026-11-26, are the methods ...-short.
     local common="--num-steps 64 --minibatch-size 512"
     case $1 in
-        ppo-stored | sapo*-outward | none*-outward | paper*-outward | ppo*-outward | ppo-short | ppo-lr-* | paper*-short | *-lr-) die "--methods: '$1' is no method: that flag would do nothing, or is not for it" ;;
+        ppo-stored | ppo-short | ppo-lr-* | paper*-short | *-lr-) die "--methods: '$1' is no method: that flag would do nothing, or is not for it" ;;
         *-stored) # advantages of collection time
             rest=$(script_of "${1%-stored}" "$2") || exit 2
             echo "$rest --no-recompute-advantages" ;;
-        *-outward) # the one-sided trust weight
-            rest=$(script_of "${1%-outward}" "$2") || exit 2
-            echo "$rest --trust-side outward" ;;
         *-lr-*) # another step size of the actor
             rest=$(script_of "${1%-lr-*}" "$2") || exit 2
             echo "$rest --learning-rate ${1##*-lr-}" ;;
@@ -106,14 +103,12 @@ script_of() { # method, regime -> script and flags
         ppo-clip) # all but the objective as in GIPO: 10 updates of 512 steps per 512 new steps, head, ratio, entropy
             rest="--buffer-size $buffer $common --policy-head categorical --ratio per-dim --ent-coef 0.001"
             echo "ppo_baseline.py $rest --$([ "$2" = fresh ] && echo update-epochs || echo updates-per-iteration) 10" ;;
-        ppo-clip-*) echo "$(script_of ppo-clip "$2") --clip-coef ${1#ppo-clip-}" ;; # with another epsilon
+        ppo-clip-[0-9.]*) echo "$(script_of ppo-clip "$2") --clip-coef ${1#ppo-clip-}" ;; # with another epsilon
         sapo | none) echo "gipo_continuous.py --buffer-size $buffer $common --trust-weight $1" ;;
         gipo) echo "gipo_continuous.py --buffer-size $buffer $common" ;;
-        gipo-adaptive-*) echo "gipo_continuous.py --buffer-size $buffer $common --adaptive-sigma ${1#gipo-adaptive-}" ;;
-        gipo-*-*)
-            rest=${1#gipo-}
-            echo "gipo_continuous.py --buffer-size $buffer $common --sigma ${rest%-*} --sigma-neg-ratio ${rest#*-}" ;;
-        *) die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO gipo-adaptive-MULTIPLE, any of them with -stored, -short or -lr-STEPSIZE, GIPO with -outward, paper, paper-ppo" ;;
+        *)
+            [[ "$1" =~ ^gipo-([0-9.]+)-([0-9.]+)$ ]] || die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO, any of them with -stored, -short or -lr-STEPSIZE, paper, paper-ppo"
+            echo "gipo_continuous.py --buffer-size $buffer $common --sigma ${BASH_REMATCH[1]} --sigma-neg-ratio ${BASH_REMATCH[2]}" ;;
     esac
 }
 
@@ -209,7 +204,7 @@ except BlockingIOError: exit(75)' 2>/dev/null || code=$?
     elif [ $code -ne 0 ]; then
         echo "$folder.lock cannot be locked" >>"$failures"
     else
-        [ ! -d "$folder" ] || resume="--resume"
+        [ -z "$(ls "$folder" 2>/dev/null)" ] || resume="--resume" # a lone .lock is no run yet
         OMP_NUM_THREADS=1 $1 $resume >>"$folder.log" 2>&1 || code=$?
         [ $code -eq 0 ] || echo "$folder.log (exit code $code)" >>"$failures"
     fi

@@ -45,7 +45,7 @@ CURVES = {  # name in the JSON -> TensorBoard tag
 }
 # Arguments that name the run or its machine, not its outcome.
 NOT_OUTCOME = set("run_dir resume overwrite evaluate eval_every checkpoint_every capture_video track wandb_project".split())
-NOT_OUTCOME |= {"torch_threads", "async_envs"}
+NOT_OUTCOME |= {"torch_threads", "async_envs", "overlap", "wandb_id"}
 PAPER_METHODS = "ppo-clip sapo gipo-0.2-0.5 gipo gipo-0.5-0.5 gipo-0.5-1.0 gipo-1.0-0.5 gipo-1.0-1.0".split()  # gipo: 0.2-1.0
 POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours; the panel of the plots
     "grpo": "methods",
@@ -84,7 +84,7 @@ def outcome_args(args: dict) -> dict:
     unused = ["num_bins"] if args.get("policy_head") == "gaussian" else []
     if args.get("policy_head") == "categorical":
         args = {"num_bins": 256} | args  # runs from before the flag
-    if "trust_side" in args and "suite" not in args:
+    if "trust_side" in args and "suite" not in args:  # algorithm version 1
         args = {"adaptive_sigma": 0.0} | args  # likewise
     if "method" in args:
         args = {"generate_groups": 0} | args  # likewise

@@ -18,6 +18,7 @@ import gipo_continuous
 import report
 
 PYTHON = {**os.environ, "PYTHON": sys.executable}
+VERSION = gipo_continuous.ALGORITHM_VERSION
 
 
 # -------------------- Statistics --------------------
@@ -100,6 +101,16 @@ def test_cells_with_other_arguments_are_refused(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.startswith("error: gipo stale, 300,000 steps: ")
     assert "reach-v3 seed 1 differ in ent_coef" in process.stderr and process.stderr.count("\n") == 1
+
+
+def test_arguments_that_decide_the_outcome():
+    """Where and how a run is computed does not; version 1's flags are read as it did, from files of before they came, too."""
+    args = {"env_id": "reach-v3", "policy_head": "categorical", "sigma": 0.2}
+    assert report.outcome_args(args | {"overlap": True}) == report.outcome_args(args | {"overlap": False, "num_bins": 256})
+    assert report.outcome_args(args | {"env_kwargs": "{}"}) != report.outcome_args(args | {"env_kwargs": '{"size": 2}'})
+    version_1 = args | {"trust_side": "both"}
+    assert report.outcome_args(version_1) == report.outcome_args(version_1 | {"adaptive_sigma": 0.0, "fast_env": True})
+    assert report.outcome_args(version_1) != report.outcome_args(version_1 | {"adaptive_sigma": 0.7})
 
 
 def test_grid_means():
@@ -390,20 +401,19 @@ def test_the_row_of_the_defaults_has_the_defaults(checkout):
 def test_other_methods(checkout):
     """Stored advantages, the paper's own settings, and variants; every printed command is accepted by its script."""
     methods = "gipo-stored ppo-clip-stored gipo-0.5-1.0-stored paper paper-ppo ppo-clip-0.5"
-    methods += " gipo-0.5-1-outward gipo-adaptive-0.7 gipo-short ppo-clip-0.5-short ppo-clip-0.5-lr-6e-4"
+    methods += " gipo-short ppo-clip-0.5-short ppo-clip-0.5-lr-6e-4"
     process = benchmark("quick", "--methods", methods, "--seeds", "1", "--tasks", "reach-v3", "--dry-run", cwd=checkout)
     commands = process.stdout.splitlines()
-    assert process.returncode == 0 and len(commands) == 11
-    assert ["--no-recompute-advantages" in command for command in commands] == [True] * 5 + [False] * 6
+    assert process.returncode == 0 and len(commands) == 9
+    assert ["--no-recompute-advantages" in command for command in commands] == [True] * 5 + [False] * 4
     assert "--sigma 0.5 --sigma-neg-ratio 1.0" in commands[2] and "--policy-head categorical" in commands[3]
     assert "--ent-coef 0 " in commands[3] and "--num-bins 256" in commands[3] and "--sigma 1 " in commands[3]
     assert "ppo_baseline.py" in commands[4] and "--num-steps 64" in commands[4]
     assert "ppo_baseline.py" in commands[5] and "--clip-coef 0.5" in commands[5]
-    assert "--sigma 0.5 --sigma-neg-ratio 1 --trust-side outward" in commands[6] and "--adaptive-sigma 0.7" in commands[7]
-    for command in commands[8:10]:
+    for command in commands[6:8]:
         assert command.count("--num-steps") == 1 and "--num-steps 16 --minibatch-size 128 " in command
         assert command.count("--minibatch-size") == 1
-    assert "--clip-coef 0.5 --learning-rate 6e-4" in commands[10]
+    assert "--clip-coef 0.5 --learning-rate 6e-4" in commands[8]
     process = benchmark("quick", "--methods", "paper-ppo", "--regimes", "fresh", "--dry-run", cwd=checkout)
     assert all("--update-epochs 5" in command for command in process.stdout.splitlines()) and process.returncode == 0
 
@@ -416,9 +426,10 @@ def test_other_methods(checkout):
         (["quick", "--methods", "dqn"], "dqn"),
         (["quick", "--regimes", "old"], "old"),
         (["quick", "--seeds"], "--seeds"),
-        (["quick", "--methods", "sapo-outward"], "sapo-outward"),
+        (["quick", "--methods", "gipo-0.5-1-outward"], "unknown method 'gipo-0.5-1-outward'"),
+        (["quick", "--methods", "gipo-adaptive-0.7"], "unknown method 'gipo-adaptive-0.7'"),
+        (["quick", "--methods", "ppo-clip-wide"], "unknown method 'ppo-clip-wide'"),
         (["quick", "--methods", "ppo-stored"], "ppo-stored"),
-        (["quick", "--methods", "paper-ppo-outward"], "paper-ppo-outward"),
         (["quick", "--methods", "ppo-short"], "ppo-short"),
         (["quick", "--methods", "ppo-lr-1e-3"], "ppo-lr-1e-3"),
         (["quick", "--methods", "gipo-lr-"], "gipo-lr-"),
@@ -442,10 +453,10 @@ def test_runs_skips_resumes_and_reports(checkout):
     assert all((folder / "result.json").exists() for folder in folders) and "2 of 2 runs" in process.stdout
     stored = [read_json(checkout / "results" / "runs" / "512" / f"{folder.name}.json") for folder in folders]
     assert all(run["machine"] and len(run["curves"]["steps"]) == 30 for run in stored)
-    table = (checkout / "results" / "benchmark-512-v1.md").read_text()
+    table = (checkout / "results" / f"benchmark-512-v{VERSION}.md").read_text()
     assert "| fresh | gipo | 1 |" in table and "| on-policy | ppo | 1 |" in table
     assert {path.name for path in (checkout / "results").glob("*.png")} == {
-        f"{name}-512-v1.png" for name in ("curves", "buffer", "staleness")
+        f"{name}-512-v{VERSION}.png" for name in ("curves", "buffer", "staleness")
     }
 
     # A stored run with other arguments is replaced by the run folder's.
@@ -462,13 +473,16 @@ def test_runs_skips_resumes_and_reports(checkout):
     for run_path, run, bins, finished in [
         (ppo_path, stored[1], 64, True),  # bins are a flag of the categorical head only
         (path, stored[0], 64, False),
-        (path, stored[0], None, True),  # runs from before the flags had 256 and 0
+        (path, stored[0], None, True),  # runs from before the flag had 256
     ]:
         run_path.write_text(json.dumps(run | {"args": {**run["args"], "num_bins": bins}}))
         if bins is None:
-            older = {k: v for k, v in run["args"].items() if k not in ("num_bins", "adaptive_sigma")}
+            older = {k: v for k, v in run["args"].items() if k != "num_bins"}
             run_path.write_text(json.dumps(run | {"args": older}))
         assert (benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == "") == finished
+    run = stored[0] | {"args": stored[0]["args"] | {"overlap": not stored[0]["args"]["overlap"]}}  # equal bit for bit
+    path.write_text(json.dumps(run))
+    assert benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == ""
     stored[0]["versions"]["algorithm"] = 0
     path.write_text(json.dumps(stored[0]))
     left = benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout
@@ -497,7 +511,7 @@ def test_folder_of_another_run_is_refused(checkout):
     (folder / "args.json").write_text("{}")
     process = benchmark("quick", *SMALL, cwd=checkout)
     assert process.returncode == 2 and "holds a run of another algorithm version" in process.stderr and not process.stdout
-    (folder / "args.json").write_text('{"algorithm_version": 1}')
+    (folder / "args.json").write_text(json.dumps({"algorithm_version": VERSION}))
     process = benchmark("quick", *SMALL, cwd=checkout)
     assert process.returncode == 2 and "holds a run with other arguments" in process.stderr and not process.stdout
 
