@@ -336,25 +336,35 @@ def make_env(args, idx: int, render_mode: str | None = None):
     """
     task = MT10[idx % len(MT10)] if args.env_id == "MT10" else args.env_id
     goals = meta_world_goals(task, args.seed) if task in META_WORLD else None
-    kwargs = json.loads(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+    build = functools.partial(fast_meta_world(task), reward_function_version="v2") if goals else gym.make
+    kwargs = (
+        json.loads(args.env_kwargs) | ({} if goals else {"id": task}) | ({"render_mode": render_mode} if render_mode else {})
+    )
 
     def thunk():
-        if goals is not None:
-            env = fast_meta_world(task)(**{"reward_function_version": "v2"} | kwargs)
+        try:
+            env = build(**kwargs)
+        except (gym.error.Error, ImportError, TypeError) as error:
+            missing = (
+                isinstance(error, ImportError) and ":" not in task
+            )  # a retired version; a user's module has its traceback
+            if isinstance(error, gym.error.Error) or missing or "unexpected keyword argument" in str(error):
+                what = f"--env-id {args.env_id} cannot be built with --env-kwargs {args.env_kwargs}"
+                raise ArgumentError(f"{what}: {' '.join(str(error).split())}") from error
+            raise
+        if goals:
             env.seed(1000 * args.seed + idx)
             env = gym.wrappers.TimeLimit(env, env.max_path_length)
             if args.env_id == "MT10":
                 env = OneHotWrapper(env, idx % len(MT10), len(MT10))
             return EpisodeRecorder(RandomTaskSelectWrapper(env, goals))
-        env = gym.make(args.env_id, **kwargs)
         if env.spec.max_episode_steps is None:
             env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
-        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-            try:
-                env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
-            except NotImplementedError as error:
-                what = f"the observation space {env.observation_space}, which has no fixed size"
-                raise ArgumentError(f"--env-id {args.env_id} has {what}: choose another or wrap it") from error
+        space = env.observation_space
+        if not space.is_np_flattenable:
+            raise ArgumentError(f"--env-id {args.env_id} has observations of no fixed size, {space}: wrap or choose another")
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
         env.reset(seed=1000 * args.seed + idx)
         return EpisodeRecorder(env)
 
@@ -495,6 +505,10 @@ class Collector:
     def dims(self) -> tuple[int, int]:
         """Sizes of an observation and of an action."""
         return self.obs_space.shape[0], self.action_space.shape[0]
+
+    def horizon(self) -> int:
+        """Time limit of an episode, in steps."""
+        return max(self.envs.get_attr("_max_episode_steps"))
 
     def reset(self, snapshot: dict | None = None) -> None:
         """Begin, or go on where the snapshot was taken."""
@@ -639,7 +653,8 @@ class Worker:
         if self.process is None:
             self.answer = getattr(self.instance, name)(*arguments)
         else:
-            self.pipe.send((name, convert(arguments, torch.Tensor, torch.Tensor.numpy)))
+            with contextlib.suppress(OSError):  # if it has died, result() says so
+                self.pipe.send((name, convert(arguments, torch.Tensor, torch.Tensor.numpy)))
 
     def result(self):
         """Wait for what the started call returns."""
@@ -650,8 +665,8 @@ class Worker:
             error, text, answer = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            code = self.process.exitcode
-            raise RuntimeError(f"the process of the environments has died (exit code {code}; -9: out of memory?)") from None
+            how = f"exit code {self.process.exitcode}; -9: killed, perhaps for want of memory"
+            raise RuntimeError(f"the process of the environments has died ({how})") from None
         if error is not None:
             raise error from RuntimeError(f"in the process of the environments:\n{text}")
         return convert(answer, np.ndarray, torch.from_numpy)
@@ -1061,7 +1076,7 @@ def refuse_contradictions(args, saved, what: str) -> None:
 
 
 def load_model(path: str, cls=Args):
-    """A saved model: -> its state_dict, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
+    """A saved model: -> its weights, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
     if not os.path.isfile(path):
         raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run")
     saved = load_checkpoint(Path(path))
@@ -1115,6 +1130,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     """What main() does."""
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
+    on_policy = args.buffer_size < 2 * args.num_envs * args.num_steps  # GIPO: the textbook form is PPO's alone
+    if on_policy:
+        args = dataclasses.replace(args, recompute_advantages=False, overlap=False)
     run_folder = run_folder_of(args)
     if args.resume and not args.overwrite:
         refuse_contradictions(args, saved_args(run_folder), "the run to resume")
@@ -1126,12 +1144,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     main_thread = threading.current_thread() is threading.main_thread()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     may_fork = cores > 1 and not multiprocessing.current_process().daemon
-    on_policy = args.buffer_size < 2 * args.num_envs * args.num_steps  # GIPO: the textbook form is PPO's alone
-    if on_policy:
-        args = dataclasses.replace(args, recompute_advantages=False, overlap=False)
     collector = Worker(Collector, args, own_process=args.overlap and may_fork)
     at_exit.callback(collector.close)
-    obs_dim, action_dim = collector.call("dims")
+    (obs_dim, action_dim), horizon = collector.call("dims"), collector.call("horizon")
     if args.capture_video:
         check_video(args)
 
@@ -1335,7 +1350,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         if tty or time.time() - last_print > 10 or iteration == num_iterations:
             left, train_success = (num_iterations - iteration) * rollout_size / sps, success_rate(recent_successes)
             line = f"step {global_step:>9,}  "
-            line += f"return {np.mean(recent_returns):8.1f}" if recent_returns else "no episode has ended yet"
+            first_end = f"first episode ends by step {horizon * args.num_envs:,}"
+            line += f"return {np.mean(recent_returns):8.1f}" if recent_returns else first_end
             line += "" if train_success is None else f"  success {train_success:4.0%}"
             line += f"  {sps:5.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
             say(f"\r{line} " if tty else line, end="" if tty else "\n")
