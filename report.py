@@ -8,6 +8,7 @@ resamples seeds within each task, probability of improvement by task.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -28,7 +29,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent
 REGIMES = ("on-policy", "fresh", "recent", "stale", "very-stale")
-GRID_POINTS = 30
+GRID_POINTS = 30  # of a collected curve
 CURVES = {  # name in the JSON -> TensorBoard tag
     "return": "charts/episodic_return",
     "success": "charts/episodic_success",
@@ -78,6 +79,98 @@ class Args:
     """write nothing; exit code 1 if the tables or the README block are not what the JSON files give"""
 
 
+class ReportError(ValueError):
+    """What a user can put right: one sentence that names the file or the flag."""
+
+
+# -------------------- Reading files --------------------
+KINDS = {
+    "a text": str,
+    "an integer": int,
+    "a number": int | float,
+    "a number or null": int | float | None,
+    "an object": dict,
+}
+
+
+def of_kind(kind: str, keys: str) -> dict[str, str]:
+    """{key: kind} of several keys; a dot leads into an object or list, and a star stands for all that is in it."""
+    return dict.fromkeys(keys.split(), kind)
+
+
+# What the tables need of a result.json.
+IDENTITY = of_kind("an integer", "versions.algorithm") | of_kind("an object", "args")
+RUN = IDENTITY | of_kind("a text", "exp_name") | of_kind("an integer", "seed")
+BENCHMARK = RUN | of_kind("a text", "env_id") | of_kind("a number", "eval_return_mean wall_seconds")
+BENCHMARK |= of_kind("a number or null", "eval_success_rate train_return_mean")
+BENCHMARK |= of_kind("an integer", "total_timesteps args.total_timesteps args.buffer_size args.num_envs args.num_steps")
+GRAPHGPO = RUN | of_kind("an integer", "total_episodes")
+GRAPHGPO |= of_kind("a number", "eval_success_rate credit_seconds wall_seconds")
+POPO = RUN | of_kind("a text", "env_id") | of_kind("an integer", "iterations total_timesteps args.total_timesteps")
+POPO |= of_kind("an integer", "args.num_prompts args.group_size") | of_kind("a number", "args.learning_rate eval_success_rate")
+POPO |= of_kind("a number", "curve.0.rollouts curve.*.rollouts curve.*.updates curve.*.success_rate")
+VLA = RUN | of_kind("a text", "env_id") | of_kind("an integer", "total_timesteps args.buffer_size args.critic_warmup")
+VLA |= of_kind("a number or null", "train_success_rate") | of_kind("a number", "evaluations.*.successes.*.2")
+VLA |= of_kind("an object", "evaluations.0")
+# What is added when a run is collected.
+MACHINE = of_kind("a text", "machine")
+CURVES_TOO = MACHINE | of_kind("a number or null", "curves.*.*")
+ON_GRID = CURVES_TOO | of_kind("a number or null", f"curves.*.{GRID_POINTS - 1}")
+
+
+def entries(value, names: list[str]):
+    """What a key such as curves.*.0, split at its dots, finds in nested objects and lists."""
+    if not names:
+        yield value
+        return
+    name, *rest = names
+    if name == "*":
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from entries(entry, rest)
+    else:
+        yield from entries(value[int(name) if isinstance(value, list) else name], rest)
+
+
+def read(file: Path, keys: dict[str, str]) -> dict:
+    """The JSON object in a file; ReportError unless it is whole and has these keys with values of these kinds."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{file} cannot be read ({error}): move it away or run it again") from error
+    if not isinstance(content, dict):
+        raise ReportError(f"{file} holds no JSON object: move it away or run it again")
+    for key, kind in keys.items():
+        try:
+            found = [*entries(content, key.split("."))]
+        except (LookupError, TypeError, ValueError) as error:
+            raise ReportError(f"{file} has no {key}: move it away or run it again") from error
+        for value in found:
+            if not isinstance(value, KINDS[kind]) or isinstance(value, bool):
+                raise ReportError(f"{file}: {key} must be {kind}, not {value!r:.60}")
+    return content
+
+
+def read_scalars(folder: Path, last: int) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} of a run folder's TensorBoard files; ReportError if they end before the run did."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    end = max((points[-1][0] for points in scalars.values()), default=0)
+    if end < last:
+        raise ReportError(f"{folder}: its TensorBoard files end at step {end:,} of {last:,}: move it away or run it again")
+    return scalars
+
+
+def load(folder: Path, keys: dict[str, str], new: dict[Path, dict] | None) -> dict[Path, dict]:
+    """{file: run} of the runs collected in `folder`/runs and of those in `new`, which are not stored yet."""
+    stored = {file: read(file, keys) for file in folder.glob("runs/*/*.json")}
+    for file, run in stored.items():
+        if len({len(curve) for curve in run.get("curves", {}).values()}) > 1:
+            raise ReportError(f"{file}: its curves differ in length: move it away")
+    return dict(sorted((stored | {file: run for file, run in (new or {}).items() if file.parents[2] == folder}).items()))
+
+
 # -------------------- Finished runs --------------------
 def outcome_args(args: dict) -> dict:
     """The arguments that decide a run's outcome."""
@@ -106,18 +199,18 @@ def stored_runs(args: Args) -> list[dict]:
     folders = [
         path for kind in ("benchmark", "graphgpo", "popo", "vla") for path in Path(args.runs).glob(f"{kind}-*/*/result.json")
     ]
-    return [json.loads(path.read_text()) for path in sorted(collected + folders)]
+    return [read(path, IDENTITY) for path in sorted(collected + folders)]
 
 
-def store(result: dict, file: Path) -> None:
+def store(file: Path, result: dict) -> None:
     """Write a collected run, complete or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".tmp").write_text(json.dumps(result | {"machine": cpu_name()}) + "\n")
+    file.with_suffix(".tmp").write_text(json.dumps(result) + "\n")
     os.replace(file.with_suffix(".tmp"), file)
 
 
 def refuse_mixture(name: str, runs: list[dict]) -> None:
-    """ValueError unless the runs of a table's cell differ in task and seed only."""
+    """ReportError unless the runs of a table's cell differ in task and seed only."""
     settings = [
         {k: v for k, v in outcome_args(run["args"]).items() if k not in ("env_id", "suite", "tasks", "seed")} for run in runs
     ]
@@ -125,13 +218,13 @@ def refuse_mixture(name: str, runs: list[dict]) -> None:
         different = [key for key in settings[0] | other if settings[0].get(key) != other.get(key)]
         if different:
             pair = [f"{r.get('env_id')} seed {r['seed']}" for r in (runs[0], run)]
-            raise ValueError(
+            raise ReportError(
                 f"{name}: {' and '.join(pair)} differ in {', '.join(different)}: move the files of one setting away"
             )
 
 
 def pending(commands: list[str], args: Args) -> list[str]:
-    """Those commands without a result of equal arguments and algorithm version. ValueError if a folder holds another run."""
+    """Those commands without a result of equal arguments and algorithm version. ReportError if a folder holds another run."""
     done = {identity(result) for result in stored_runs(args)}
     left = []
     for command in commands:
@@ -145,11 +238,11 @@ def pending(commands: list[str], args: Args) -> list[str]:
             left.append(command)
             task = run_args.get("env_id") or run_args["suite"]
             folder = Path(run_args["run_dir"]) / f"{task.replace('/', '-')}__{run_args['exp_name']}__{run_args['seed']}"
-            saved = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else None
+            saved = read(folder / "args.json", {}) if (folder / "args.json").exists() else None
             if saved is not None and saved.pop("algorithm_version", None) != module.ALGORITHM_VERSION:
-                raise ValueError(f"{folder} holds a run of another algorithm version: move it away")
+                raise ReportError(f"{folder} holds a run of another algorithm version: move it away")
             if saved is not None and outcome_args(saved) != outcome_args(run_args):
-                raise ValueError(f"{folder} holds a run with other arguments: move it away")
+                raise ReportError(f"{folder} holds a run with other arguments: move it away")
     return left
 
 
@@ -173,34 +266,51 @@ def is_stored(result: dict, file: Path) -> bool:
     """Whether `file` holds this run already, or one of a newer algorithm version."""
     if not file.exists():
         return False
-    stored = json.loads(file.read_text())
+    stored = read(file, IDENTITY)
     return stored["versions"]["algorithm"] > result["versions"]["algorithm"] or identity(stored) == identity(result)
 
 
-def collect(args: Args) -> None:
-    """Write results/runs/<steps>/<run>.json for every finished run folder, over one of other arguments or an older version."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def finished_runs(args: Args, folders: str, keys: dict[str, str], with_regime: bool = False):
+    """(folder, result) of every finished run that benchmark.sh may have started; others in its folders are only mentioned."""
+    for path in sorted(Path(args.runs).glob(f"{folders}/*/result.json")):
+        folder, result = path.parent, read(path, keys | of_kind("a text", "env_id"))
+        name = f"{result['env_id'].replace('/', '-')}__{result['exp_name']}__{result['seed']}"
+        why = "" if folder.name == name else f"it holds the run {name}"
+        if with_regime and not method_and_regime(result["exp_name"]):
+            why = "its exp-name is not METHOD_REGIME as benchmark.sh writes it"
+        if why:
+            print(f"not collected: {folder} ({why}); python report.py --compare {folder.parent} shows it")
+        else:
+            yield folder, result
 
-    for path in sorted(Path(args.runs).glob("benchmark-*/*/result.json")):
-        result = json.loads(path.read_text())
-        file = Path(args.results) / "runs" / str(result["args"]["total_timesteps"]) / f"{path.parent.name}.json"
-        if is_stored(result, file):
-            continue
-        events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
-        tags, total = events.Tags()["scalars"], result["total_timesteps"]
-        result["curves"] = {
-            name: on_grid([(event.step, event.value) for event in events.Scalars(tag)] if tag in tags else [], total)
-            for name, tag in CURVES.items()
-        }
-        result["curves"]["steps"] = np.linspace(0, total, GRID_POINTS + 1)[1:].round().astype(int).tolist()
-        store(result, file)
 
-    for path in sorted(Path(args.runs).glob("popo-*/*/result.json")):
-        result = json.loads(path.read_text())
-        steps = str(result["args"]["total_timesteps"])
-        file = Path(args.results) / "popo_countdown" / "runs" / steps / f"{path.parent.name}.json"
+def gridded(scalars: dict, tags: dict[str, str], total: int, axis: str) -> dict[str, list]:
+    """The curves {name: tag} on a grid of GRID_POINTS stretches, whose ends are the curve `axis`."""
+    curves = {name: on_grid(scalars.get(tag, []), total) for name, tag in tags.items()}
+    return curves | {axis: np.linspace(0, total, GRID_POINTS + 1)[1:].round().astype(int).tolist()}
+
+
+def collect(args: Args, keep=store) -> None:
+    """Keep results/runs/<steps>/<run>.json of every finished run folder, over one of other arguments.
+
+    Later algorithm versions have folders of their own, <steps>-v<version>, so that they leave the older ones' runs there.
+    """
+    for folder, result in finished_runs(args, "benchmark-*", BENCHMARK, with_regime=True):
+        version, total = result["versions"]["algorithm"], result["total_timesteps"]
+        steps = f"{result['args']['total_timesteps']}" + (f"-v{version}" if version > 1 else "")
+        file = Path(args.results) / "runs" / steps / f"{folder.name}.json"
         if not is_stored(result, file):
-            store(result, file)
+            curves = gridded(read_scalars(folder, total), CURVES, total, "steps")
+            keep(file, result | {"curves": curves, "machine": cpu_name()})
+
+
+def collect_popo(args: Args, keep=store) -> None:
+    """Keep results/popo_countdown/runs/<steps>/<run>.json of every finished run of popo_countdown.py; it has its curve."""
+    for folder, result in finished_runs(args, "popo-*", POPO):
+        steps = str(result["args"]["total_timesteps"])
+        file = Path(args.results) / "popo_countdown" / "runs" / steps / f"{folder.name}.json"
+        if not is_stored(result, file):
+            keep(file, result | {"machine": cpu_name()})
 
 
 # -------------------- Statistics --------------------
@@ -285,10 +395,19 @@ def paper_score(returns: list[np.ndarray], num_tasks: int, method: int):
 
 
 # -------------------- Tables --------------------
-def label(run: dict) -> dict:
-    """Add method and regime, which the benchmark writes into --exp-name as METHOD_REGIME."""
-    method, regime = run["exp_name"].rsplit("_", 1)
-    return run | {"method": method, "regime": regime}
+def method_and_regime(exp_name: str) -> dict[str, str]:
+    """Method and regime, which the benchmark writes into --exp-name as METHOD_REGIME; empty if it is another name."""
+    method, _, regime = exp_name.rpartition("_")
+    return {"method": method, "regime": regime} if method and regime in REGIMES else {}
+
+
+def labelled(runs: dict[Path, dict]) -> list[dict]:
+    """Collected runs with their method and regime; ReportError for a name without."""
+    for file, run in runs.items():
+        if not method_and_regime(run["exp_name"]):
+            known = ", ".join(REGIMES)
+            raise ReportError(f"{file}: exp_name {run['exp_name']} is not METHOD_REGIME, of the regimes {known}: move it away")
+    return [run | method_and_regime(run["exp_name"]) for run in runs.values()]
 
 
 def cells(runs: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
@@ -588,7 +707,8 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
         if title != "return":
             axis.set_ylim(-0.03, 1.03)
         axis.tick_params(labelsize=8)
-    axes[0][0].legend(fontsize=8)
+    if axes[0][0].get_legend_handles_labels()[0]:
+        axes[0][0].legend(fontsize=8)
     fig.tight_layout()
     return fig
 
@@ -622,24 +742,14 @@ GRAPHGPO_CURVES = {
 }
 
 
-def collect_graphgpo(args: Args) -> None:
-    """Write results/graphgpo_sokoban/runs/<episodes>/<run>.json for every finished run of graphgpo_sokoban.py."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for path in sorted(Path(args.runs).glob("graphgpo-*/*/result.json")):
-        result = json.loads(path.read_text())
-        episodes = str(result["args"]["total_episodes"])
-        file = Path(args.results) / "graphgpo_sokoban" / "runs" / episodes / f"{path.parent.name}.json"
-        if is_stored(result, file):
-            continue
-        events, total = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload(), result["total_episodes"]
-        tags = events.Tags()["scalars"]
-        points = {
-            name: [(e.step, e.value) for e in events.Scalars(tag)] for name, tag in GRAPHGPO_CURVES.items() if tag in tags
-        }
-        result["curves"] = {name: on_grid(curve, total) for name, curve in points.items()}
-        result["curves"]["episodes"] = np.linspace(0, total, GRID_POINTS + 1)[1:].round().astype(int).tolist()
-        store(result, file)
+def collect_graphgpo(args: Args, keep=store) -> None:
+    """Keep results/graphgpo_sokoban/runs/<episodes>/<run>.json of every finished run of graphgpo_sokoban.py."""
+    for folder, result in finished_runs(args, "graphgpo-*", GRAPHGPO | of_kind("an integer", "args.total_episodes")):
+        episodes, total = str(result["args"]["total_episodes"]), result["total_episodes"]
+        file = Path(args.results) / "graphgpo_sokoban" / "runs" / episodes / f"{folder.name}.json"
+        if not is_stored(result, file):
+            curves = gridded(read_scalars(folder, total), GRAPHGPO_CURVES, total, "episodes")
+            keep(file, result | {"curves": curves, "machine": cpu_name()})
 
 
 def seed_mean(scores):
@@ -652,11 +762,12 @@ def mean_and_interval(scores, form: str = ".3f") -> str:
     return span(np.mean(scores), bootstrap_interval([np.asarray(scores, dtype=float)], seed_mean), form)
 
 
-def graphgpo_report(args: Args) -> str:
+def graphgpo_report(args: Args, new: dict[Path, dict] | None = None) -> str:
     """Table of graphgpo_sokoban.py's runs, and its plot unless --check; empty without runs."""
     by_method = collections.defaultdict(dict)
-    for path in sorted((Path(args.results) / "graphgpo_sokoban" / "runs").glob("*/*.json")):
-        run = json.loads(path.read_text())
+    for run in load(
+        Path(args.results) / "graphgpo_sokoban", GRAPHGPO | ON_GRID | of_kind("a number", "curves.episodes.0"), new
+    ).values():
         by_method[(run["total_episodes"], run["versions"]["algorithm"]), run["exp_name"]][run["seed"]] = run
     parts = ["# GraphGPO on Sokoban", "Means over seeds with 95 % bootstrap intervals. Written by report.py."]
     area = functools.partial(area_under_curve, name="success")
@@ -817,12 +928,11 @@ def plot_popo(methods: dict[str, list[dict]], axis_name: str):
     return fig
 
 
-def write_popo_report(args: Args, write) -> None:
+def write_popo_report(args: Args, write, new: dict[Path, dict] | None) -> None:
     """Table and plots of results/popo_countdown/, one set per task, length, step size and algorithm version."""
     folder, groups = Path(args.results) / "popo_countdown", collections.defaultdict(lambda: collections.defaultdict(list))
-    for path in sorted(folder.glob("runs/*/*.json")):
-        run = json.loads(path.read_text())
-        group = run["env_id"], int(path.parent.name), run["args"]["learning_rate"], run["versions"]["algorithm"]
+    for run in load(folder, POPO | MACHINE, new).values():
+        group = run["env_id"], run["args"]["total_timesteps"], run["args"]["learning_rate"], run["versions"]["algorithm"]
         groups[group][run["exp_name"].removesuffix("-fast")].append(run)
     for (env_id, steps, rate, version), found in sorted(groups.items()):
         order = [*POPO_METHODS, *sorted(found.keys() - POPO_METHODS.keys())]
@@ -854,23 +964,17 @@ VLA_CURVES = {
 }
 
 
-def collect_vla(args: Args) -> None:
-    """Write results/vla_tiny/runs/<steps>/<run>.json for every finished run of `benchmark.sh vla`, a point per rollout."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for path in sorted(Path(args.runs).glob("vla-tiny/*/result.json")):
-        result = json.loads(path.read_text())
-        file = Path(args.results) / "vla_tiny" / "runs" / str(result["args"]["total_timesteps"]) / f"{path.parent.name}.json"
-        if is_stored(result, file):
-            continue
-        events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
-        tags = events.Tags()["scalars"]
-        points = {n: {e.step: e.value for e in events.Scalars(tag)} if tag in tags else {} for n, tag in VLA_CURVES.items()}
-        steps = sorted(points["entropy"])
-        curves = {
-            name: [round(values[step], 4) if step in values else None for step in steps] for name, values in points.items()
-        }
-        store(result | {"curves": curves | {"steps": steps}}, file)
+def collect_vla(args: Args, keep=store) -> None:
+    """Keep results/vla_tiny/runs/<steps>/<run>.json of every finished run of `benchmark.sh vla`, a point per rollout."""
+    keys = VLA | of_kind("an integer", "args.total_timesteps")
+    for folder, result in finished_runs(args, "vla-tiny", keys, with_regime=True):
+        file = Path(args.results) / "vla_tiny" / "runs" / str(result["args"]["total_timesteps"]) / f"{folder.name}.json"
+        if not is_stored(result, file):
+            scalars = read_scalars(folder, result["total_timesteps"])
+            points = {name: dict(scalars.get(tag, [])) for name, tag in VLA_CURVES.items()}
+            steps = sorted(points["entropy"])
+            curves = {name: [round(p[step], 4) if step in p else None for step in steps] for name, p in points.items()}
+            keep(file, result | {"curves": curves | {"steps": steps}, "machine": cpu_name()})
 
 
 def vla_success(run: dict, states: range, evaluation: int = -1) -> float:
@@ -878,11 +982,10 @@ def vla_success(run: dict, states: range, evaluation: int = -1) -> float:
     return float(np.mean([solved for _, state, solved in run["evaluations"][evaluation]["successes"] if state in states]))
 
 
-def vla_report(args: Args) -> str:
+def vla_report(args: Args, new: dict[Path, dict] | None = None) -> str:
     """Tables of `benchmark.sh vla`, and their plots unless --check, a set per suite, length, version; empty without runs."""
     groups = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for path in sorted((Path(args.results) / "vla_tiny" / "runs").glob("*/*.json")):
-        run = label(json.loads(path.read_text()))
+    for run in labelled(load(Path(args.results) / "vla_tiny", VLA | CURVES_TOO | of_kind("a number", "curves.steps.0"), new)):
         group = run["env_id"], run["total_timesteps"], run["versions"]["algorithm"]
         groups[group][run["args"]["buffer_size"], run["method"]][run["seed"]] = run
     parts = []
@@ -968,13 +1071,15 @@ def plot_vla(by_cell: dict):
 
 
 # -------------------- Report --------------------
-def write_report(args: Args) -> list[str]:
-    """Tables, plots and the README block from the collected JSON files; the names of files whose text has changed."""
+def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
+    """Tables, plots and the README block from the collected JSON files; the names of files whose text has changed.
+
+    With --check nothing is written, and runs in `new`, {file: run}, count as if they were stored.
+    """
     results, changed = Path(args.results), []
     groups = collections.defaultdict(list)
-    for path in sorted(results.glob("runs/*/*.json")):
-        run = json.loads(path.read_text())
-        groups[int(path.parent.name), run["versions"]["algorithm"]].append(label(run))
+    for run in labelled(load(results, BENCHMARK | ON_GRID | of_kind("a number", "curves.steps.0"), new)):
+        groups[run["args"]["total_timesteps"], run["versions"]["algorithm"]].append(run)
 
     def write(path: Path, text: str) -> None:
         if not path.exists() or path.read_text() != text:
@@ -982,7 +1087,7 @@ def write_report(args: Args) -> list[str]:
             if not args.check:
                 path.write_text(text)
 
-    for folder, text in (("graphgpo_sokoban", graphgpo_report(args)), ("vla_tiny", vla_report(args))):
+    for folder, text in (("graphgpo_sokoban", graphgpo_report(args, new)), ("vla_tiny", vla_report(args, new))):
         if text:
             write(results / folder / "tables.md", text)
     readme_block, most = "", max(map(len, groups.values()), default=0)
@@ -1037,7 +1142,7 @@ def write_report(args: Args) -> list[str]:
             if more_rows:
                 parts += [shared_scope, f"![the same, every method](results/buffer-all-rows-{name}.png)"]
         readme_block = "\n\n".join(parts) + "\n"
-    write_popo_report(args, write)
+    write_popo_report(args, write, new)
     readme = Path(args.readme)
     if readme.exists() and readme_block:
         text = readme.read_text()
@@ -1048,25 +1153,25 @@ def write_report(args: Args) -> list[str]:
 
 def main(args: Args) -> None:
     if args.pending:
-        try:
-            print("\n".join(pending(sys.stdin.read().splitlines(), args)))
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+        print("\n".join(pending(sys.stdin.read().splitlines(), args)))
         return
     if not args.check:
-        collect(args)
-        collect_graphgpo(args)
-        collect_vla(args)
-    try:
-        changed = write_report(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        new = {}
+        for collect_suite in (collect, collect_graphgpo, collect_popo, collect_vla):
+            collect_suite(args, new.__setitem__)
+        if new:
+            write_report(dataclasses.replace(args, check=True), new)  # what is wrong with them shows before they are stored
+        for file, result in new.items():
+            store(file, result)
+    changed = write_report(args)
     if args.check and changed:
         sys.exit("not current: " + ", ".join(changed) + "; run python report.py")
     print("\n".join(["report written:", *changed]) if changed else "report is current")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

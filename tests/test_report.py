@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, read_json
+from torch.utils.tensorboard import SummaryWriter
 
 import gipo_continuous
 import report
@@ -290,7 +291,8 @@ def test_readme_shows_the_largest_set_of_runs(tmp_path):
     for steps, seeds in (("300000", (1, 2)), ("2000000", (1,))):
         (tmp_path / "runs" / steps).mkdir(parents=True)
         for seed in seeds:
-            (tmp_path / "runs" / steps / f"{seed}.json").write_text(json.dumps(result | {"seed": seed}))
+            args = result["args"] | {"total_timesteps": int(steps)}
+            (tmp_path / "runs" / steps / f"{seed}.json").write_text(json.dumps(result | {"seed": seed, "args": args}))
     report.write_report(report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md")))
     assert "2 runs of 300,000 steps" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "benchmark-2000000-v1.md").exists()
@@ -304,6 +306,135 @@ def test_a_newer_version_is_not_overwritten(tmp_path):
         file = result | {"args": result["args"] | {"gamma": gamma}, "versions": {"algorithm": version}}
         (tmp_path / "x.json").write_text(json.dumps(file))
         assert report.is_stored(result, tmp_path / "x.json") == stored
+
+
+# -------------------- Files that are damaged, or not the benchmark's --------------------
+def finished_run(run_dir, exp_name, seed=1, last=512, **args):
+    """A run folder such as gipo_continuous.py leaves, without its checkpoint; its events end at step `last` of 512."""
+    result = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    del result["curves"], result["machine"]
+    result |= {"exp_name": exp_name, "seed": seed, "total_timesteps": 512}
+    result["args"] |= {"exp_name": exp_name, "seed": seed, "total_timesteps": 512, **args}
+    folder = run_dir / f"reach-v3__{exp_name}__{seed}"
+    with SummaryWriter(folder) as writer:
+        for step in range(64, last + 1, 64):
+            writer.add_scalar("charts/episodic_return", seed, step)
+            writer.add_scalar("charts/episodic_success", step / 512, step)
+    (folder / "args.json").write_text(json.dumps(result["args"] | {"algorithm_version": 1}))
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Arguments of report.py with folders of their own, and one good run."""
+    finished_run(tmp_path / "runs" / "benchmark-512", "gipo_stale")
+    (tmp_path / "results").mkdir()
+    return report.Args(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), readme="none")
+
+
+def stored(args):
+    return sorted(str(path.relative_to(args.results)) for path in Path(args.results).rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "cannot be read"),
+        ('{"env_id": "reach-v', "cannot be read"),
+        ("[]", "holds no JSON object"),
+        ({"seed": None}, "seed must be an integer, not None"),
+        ({"seed": True}, "seed must be an integer, not True"),
+        ({"total_timesteps": "512"}, "total_timesteps must be an integer, not '512'"),
+        ({"eval_return_mean": None}, "eval_return_mean must be a number, not None"),
+        ({"versions": {"torch": "2"}}, "has no versions.algorithm"),
+        ({"args": []}, "args must be an object, not []"),
+        ({"args": {"gamma": 1}}, "has no args.total_timesteps"),
+    ],
+)
+def test_a_damaged_result_is_named_and_nothing_is_stored(place, text, said):
+    file = finished_run(Path(place.runs) / "benchmark-512", "ppo_on-policy") / "result.json"
+    file.write_text(text if isinstance(text, str) else json.dumps(read_json(file) | text))
+    with pytest.raises(report.ReportError, match=f"^{re.escape(str(file))}.*{re.escape(said)}"):
+        report.main(place)
+    assert stored(place) == []
+    shutil.rmtree(file.parent)
+    report.main(place)
+    assert "runs/512/reach-v3__gipo_stale__1.json" in stored(place)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"exp_name": "mykernel"}, "exp_name mykernel is not METHOD_REGIME"),
+        ({"exp_name": "gipo_old"}, "exp_name gipo_old is not METHOD_REGIME"),
+        ({"curves": {"success": [0.5] * 30}}, "has no curves.steps.0"),
+        ({"curves": {"steps": [*range(30)], "success": [0.5] * 40}}, "its curves differ in length"),
+        ({"curves": {"steps": [*range(30)], "success": ["0.5"] * 30}}, "must be a number or null, not '0.5'"),
+    ],
+)
+def test_a_damaged_file_of_the_results_is_named(place, change, said):
+    report.main(place)
+    file = Path(place.results) / "runs" / "512" / "reach-v3__gipo_stale__1.json"
+    file.write_text(json.dumps(read_json(file) | change))
+    with pytest.raises(report.ReportError, match=f"^{re.escape(str(file))}.*{re.escape(said)}"):
+        report.write_report(place)
+
+
+def test_errors_are_one_sentence_and_exit_code_2(place):
+    file = Path(place.runs) / "benchmark-512" / "reach-v3__gipo_stale__1" / "result.json"
+    file.write_text("")
+    command = [sys.executable, str(ROOT / "report.py"), "--runs", place.runs, "--results", place.results, "--readme", "none"]
+    for flags in ([], ["--pending"]):
+        process = subprocess.run([*command, *flags], capture_output=True, text=True, input="")
+        assert process.returncode == 2 and process.stderr.startswith(f"error: {file} ") and process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("last", [0, 256])
+def test_event_files_that_are_missing_or_cut_are_named(place, last):
+    folder = finished_run(Path(place.runs) / "benchmark-512", "ppo_on-policy", last=last)
+    with pytest.raises(report.ReportError, match=f"^{re.escape(str(folder))}: .* end at step {last} of 512"):
+        report.main(place)
+    assert stored(place) == []
+
+
+def test_runs_of_ones_own_do_not_get_into_the_results(place, capsys):
+    """In a folder of the benchmark: a name without a regime, and a copy. They are mentioned, and do no harm."""
+    report.main(place)
+    before = stored(place)
+    own = finished_run(Path(place.runs) / "benchmark-512", "mykernel")
+    shutil.copytree(Path(place.runs) / "benchmark-512" / "reach-v3__gipo_stale__1", own.with_name("copy"))
+    capsys.readouterr()
+    report.main(place)
+    copied, named, current = capsys.readouterr().out.splitlines()
+    assert copied.startswith(f"not collected: {own.with_name('copy')} (it holds the run reach-v3__gipo_stale__1)")
+    assert named.startswith(f"not collected: {own} (its exp-name is not METHOD_REGIME") and current == "report is current"
+    assert stored(place) == before
+    shutil.rmtree(Path(place.runs))
+    report.main(place)
+    assert capsys.readouterr().out == "report is current\n"
+
+
+def test_a_mixture_is_refused_before_it_is_stored(place):
+    """A run of one's own under a method's name: the report works again once it is moved away."""
+    report.main(place)
+    before = stored(place)
+    own = finished_run(Path(place.runs) / "benchmark-512", "gipo_stale", seed=2, gamma=0.5)
+    with pytest.raises(report.ReportError, match="reach-v3 seed 1 and reach-v3 seed 2 differ in gamma"):
+        report.main(place)
+    assert stored(place) == before
+    shutil.rmtree(own)
+    report.main(place)
+    assert stored(place) == before
+
+
+def test_a_later_version_leaves_the_earlier_ones_runs(place):
+    report.main(place)
+    file = Path(place.runs) / "benchmark-512" / "reach-v3__gipo_stale__1" / "result.json"
+    file.write_text(json.dumps(read_json(file) | {"versions": {"algorithm": 2}}))
+    report.main(place)
+    assert {"runs/512/reach-v3__gipo_stale__1.json", "runs/512-v2/reach-v3__gipo_stale__1.json"} <= {*stored(place)}
+    assert {"benchmark-512-v1.md", "benchmark-512-v2.md"} <= {*stored(place)}
 
 
 def test_variants_meet_their_counterparts():
@@ -451,7 +582,8 @@ def test_runs_skips_resumes_and_reports(checkout):
     assert process.returncode == 0, process.stdout + process.stderr
     folders = [checkout / "runs" / "benchmark-512" / f"reach-v3__{name}__1" for name in ("gipo_fresh", "ppo_on-policy")]
     assert all((folder / "result.json").exists() for folder in folders) and "2 of 2 runs" in process.stdout
-    stored = [read_json(checkout / "results" / "runs" / "512" / f"{folder.name}.json") for folder in folders]
+    steps = f"512-v{VERSION}"
+    stored = [read_json(checkout / "results" / "runs" / steps / f"{folder.name}.json") for folder in folders]
     assert all(run["machine"] and len(run["curves"]["steps"]) == 30 for run in stored)
     table = (checkout / "results" / f"benchmark-512-v{VERSION}.md").read_text()
     assert "| fresh | gipo | 1 |" in table and "| on-policy | ppo | 1 |" in table
@@ -460,7 +592,7 @@ def test_runs_skips_resumes_and_reports(checkout):
     }
 
     # A stored run with other arguments is replaced by the run folder's.
-    path = checkout / "results" / "runs" / "512" / f"{folders[0].name}.json"
+    path = checkout / "results" / "runs" / steps / f"{folders[0].name}.json"
     other = stored[0] | {"args": stored[0]["args"] | {"gamma": 0.5}}
     path.write_text(json.dumps(other))
     subprocess.run([sys.executable, "report.py"], cwd=checkout, check=True, capture_output=True)
