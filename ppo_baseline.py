@@ -1143,8 +1143,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         return json.loads((run_folder / "result.json").read_text())
     main_thread = threading.current_thread() is threading.main_thread()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    may_fork = cores > 1 and not multiprocessing.current_process().daemon
-    collector = Worker(Collector, args, own_process=args.overlap and may_fork)
+    own_process = args.overlap and cores > 1 and not multiprocessing.current_process().daemon  # which may have no children
+    collector = Worker(Collector, args, own_process=own_process)
     at_exit.callback(collector.close)
     (obs_dim, action_dim), horizon = collector.call("dims"), collector.call("horizon")
     if args.capture_video:
@@ -1163,11 +1163,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     rollout_size = args.num_envs * args.num_steps
     num_segments = max(args.buffer_size // rollout_size, 1) * args.num_envs
     shape = (args.num_steps, num_segments)
-    gigabytes, memory = (
-        (2 * obs_dim + 2 * action_dim + 6) * 4e-9 * math.prod(shape),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
-    )
-    if not args.cuda and gigabytes > memory:
+    gigabytes = (2 * obs_dim + 2 * action_dim + 6) * 4e-9 * math.prod(shape)
+    if not args.cuda and gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
         raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
     rb = {
         "obs": torch.zeros(*shape, obs_dim, device=device),  # raw, not normalised
