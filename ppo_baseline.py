@@ -1327,7 +1327,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             mb_stats["gipo/policy_lag"] = iteration - mb["versions"].mean()
             for name, value in mb_stats.items():
                 stats[name].append(value)
-        agent.update_normalizer(fresh["obs"])  # after the update, so that log ratios on fresh data are 0
+        agent.update_normalizer(fresh["obs"])  # after the update, in which the policy moves by its gradient alone
         scalars = {name: torch.stack(values).mean().item() for name, values in stats.items()}  # waits for the GPU
         seconds["update"] += time.perf_counter() - t0
 

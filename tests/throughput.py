@@ -1,148 +1,170 @@
-"""Measure training speed against the stock environment, and where the time goes.
+"""Measure training speed: version 2 against version 1 in alternation, the stock environment, and the arithmetic limit.
 
-    taskset -c 0 python tests/throughput.py --output results/throughput.json     # on one core
+    python tests/throughput.py --output results/throughput.json      # or ./benchmark.sh throughput
 
-Prints JSON; --output FILE also appends it to the list in that file. Everything is timed in one process, the stock environment
-before and after the training run, so that ratios hold on a noisy machine.
+Every figure is of a process of its own on the cores that it is given, and every round runs all contenders once, so that ratios
+within a round hold on a noisy machine. Version 1 comes from this repository's history. stable-baselines3 is measured where it
+is installed, cleanrl where --cleanrl names its ppo_continuous_action.py. Prints JSON.
 """
 
-import dataclasses
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
-import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gipo_continuous
-import ppo_baseline
+ROOT = Path(__file__).resolve().parent.parent
+VERSION_1 = "5a39e45"  # its last commit
+SAME = "--num-envs 8 --num-steps 16 --hidden-size 64"  # as the other libraries: 10 updates of 128 per 128 steps, 64 units
+CONTENDERS = {  # name -> cores, script of version 1 or 2, flags
+    "gipo, version 1": (1, "v1/gipo_continuous.py", ""),
+    "gipo": (1, "v2/gipo_continuous.py", ""),
+    "gipo --torch-compile": (1, "v2/gipo_continuous.py", "--torch-compile"),
+    "gipo, two cores": (2, "v2/gipo_continuous.py", ""),
+    "gipo --torch-compile, two cores": (2, "v2/gipo_continuous.py", "--torch-compile"),
+    "ppo, version 1": (1, "v1/ppo_baseline.py", ""),
+    "ppo": (1, "v2/ppo_baseline.py", ""),
+}
+LIMIT = """
+import time, torch
+torch.set_num_threads(1)
+layers = [(39, 256), (256, 256), (256, 1024), (39, 256), (256, 256), (256, 1)]  # of actor and critic on Meta-World
+tensors = [(torch.randn(128, i), torch.randn(i, o), torch.randn(128, o)) for i, o in layers]
+def update():
+    for x, weight, grad in tensors:
+        x @ weight, x.T @ grad  # forward, gradient of the weight
+        if len(weight) > 39:
+            grad @ weight.T  # gradient of the input
+for _ in range(30):
+    update()
+start = time.perf_counter()
+for _ in range(300):
+    update()
+print((time.perf_counter() - start) / 300)
+"""
+STOCK = """
+import time, gymnasium as gym, metaworld, numpy as np
+env = gym.make("Meta-World/MT1", env_name="{env_id}", seed=1, disable_env_checker=True)
+actions = np.random.default_rng(0).uniform(-1, 1, (3000, 4)).astype(np.float32)
+start = time.perf_counter()
+for i, action in enumerate(actions):
+    if i % 500 == 0:
+        env.reset()
+    env.step(action)
+print(len(actions) / (time.perf_counter() - start))
+"""
+SB3 = """
+import time, gymnasium as gym, torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+torch.set_num_threads(1)
+model = PPO("MlpPolicy", make_vec_env("HalfCheetah-v5", 8), n_steps=16, batch_size=128, n_epochs=10, device="cpu")
+model.learn(1280)
+start = time.perf_counter()
+model.learn({steps})
+print({steps} / (time.perf_counter() - start))
+"""
 
 
 @dataclass
 class Args:
-    script: str = "gipo_continuous"
-    """gipo_continuous or ppo_baseline"""
-    env_ids: list[str] = field(default_factory=lambda: ["reach-v3"])
-    """Meta-World tasks"""
-    total_timesteps: int = 30_000
-    """length of the training run"""
-    buffer_size: int = 20_000
-    """replay buffer in environment steps"""
-    num_steps: int = 16
-    """steps of each of the 8 environments per rollout"""
-    minibatch_size: int = 128
-    """environment steps per update"""
-    updates_per_iteration: int = 10
-    """updates per rollout"""
-    policy_head: str = "categorical"
-    """gaussian or categorical"""
-    num_bins: int = 256
-    """of the categorical head"""
-    fast_env: bool = True
-    """the rewritten helper functions of Meta-World"""
-    async_envs: bool = False
-    """environments in processes"""
+    env_id: str = "reach-v3"
+    """Meta-World task"""
+    steps: int = 30_000
+    """environment steps of each run"""
+    rounds: int = 5
+    """how often every contender runs"""
+    cleanrl: str | None = None
+    """path of cleanrl's ppo_continuous_action.py"""
     output: str | None = None
-    """JSON file to extend"""
+    """JSON file to write"""
 
 
-def stock_steps_per_second(env_id: str, steps: int = 2000) -> float:
-    """Random actions in the package's own environment, resets included."""
-    env = gym.make("Meta-World/MT1", env_name=env_id, seed=1, disable_env_checker=True)
-    actions = np.random.default_rng(0).uniform(-1, 1, (steps, 4)).astype(np.float32)
-    start = time.perf_counter()
-    for i, action in enumerate(actions):
-        if i % 500 == 0:
-            env.reset()
-        env.step(action)
-    return steps / (time.perf_counter() - start)
+def run(command: list[str], cores: int, folder: Path) -> str:
+    """Run a command on so many cores: -> what it prints."""
+    taskset = ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.run([*taskset, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
 
 
-def timed(function, seconds: dict, key: str):
-    """`function`, adding its duration to seconds[key]."""
-
-    def wrapper(*args, **kwargs):
-        start = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            seconds[key] += time.perf_counter() - start
-
-    return wrapper
+def training_speed(folder: Path, script: str, flags: str, cores: int, env_id: str, steps: int) -> float:
+    """Steps per second of a run without evaluation."""
+    flags = f"--env-id {env_id} --total-timesteps {steps} --eval-episodes 0 --run-dir runs --overwrite {flags}"
+    run([sys.executable, script, *flags.split()], cores, folder)
+    (result,) = (folder / "runs").glob("*/result.json")
+    speed = json.loads(result.read_text())["sps"]
+    result.unlink()
+    return speed
 
 
-def measure(args: Args, env_id: str) -> dict:
-    """One short training run with timers around the simulator, the networks and the optimiser."""
-    script = {"gipo_continuous": gipo_continuous, "ppo_baseline": ppo_baseline}[args.script]
-    vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-    seconds = {"simulator": 0.0, "networks": 0.0, "optimizer": 0.0}
-    places = [
-        (vector_env, "step", "simulator"),
-        (torch.nn.Sequential, "forward", "networks"),
-        (torch.Tensor, "backward", "networks"),
-        (torch.optim.Adam, "step", "optimizer"),
-    ]
-    originals = [getattr(owner, name) for owner, name, _ in places]
-    before = stock_steps_per_second(env_id)
-    for (owner, name, key), original in zip(places, originals, strict=True):
-        setattr(owner, name, timed(original, seconds, key))
-    with tempfile.TemporaryDirectory() as run_dir:
-        run_args = script.Args(
-            env_id=env_id,
-            run_dir=run_dir,
-            total_timesteps=args.total_timesteps,
-            num_envs=8,
-            num_steps=args.num_steps,
-            buffer_size=args.buffer_size,
-            minibatch_size=args.minibatch_size,
-            updates_per_iteration=args.updates_per_iteration,
-            policy_head=args.policy_head,
-            num_bins=args.num_bins,
-            hidden_size=256,
-            eval_episodes=0,
-            fast_env=args.fast_env,
-            async_envs=args.async_envs,
-        )
-        result = script.main(run_args)
-        (checkpoint,) = Path(run_dir).glob("*/checkpoint.pt")
-        update_seconds = script.load_checkpoint(checkpoint)["seconds"]["update"]
-    for (owner, name, _), original in zip(places, originals, strict=True):
-        setattr(owner, name, original)
-    stock = (before + stock_steps_per_second(env_id)) / 2
-    training = result["total_timesteps"] / result["sps"]
-    updates = result["total_timesteps"] // (8 * args.num_steps) * args.updates_per_iteration
-    shares = {key: value / training for key, value in seconds.items()}
+def main(args: Args) -> dict:
+    """All rounds: -> medians, ratios and every single figure."""
+    rounds = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for version in ("v1", "v2"):
+            (folder / version).mkdir()
+            for script in ("gipo_continuous.py", "ppo_baseline.py"):
+                command = ["git", "-C", str(ROOT), "show", f"{VERSION_1}:{script}"]
+                source = (ROOT / script).read_bytes() if version == "v2" else subprocess.check_output(command)
+                (folder / version / script).write_bytes(source)
+        for _ in range(args.rounds):
+            seconds = float(run([sys.executable, "-c", LIMIT], 1, folder))
+            figures = {"stock environment": float(run([sys.executable, "-c", STOCK.format(env_id=args.env_id)], 1, folder))}
+            figures["matrix products of the updates alone"] = 128 / (10 * seconds)
+            for contender, (cores, script, flags) in CONTENDERS.items():
+                figures[contender] = training_speed(folder, script, flags, cores, args.env_id, args.steps)
+            same = f"{SAME} --minibatch-size 128"
+            figures["HalfCheetah: ppo"] = training_speed(folder, "v2/ppo_baseline.py", same, 1, "HalfCheetah-v5", args.steps)
+            same += " --trust-weight none --policy-head gaussian --ratio joint"
+            figures["HalfCheetah: gipo"] = training_speed(
+                folder, "v2/gipo_continuous.py", same, 1, "HalfCheetah-v5", args.steps
+            )
+            if subprocess.run([sys.executable, "-c", "import stable_baselines3"], capture_output=True).returncode == 0:
+                steps = args.steps // 128 * 128
+                figures["HalfCheetah: stable-baselines3"] = float(
+                    run([sys.executable, "-c", SB3.format(steps=steps)], 1, folder).split()[-1]
+                )
+            if args.cleanrl:
+                flags = (
+                    f"--env-id HalfCheetah-v5 --total-timesteps {args.steps} --num-envs 8 --num-steps 16 --num-minibatches 1"
+                )
+                output = run([sys.executable, args.cleanrl, *flags.split(), "--no-cuda"], 1, folder)
+                figures["HalfCheetah: cleanrl"] = float(output.split("SPS:")[-1])
+            rounds.append({key: round(value, 1) for key, value in figures.items()})
+            print(rounds[-1], file=sys.stderr, flush=True)
+
+    def ratio(a: str, b: str) -> list[float]:
+        values = [row[a] / row[b] for row in rounds if a in row and b in row]
+        return [round(float(value), 3) for value in (np.median(values), min(values), max(values))] if values else []
+
+    pairs = [(name, "gipo, version 1") for name in CONTENDERS if name.startswith("gipo") and name != "gipo, version 1"]
+    pairs += [("ppo", "ppo, version 1"), *((name, "stock environment") for name in ("gipo", "gipo, two cores"))]
+    pairs += [(name, "matrix products of the updates alone") for name in ("gipo", "gipo, two cores")]
+    pairs += [("HalfCheetah: ppo", f"HalfCheetah: {other}") for other in ("stable-baselines3", "cleanrl")]
     return {
-        "env_id": env_id,
-        **{key: value for key, value in dataclasses.asdict(args).items() if key not in ("env_ids", "output")},
-        "stock_random_steps_per_second": round(stock),
-        "training_steps_per_second": round(result["sps"]),
-        "ratio": round(result["sps"] / stock, 3),
-        "shares": {key: round(value, 3) for key, value in shares.items()} | {"other": round(1 - sum(shares.values()), 3)},
-        "milliseconds_per_update": round(1000 * update_seconds / updates, 2),
-        "peak_memory_mb": round(result["peak_memory_mb"]),
-        "command": "tests/throughput.py " + " ".join(sys.argv[1:]),
+        "command": "python tests/throughput.py " + " ".join(sys.argv[1:]),
+        "env_id": args.env_id,
+        "median_steps_per_second": {key: round(float(np.median([row[key] for row in rounds]))) for key in rounds[0]},
+        "ratios_median_least_most": {f"{a} / {b}": ratio(a, b) for a, b in pairs if ratio(a, b)},
+        "rounds": rounds,
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
-        "versions": result["versions"],
+        "date": time.strftime("%Y-%m-%d"),
     }
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", module="gymnasium")
     args = tyro.cli(Args)
-    results = [measure(args, env_id) for env_id in args.env_ids]
-    print(json.dumps(results, indent=2))
+    content = json.dumps(main(args), indent=2)
+    print(content)
     if args.output:
-        path = Path(args.output)
-        path.parent.mkdir(exist_ok=True)
-        earlier = json.loads(path.read_text()) if path.exists() else []
-        path.write_text(json.dumps(earlier + results, indent=2) + "\n")
+        Path(args.output).write_text(content + "\n")
