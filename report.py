@@ -1,6 +1,7 @@
 """Benchmark runs -> results/: one small JSON per run, tables, plots, and the results block of the README.
 
-    python report.py              # after ./benchmark.sh; also from the committed JSON files alone
+    python report.py                        # after ./benchmark.sh; also from the committed JSON files alone
+    python report.py --compare my/runs      # any runs: a table and a plot of them, written beside them
 
 Statistics as recommended in arXiv 2108.13264: interquartile mean over all runs of a cell, 95 % intervals by a bootstrap that
 resamples seeds within each task, probability of improvement by task.
@@ -29,6 +30,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent
 REGIMES = ("on-policy", "fresh", "recent", "stale", "very-stale")
+SUITES = ("benchmark-*", "graphgpo-*", "popo-*", "vla-*")  # folders of benchmark.sh
 GRID_POINTS = 30  # of a collected curve
 CURVES = {  # name in the JSON -> TensorBoard tag
     "return": "charts/episodic_return",
@@ -67,8 +69,10 @@ LINES = {"on-policy": "solid", "fresh": "dotted", "recent": "solid", "stale": "d
 
 @dataclass
 class Args:
+    compare: tuple[str, ...] = ()
+    """folders of any runs: print a table of them, write it and a plot into the first of the folders, and do nothing else"""
     runs: str = "runs"
-    """folder with the benchmark-* folders of benchmark.sh"""
+    """folder with the benchmark-* folders of benchmark.sh; another one that has run folders instead is compared"""
     results: str = "results"
     """folder of the JSON files, tables and plots"""
     readme: str = "README.md"
@@ -196,9 +200,7 @@ def identity(result: dict) -> str:
 def stored_runs(args: Args) -> list[dict]:
     """Every result: files collected in results/, then run folders that are not collected yet."""
     collected = [path for pattern in ("runs", "*/runs") for path in Path(args.results).glob(f"{pattern}/*/*.json")]
-    folders = [
-        path for kind in ("benchmark", "graphgpo", "popo", "vla") for path in Path(args.runs).glob(f"{kind}-*/*/result.json")
-    ]
+    folders = [path for suite in SUITES for path in Path(args.runs).glob(f"{suite}/*/result.json")]
     return [read(path, IDENTITY) for path in sorted(collected + folders)]
 
 
@@ -209,13 +211,23 @@ def store(file: Path, result: dict) -> None:
     os.replace(file.with_suffix(".tmp"), file)
 
 
+def setting(run: dict) -> dict:
+    """What the runs of a table's cell have in common: all that decides the outcome but task and seed."""
+    args = outcome_args(run["args"]) | {"algorithm_version": run["versions"]["algorithm"]}
+    return {key: value for key, value in args.items() if key not in ("env_id", "suite", "tasks", "seed")}
+
+
+def differences(settings: list[dict]) -> list[str]:
+    """The arguments that settings have different values of."""
+    keys = dict.fromkeys(key for one in settings for key in one)
+    return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
+
+
 def refuse_mixture(name: str, runs: list[dict]) -> None:
     """ReportError unless the runs of a table's cell differ in task and seed only."""
-    settings = [
-        {k: v for k, v in outcome_args(run["args"]).items() if k not in ("env_id", "suite", "tasks", "seed")} for run in runs
-    ]
+    settings = [setting(run) for run in runs]
     for run, other in zip(runs, settings, strict=True):
-        different = [key for key in settings[0] | other if settings[0].get(key) != other.get(key)]
+        different = differences([settings[0], other])
         if different:
             pair = [f"{r.get('env_id')} seed {r['seed']}" for r in (runs[0], run)]
             raise ReportError(
@@ -1070,6 +1082,145 @@ def plot_vla(by_cell: dict):
     return fig
 
 
+# -------------------- Any runs --------------------
+COMPARED = RUN | of_kind("a text", "env_id") | of_kind("an integer", "total_timesteps") | of_kind("a number", "sps")
+COMPARED |= of_kind("a number or null", "eval_success_rate eval_return_mean train_return_mean")
+COLUMNS = {  # of the table of --compare: what it shows of a run
+    "steps": lambda run: run["total_timesteps"],
+    "success": lambda run: run["eval_success_rate"],
+    "return": lambda run: run["eval_return_mean"],
+    "training return": lambda run: run["train_return_mean"],
+    "area, success": lambda run: mean_from_start(run, "success"),
+    "area, return": lambda run: mean_from_start(run, "return"),
+    "steps/s": lambda run: run["sps"],
+}
+LEGEND = "Mean [lowest, highest] over the seeds. success, return: of the final evaluation; training return: of the last 100 "
+LEGEND += "episodes; area: mean of the training curve, from the first finished episode on."
+
+
+def mean_from_start(run: dict, name: str) -> float:
+    """Mean of a training curve from the first finished episode on; NaN without a curve."""
+    curve = filled_curve(run, name)
+    return mean(curve[~np.isnan(curve)])
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The folders directly in `folder` that hold a run, finished or not."""
+    return sorted({file.parent for name in ("args.json", "result.json") for file in folder.glob(f"*/{name}")})
+
+
+def read_runs(folders: list[Path]) -> tuple[dict[tuple[str, str], list[dict]], list[str]]:
+    """{(task, name): finished runs with their curves}, and a line about every run that is not in them as it should be."""
+    found, notes = collections.defaultdict(dict), []
+    for path in [path for folder in folders for path in run_folders(folder)]:
+        if not (path / "result.json").exists():
+            args, scalars = read(path / "args.json", {}), read_scalars(path, 0)
+            step = max((points[-1][0] for points in scalars.values()), default=0)
+            total = args.get("total_timesteps", args.get("total_episodes", "?"))
+            notes.append(f"unfinished: {path}, at step {step} of {total}")
+            continue
+        run = read(path / "result.json", COMPARED)
+        total = run.get("total_episodes", run["total_timesteps"])  # GraphGPO's curves are over episodes
+        try:
+            scalars = read_scalars(path, total)
+        except ReportError as error:
+            notes.append(f"without its curves: {error}")
+            scalars = {}
+        run["curves"] = gridded(scalars, {name: CURVES[name] for name in ("return", "success")}, total, "steps")
+        name = run["exp_name"] if len(folders) == 1 else f"{path.parent}/{run['exp_name']}"
+        other, _ = found[run["env_id"], name].setdefault(run["seed"], (path, run))
+        if other != path:
+            raise ReportError(f"{other} and {path} hold runs of one task, name and seed: move one of them away")
+    runs = {}
+    for (task, name), by_seed in sorted(found.items()):
+        group = [run for _, (_, run) in sorted(by_seed.items())]
+        settings = [setting(run) for run in group]
+        different = [f"{key} ({', '.join(str(one.get(key)) for one in settings)})" for key in differences(settings)]
+        if different:
+            notes.append(f"not averaged: {name} on {task}, whose runs differ in {', '.join(different)}")
+            runs |= {(task, f"{name}, seed {run['seed']}"): [run] for run in group}
+        else:
+            runs[task, name] = group
+    return runs, notes
+
+
+def comparison_table(runs: dict[tuple[str, str], list[dict]]) -> str:
+    """One row per task and name, without the columns that no run fills; aligned, to be read on a terminal, too."""
+
+    def text(value):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+    def cell(values):
+        known = [value for value in values if value is not None and not math.isnan(value)]
+        spread = f" [{text(min(known))}, {text(max(known))}]" if len(known) > 1 and min(known) < max(known) else ""
+        return text(mean(known)) + spread if known else "-"
+
+    rows = [[task, name, str(len(group))] for (task, name), group in runs.items()]
+    rows = [["task", "run", "seeds"], *rows]
+    for column, key in COLUMNS.items():
+        entries = [cell([key(run) for run in group]) for group in runs.values()]
+        if {*entries} != {"-"}:
+            rows = [[*row, entry] for row, entry in zip(rows, [column, *entries], strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
+def plot_comparison(runs: dict[tuple[str, str], list[dict]]):
+    """Training return, and success where there is one, a panel per task: mean over the seeds, band from lowest to highest."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for _, name in runs))
+    curves = {  # of every panel: {name: (steps, values)}
+        (quantity, task): {
+            name: (group[0]["curves"]["steps"], np.array([filled_curve(run, quantity) for run in shown]))
+            for (of, name), group in runs.items()
+            if of == task and (shown := [run for run in group if has_curve(run, quantity)])
+        }
+        for quantity in ("return", "success")
+        for task in dict.fromkeys(task for task, _ in runs)
+    }
+    curves = {panel: lines for panel, lines in curves.items() if lines}
+    columns = max(min(len(curves), 4), 1)
+    rows = max(-(-len(curves) // columns), 1)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.0 * rows + 0.6), squeeze=False)
+    for axis, ((quantity, task), lines) in zip(axes.flat, curves.items(), strict=False):
+        for name, (steps, values) in lines.items():
+            place = names.index(name)
+            line = {"color": COLORS[place % len(COLORS)], "linestyle": list(LINES.values())[place // len(COLORS) % 5]}
+            axis.plot(steps, values.mean(0), label=name, linewidth=1.6, **line)
+            axis.fill_between(steps, values.min(0), values.max(0), color=line["color"], alpha=0.15, linewidth=0)
+        axis.set_title(f"{task}, {quantity}", fontsize=10)
+        axis.set_xlabel("steps", fontsize=9)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.locator_params(axis="x", nbins=5)
+        axis.tick_params(labelsize=8)
+    for axis in axes.flat[len(curves) :]:
+        axis.axis("off")
+    entries = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    title = "training: mean over the seeds, band from the lowest to the highest"
+    fig.legend(entries.values(), entries.keys(), title=title, loc="upper center", ncols=columns, fontsize=8, title_fontsize=8)
+    fig.tight_layout(rect=(0, 0, 1, 1 - (0.3 + 0.17 * -(-len(entries) // columns)) / fig.get_figheight()))
+    return fig
+
+
+def compare(folders: list[Path]) -> None:
+    """Table and plot of any runs: to the terminal, and as compare.md and compare.png into the first folder."""
+    for folder in folders:
+        if not run_folders(folder):
+            raise ReportError(f"--compare {folder}: no folder in it holds a run, that is an args.json or a result.json")
+    runs, notes = read_runs(folders)
+    file = folders[0] / "compare.md"
+    notes = "\n".join(f"* {note}" for note in notes)
+    parts = [comparison_table(runs), LEGEND] if runs else []
+    text = "\n\n".join(part for part in [*parts, notes] if part)
+    print(text)
+    if runs:
+        file.write_text(f"{text}\n\n![training curves](compare.png)\n")
+        draw(file.with_suffix(".png"), plot_comparison, runs)
+        print(f"\nwritten: {file}, {file.with_suffix('.png')}")
+
+
 # -------------------- Report --------------------
 def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
     """Tables, plots and the README block from the collected JSON files; the names of files whose text has changed.
@@ -1155,7 +1306,14 @@ def main(args: Args) -> None:
     if args.pending:
         print("\n".join(pending(sys.stdin.read().splitlines(), args)))
         return
+    runs = Path(args.runs)
+    benchmark = [folder for suite in SUITES for folder in runs.glob(suite)]
+    if args.compare or (run_folders(runs) and not benchmark and args.runs != Args.runs and not args.check):
+        compare([Path(folder) for folder in args.compare or [args.runs]])
+        return
     if not args.check:
+        if run_folders(runs):
+            print(f"{runs} has runs outside the benchmark, too: python report.py --compare {runs} shows them")
         new = {}
         for collect_suite in (collect, collect_graphgpo, collect_popo, collect_vla):
             collect_suite(args, new.__setitem__)

@@ -309,17 +309,24 @@ def test_a_newer_version_is_not_overwritten(tmp_path):
 
 
 # -------------------- Files that are damaged, or not the benchmark's --------------------
-def finished_run(run_dir, exp_name, seed=1, last=512, **args):
-    """A run folder such as gipo_continuous.py leaves, without its checkpoint; its events end at step `last` of 512."""
+def finished_run(run_dir, exp_name, seed=1, last=512, env_id="reach-v3", **args):
+    """A run folder such as gipo_continuous.py leaves, without its checkpoint; its events end at step `last` of 512.
+
+    Its scores follow from the seed. Meta-World's tasks have a success, and its curve rises in a line to 1.
+    """
     result = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
     del result["curves"], result["machine"]
-    result |= {"exp_name": exp_name, "seed": seed, "total_timesteps": 512}
-    result["args"] |= {"exp_name": exp_name, "seed": seed, "total_timesteps": 512, **args}
-    folder = run_dir / f"reach-v3__{exp_name}__{seed}"
+    result |= {"env_id": env_id, "exp_name": exp_name, "seed": seed, "total_timesteps": 512, "sps": 1000.0 * seed}
+    result |= {"eval_success_rate": 0.25 * seed, "eval_return_mean": 100.0 * seed, "train_return_mean": 10.0 * seed}
+    if not env_id.endswith("-v3"):
+        result["eval_success_rate"] = None
+    result["args"] |= {"env_id": env_id, "exp_name": exp_name, "seed": seed, "total_timesteps": 512, **args}
+    folder = run_dir / f"{env_id}__{exp_name}__{seed}"
     with SummaryWriter(folder) as writer:
         for step in range(64, last + 1, 64):
             writer.add_scalar("charts/episodic_return", seed, step)
-            writer.add_scalar("charts/episodic_success", step / 512, step)
+            if result["eval_success_rate"] is not None:
+                writer.add_scalar("charts/episodic_success", step / 512, step)
     (folder / "args.json").write_text(json.dumps(result["args"] | {"algorithm_version": 1}))
     (folder / "result.json").write_text(json.dumps(result))
     return folder
@@ -435,6 +442,114 @@ def test_a_later_version_leaves_the_earlier_ones_runs(place):
     report.main(place)
     assert {"runs/512/reach-v3__gipo_stale__1.json", "runs/512-v2/reach-v3__gipo_stale__1.json"} <= {*stored(place)}
     assert {"benchmark-512-v1.md", "benchmark-512-v2.md"} <= {*stored(place)}
+
+
+# -------------------- Any runs --------------------
+def compared(capsys, *folders, **args):
+    """What report.py prints of these folders: the cells of its table's rows, and the lines below."""
+    report.main(report.Args(compare=tuple(map(str, folders)), **args))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("|")]
+    assert len({len(line) for line in lines if line.startswith("|")}) <= 1  # aligned
+    return rows, [line for line in lines if line and not line.startswith("|")]
+
+
+def test_comparison_by_hand(tmp_path, capsys):
+    for seed in (1, 2):
+        finished_run(tmp_path, "gipo", seed)
+    finished_run(tmp_path, "mykernel")
+    finished_run(tmp_path, "mykernel", env_id="Pendulum-v1")
+    rows, lines = compared(capsys, tmp_path)
+    assert rows[0][:8] == ["task", "run", "seeds", "steps", "success", "return", "training return", "area, success"]
+    assert rows[0][8:] == ["area, return", "steps/s"]
+    assert rows[2] == ["Pendulum-v1", "mykernel", "1", "512", "-", "100", "10", "-", "1", "1,000"]
+    # On the grid of 30 stretches the points 1/8 ... 8/8 fill 4, 4, 3, 4, 4, 4, 3, 1 of those from the fourth on: 110/8 of 27.
+    expected = ["reach-v3", "gipo", "2", "512", "0.375 [0.25, 0.5]", "150 [100, 200]", "15 [10, 20]", "0.509"]
+    assert rows[3] == [*expected, "1.5 [1, 2]", "1,500 [1,000, 2,000]"]
+    assert rows[4] == ["reach-v3", "mykernel", "1", "512", "0.25", "100", "10", "0.509", "1", "1,000"] and len(rows) == 5
+    assert lines[-1] == f"written: {tmp_path / 'compare.md'}, {tmp_path / 'compare.png'}"
+    text = (tmp_path / "compare.md").read_text()
+    assert "| mykernel" in text and "![training curves](compare.png)" in text
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+    runs, _ = report.read_runs([tmp_path])
+    panels = {axis.get_title(): axis for axis in report.plot_comparison(runs).axes if axis.get_title()}
+    assert [*panels] == ["Pendulum-v1, return", "reach-v3, return", "reach-v3, success"]
+    ends = {line.get_label(): line.get_ydata()[-1] for line in panels["reach-v3, return"].lines}
+    assert ends == {"gipo": 1.5, "mykernel": 1.0}
+    assert np.isnan(panels["reach-v3, return"].lines[0].get_ydata()[:3]).all()  # no episode had ended
+    band = panels["reach-v3, return"].collections[0].get_paths()[0].get_extents()
+    assert (band.y0, band.y1) == (1.0, 2.0)
+
+
+def test_runs_without_a_benchmark_are_compared(place, capsys):
+    """--runs does it where there is nothing else to do; results/ and the README stay as they are."""
+    plain = Path(place.runs).parent / "mine"
+    finished_run(plain, "gipo")
+    readme = plain / "README.md"
+    readme.write_text("<!-- benchmark -->\n<!-- /benchmark -->\n")
+    report.main(report.Args(runs=str(plain), results=place.results, readme=str(readme)))
+    assert "| reach-v3 | gipo | 1 " in capsys.readouterr().out and (plain / "compare.md").exists()
+    assert stored(place) == [] and readme.read_text().count("\n") == 2
+    finished_run(Path(place.runs), "gipo")
+    report.main(place)
+    assert f"report.py --compare {place.runs} shows them" in capsys.readouterr().out
+    assert "runs/512/reach-v3__gipo_stale__1.json" in stored(place) and not (Path(place.runs) / "compare.md").exists()
+
+
+def test_runs_with_other_arguments_are_not_averaged(tmp_path, capsys):
+    finished_run(tmp_path, "gipo", 1)
+    finished_run(tmp_path, "gipo", 2, gamma=0.5)
+    rows, lines = compared(capsys, tmp_path)
+    assert [row[1] for row in rows[2:]] == ["gipo, seed 1", "gipo, seed 2"]
+    assert "* not averaged: gipo on reach-v3, whose runs differ in gamma (0.99, 0.5)" in lines
+    file = finished_run(tmp_path, "gipo", 3) / "result.json"
+    file.write_text(json.dumps(read_json(file) | {"versions": {"algorithm": 7}}))
+    _, lines = compared(capsys, tmp_path)
+    assert lines[1].endswith("whose runs differ in gamma (0.99, 0.5, 0.99), algorithm_version (1, 1, 7)")
+
+
+def test_unfinished_runs_and_missing_curves_are_listed(tmp_path, capsys):
+    finished_run(tmp_path, "gipo")
+    (finished_run(tmp_path, "gipo", 2, last=128) / "result.json").unlink()
+    (finished_run(tmp_path, "gipo", 3, last=0) / "result.json").unlink()
+    cut, lost = finished_run(tmp_path, "cut", last=256), finished_run(tmp_path, "lost", last=0)
+    rows, lines = compared(capsys, tmp_path)
+    assert f"* unfinished: {tmp_path / 'reach-v3__gipo__2'}, at step 128 of 512" in lines
+    assert f"* unfinished: {tmp_path / 'reach-v3__gipo__3'}, at step 0 of 512" in lines
+    assert f"* without its curves: {cut}: its TensorBoard files end at step 256 of 512" in "\n".join(lines)
+    by_name = {row[1]: row for row in rows}
+    assert by_name["cut"][7:9] == by_name["lost"][7:9] == ["-", "-"] and by_name["lost"][4] == "0.25"
+    assert by_name["gipo"][2] == "1" and by_name["gipo"][8] == "1"
+    lines = [line.get_label() for line in report.plot_comparison(report.read_runs([tmp_path])[0]).axes[0].lines]
+    assert lines == ["gipo"]
+    for folder in (cut, lost, tmp_path / "reach-v3__gipo__1"):
+        shutil.rmtree(folder)
+    rows, lines = compared(capsys, tmp_path)
+    assert not rows and len(lines) == 2
+
+
+def test_several_folders_are_compared(tmp_path, capsys):
+    """The folder is part of the name: the same flags in a fork are another method."""
+    for folder in ("ours", "fork"):
+        finished_run(tmp_path / folder, "gipo")
+    rows, _ = compared(capsys, tmp_path / "ours", tmp_path / "fork")
+    assert [row[1] for row in rows[2:]] == [f"{tmp_path}/fork/gipo", f"{tmp_path}/ours/gipo"]
+    assert (tmp_path / "ours" / "compare.md").exists() and not (tmp_path / "fork" / "compare.md").exists()
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+    arguments = report.Args(compare=(str(tmp_path),))
+    with pytest.raises(report.ReportError, match=f"--compare {tmp_path}: no folder in it holds a run"):
+        report.main(arguments)
+    folder = finished_run(tmp_path, "gipo")
+    shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(report.ReportError, match=f"copy and {folder} hold runs of one task, name and seed"):
+        report.main(arguments)
+    (tmp_path / "copy" / "result.json").write_text('{"exp_name": "gi')
+    with pytest.raises(report.ReportError, match=f"^{tmp_path / 'copy' / 'result.json'} cannot be read"):
+        report.main(arguments)
+    assert not (tmp_path / "compare.md").exists()
 
 
 def test_variants_meet_their_counterparts():
