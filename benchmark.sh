@@ -53,6 +53,13 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ "$workers" =~ ^[1-9][0-9]*$ ]] || die "--workers $workers must be a positive number"
+[[ "${steps-1}" =~ ^[1-9][0-9]*$ ]] || die "--steps $steps must be a positive integer"
+for option in tasks seeds methods regimes; do
+    [[ "${!option--}" =~ ^\ *[A-Za-z0-9_.:/-][A-Za-z0-9_.:/\ -]*$ ]] || die "--$option '${!option}' must be names with spaces between them"
+done
+for seed in ${seeds-}; do
+    [[ "$seed" =~ ^(0|[1-9][0-9]*)$ ]] || die "--seeds: '$seed' must be an integer, 0 or more"
+done
 python="${PYTHON:-.venv/bin/python}"
 [ -x "$(command -v "$python")" ] || die "$python not found: set up the environment as the README says, or set PYTHON"
 if [ "$suite" = throughput ]; then

@@ -508,14 +508,12 @@ class Collector:
             thunks = [functools.partial(build_in_worker, thunk, os.getpid()) for thunk in thunks]
         vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
         self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        self.obs_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
-        check_spaces(args, self.obs_space, self.action_space)
-        with seeded(args.seed):
-            self.agent = Agent(*self.dims(), args)
+        self.action_space = self.envs.single_action_space
 
     def dims(self) -> tuple[int, int]:
-        """Sizes of an observation and of an action."""
-        return self.obs_space.shape[0], self.action_space.shape[0]
+        """Sizes of an observation and of an action; ArgumentError where the spaces are of no use."""
+        check_spaces(self.args, self.envs.single_observation_space, self.action_space)
+        return self.envs.single_observation_space.shape[0], self.action_space.shape[0]
 
     def horizon(self) -> int:
         """Time limit of an episode, in steps."""
@@ -523,6 +521,8 @@ class Collector:
 
     def reset(self, snapshot: dict | None = None) -> None:
         """Begin, or go on where the snapshot was taken."""
+        with seeded(self.args.seed):
+            self.agent = Agent(*self.dims(), self.args)
         if snapshot:
             self.envs.set_attr("resume_from", [{**e, "actions": list(e["actions"].numpy())} for e in snapshot["envs"]])
             self.generator.set_state(snapshot["generator"])
@@ -620,18 +620,21 @@ def serve(pipe, parents_end, factory, args) -> None:
     """Main function of a Worker's process: build the object, then answer calls; an exception is sent, and ends it."""
     parents_end.close()
     follow_parent()
-    try:
-        instance, answer = factory(*args), None
-        while True:
-            pipe.send((None, "", convert(answer, torch.Tensor, torch.Tensor.numpy)))
-            name, arguments = pipe.recv()
-            answer = getattr(instance, name)(*convert(arguments, np.ndarray, torch.from_numpy))
-    except Exception as error:
+    with contextlib.ExitStack() as at_exit:
         try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # some exceptions do not survive the way
-            error = RuntimeError(f"{type(error).__name__}: {error}")
-        pipe.send((error, traceback.format_exc(), None))
+            instance, answer = factory(*args), None
+            at_exit.callback(instance.close)
+            while True:
+                pipe.send((None, "", convert(answer, torch.Tensor, torch.Tensor.numpy)))
+                name, arguments = pipe.recv()
+                answer = getattr(instance, name)(*convert(arguments, np.ndarray, torch.from_numpy))
+        except Exception as error:
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:  # some exceptions do not survive the way
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # the pipe is closed: no more calls
+                pipe.send((error, traceback.format_exc(), None))
 
 
 class Worker:
@@ -688,8 +691,12 @@ class Worker:
         return self.result()
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
-        if self.process is not None:
+        """Close the object; end the process, whatever it is doing."""
+        if self.process is None:
+            self.instance.close()
+        else:
+            self.pipe.close()
+            self.process.join(timeout=2.0)
             self.process.kill()
             self.process.join()
 
@@ -1405,7 +1412,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         sys.exit(128 + stop_signals[0])
     if not args.eval_episodes:
         save_models(run_folder, agent, config, None, global_step)
-    collector.call("close")
     collector.close()
     seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
