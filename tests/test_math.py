@@ -1,7 +1,10 @@
 """The mathematics of both scripts against closed forms and slow reference implementations written independently here."""
 
+import collections
+import contextlib
 import dataclasses
 import math
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -448,12 +451,12 @@ def test_termination_and_truncation_differ_by_the_bootstrap_alone(estimate, data
 
 
 @PROPERTY
-@given(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 10))
-def test_next_values_are_those_of_the_real_next_observation(seed, steps):
+@given(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 10), share=st.sampled_from([0.0, 0.3, 1.0]))
+def test_next_values_are_those_of_the_real_next_observation(seed, steps, share):
     """The critic is asked at done rows and after the last row only, and the answer equals asking it everywhere."""
     rng = np.random.default_rng(seed)
     obs, final_obs = torch.tensor(rng.normal(size=(steps, 4, 3))), torch.tensor(rng.normal(size=(steps, 4, 3)))
-    dones = torch.tensor(rng.random((steps, 4)) < 0.3).double()
+    dones = torch.tensor(rng.random((steps, 4)) < share).double()
     next_obs = torch.cat([obs[1:], final_obs[-1:]])
     next_obs = torch.where(dones.unsqueeze(-1) > 0, final_obs, next_obs)
     asked = []
@@ -463,10 +466,20 @@ def test_next_values_are_those_of_the_real_next_observation(seed, steps):
         return (x * torch.tensor([1.0, -2.0, 0.5])).sum(-1)
 
     values, masks = get_value(obs), dones.clone()
-    next_values = gipo.get_next_values(SimpleNamespace(get_value=get_value), values, next_obs, dones)
-    np.testing.assert_allclose(next_values, (next_obs * torch.tensor([1.0, -2.0, 0.5])).sum(-1), rtol=1e-12)
+    end_values = gipo.get_end_values(SimpleNamespace(get_value=get_value), next_obs, dones)
+    next_values = gipo.get_next_values(values, end_values, dones)
+    for t, j in np.ndindex(steps, 4):
+        ends = t == steps - 1 or bool(dones[t, j])
+        value = float(next_obs[t, j] @ torch.tensor([1.0, -2.0, 0.5]).double())
+        assert next_values[t, j].item() == pytest.approx(value, rel=1e-12)
+        assert end_values[t, j].item() == pytest.approx(value if ends else 0.0, rel=1e-12)
     assert torch.equal(dones, masks)
     assert asked[1:] == [int(dones[:-1].sum()) + 4]
+
+
+def test_end_values_have_no_gradient():
+    agent, dones = make_agent("gaussian"), torch.tensor([[0.0], [1.0], [0.0]])
+    assert not gipo.get_end_values(agent, torch.randn(3, 1, OBS_DIM), dones).requires_grad
 
 
 @SCRIPTS
@@ -488,11 +501,14 @@ def test_segments_are_drawn_once_before_any_is_repeated(script, num_filled, num_
         assert set(once) <= set(range(num_filled))
 
 
-def test_segments_are_shuffled():
-    torch.manual_seed(0)
+def test_segments_are_shuffled_by_the_generator_given():
     args = gipo.Args(num_steps=16, minibatch_size=160, updates_per_iteration=10)
-    first, second = gipo.sample_segments(100, args).flatten().tolist(), gipo.sample_segments(100, args).flatten().tolist()
+    generator, again = (torch.Generator().manual_seed(4) for _ in range(2))
+    state = torch.get_rng_state()
+    first, second = (gipo.sample_segments(100, args, generator).flatten().tolist() for _ in range(2))
     assert first != second and first != sorted(first)
+    assert gipo.sample_segments(100, args, again).flatten().tolist() == first
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # -------------------- The agent --------------------
@@ -579,7 +595,7 @@ def sharp_agent(bins):
 @pytest.mark.parametrize("bins", [7, 64, 256])
 @pytest.mark.parametrize("make", [sharp_agent, lambda bins: make_agent("categorical", num_bins=bins)], ids=["sharp", "flat"])
 def test_categorical_samples_follow_the_probabilities(make, bins):
-    agent, draws = make(bins), 200_000
+    agent, draws = make(bins), 50_000
     obs = torch.randn(1, OBS_DIM).expand(draws, OBS_DIM)
     with torch.no_grad():
         action, *_ = agent.get_action_and_logprob(obs)
@@ -590,6 +606,49 @@ def test_categorical_samples_follow_the_probabilities(make, bins):
         chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum()
         assert chi2 < often.sum() + 6 * math.sqrt(2 * often.sum())
         assert counts[expected == 0].sum() == 0
+
+
+def agent_with(logits):
+    """An agent whose policy has these logits in every action dimension, whatever it sees."""
+    agent = make_agent("categorical", num_bins=len(logits))
+    with torch.no_grad():
+        agent.actor[-1].weight.zero_()
+        agent.actor[-1].bias.copy_(torch.tensor(logits).repeat(ACTION_DIM))
+    return agent
+
+
+@pytest.mark.parametrize(
+    ("uniform", "token"), [(0.0, 2), (0.125, 2), (0.25, 3), (0.5, 6), (0.625, 6), (0.75, 7), (1.0 - 2.0**-24, 7)]
+)
+def test_bins_of_probability_zero_are_never_drawn(uniform, token, monkeypatch):
+    """Not at the front, in the middle or at the back, even for the uniform draws at whose edges they are."""
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.full(size, uniform))
+    never = -200.0
+    action, logprob, _ = agent_with([never, never, 0, 0, never, never, 0, 0, never, never]).get_action_and_logprob(
+        torch.zeros(2, OBS_DIM)
+    )
+    np.testing.assert_allclose((action + 1) / 2 * 9, token, atol=1e-5)
+    np.testing.assert_allclose(logprob.detach(), math.log(0.25), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bins", [2, 7, 256])
+def test_the_largest_uniform_draw_finds_a_bin(bins, monkeypatch):
+    """Whatever a cumulative sum in float32 ends at, a little below or above 1."""
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.full(size, 1.0 - 2.0**-24))
+    agent = make_agent("categorical", num_bins=bins)
+    action, logprob, _ = agent.get_action_and_logprob(torch.randn(2000, OBS_DIM))
+    assert action.max() <= 1.0 and torch.isfinite(logprob).all()
+
+
+@HEADS
+def test_a_generator_decides_the_sample(head):
+    """The same one again gives the same actions, and the global one is neither asked nor moved."""
+    agent, obs, state = make_agent(head), torch.randn(50, OBS_DIM), torch.get_rng_state()
+    one, two = (torch.Generator().manual_seed(5) for _ in range(2))
+    action = agent.get_action_and_logprob(obs, generator=one)[0]
+    assert torch.equal(agent.get_action_and_logprob(obs, generator=two)[0], action)
+    assert not torch.equal(agent.get_action_and_logprob(obs, generator=one)[0], action)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("bins", [2, 7, 64, 256])
@@ -648,6 +707,200 @@ def test_normalizer_is_part_of_the_saved_model():
     other.load_state_dict(agent.state_dict())
     obs = torch.randn(4, OBS_DIM)
     assert torch.equal(other.normalize(obs), agent.normalize(obs))
+
+
+# -------------------- Log-probability and entropy of bins --------------------
+SHAPES = pytest.mark.parametrize("shape", [(7, 3), (4, 7, 3)])
+OUTPUTS = pytest.mark.parametrize("outputs", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=["both", "logprob", "entropy"])
+
+
+def log_prob_and_entropy(logits, token):
+    """The same by torch's own functions."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+def values_and_gradient(function, logits, token, weights):
+    """Both outputs, and the gradient of their sum under random weights of either sign."""
+    leaf, generator = logits.clone().requires_grad_(), torch.Generator().manual_seed(1)
+    values = function(leaf, token)
+    factors = [torch.randn(v.shape, generator=generator).to(v.dtype) * w for v, w in zip(values, weights, strict=True)]
+    sum((v * f).sum() for v, f in zip(values, factors, strict=True)).backward()
+    return [v.detach() for v in values], leaf.grad
+
+
+@SHAPES
+@OUTPUTS
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["float64", "float32"])
+def test_log_prob_and_entropy_against_autograd(shape, outputs, dtype, precision):
+    torch.manual_seed(2)
+    logits, token = 3 * torch.randn(*shape, 11, dtype=dtype), torch.randint(11, shape)
+    (ours, our_gradient), (theirs, their_gradient) = (
+        values_and_gradient(f, logits, token, outputs) for f in (gipo.LogProbAndEntropy.apply, log_prob_and_entropy)
+    )
+    for mine, reference in zip([*ours, our_gradient], [*theirs, their_gradient], strict=True):
+        torch.testing.assert_close(mine, reference, rtol=precision, atol=precision)
+
+
+@SHAPES
+def test_log_prob_and_entropy_by_finite_differences(shape):
+    torch.manual_seed(2)
+    token = torch.randint(4, shape)
+    logits = torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: gipo.LogProbAndEntropy.apply(x, token), logits)
+
+
+@pytest.mark.parametrize("scale", [0.0, 50.0, 1e4, 1e30])
+def test_log_prob_and_entropy_are_finite_for_extreme_logits(scale):
+    """Every bin taken once, the impossible ones too; a gradient of an entry is no larger than the weights make it."""
+    logits = torch.tensor([1.0, -1.0, 1.0, 0.5, 0.0]).mul(scale).expand(5, 5).contiguous()
+    values, gradient = values_and_gradient(gipo.LogProbAndEntropy.apply, logits, torch.arange(5), (1.0, 1.0))
+    reference, _ = values_and_gradient(log_prob_and_entropy, logits.double(), torch.arange(5), (1.0, 1.0))
+    for mine, exact in zip(values, reference, strict=True):
+        torch.testing.assert_close(mine, exact.float(), rtol=1e-5, atol=1e-6)
+    assert gradient.isfinite().all() and gradient.abs().max() < 20
+
+
+# -------------------- The loss --------------------
+def minibatch(script, agent, steps=4, number=3):
+    """Segments of an older policy, as the replay buffer holds them, episode ends among them."""
+    torch.manual_seed(5)
+    obs, dones = torch.randn(steps, number, OBS_DIM), (torch.rand(steps, number) < 0.3).float()
+    with torch.no_grad():
+        action, logprob, _ = agent.get_action_and_logprob(obs)
+    mb = {"obs": obs, "actions": action, "logprobs": logprob + 0.2 * torch.randn_like(logprob), "dones": dones}
+    mb |= {"rewards": torch.randn(steps, number), "terminations": dones * (torch.rand(steps, number) < 0.5)}
+    return mb | {"end_values": script.get_end_values(agent, torch.randn(steps, number, OBS_DIM), dones)}
+
+
+def loss_and_gradient(function, agent, mb, args):
+    agent.zero_grad()
+    agent.adv_std_peak.zero_()
+    loss, stats = function(agent, mb, args)
+    loss.backward()
+    return loss.detach(), stats, [p.grad.clone() for p in agent.parameters()], agent.adv_std_peak.clone()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("ratio", ["joint", "per-dim"])
+@pytest.mark.parametrize("vtrace", [False, True], ids=["gae", "vtrace"])
+@HEADS
+def test_loss_against_its_parts(script, head, ratio, vtrace):
+    """Written out from slow advantages and the published formulas; the logged numbers are its parts."""
+    args = script.Args(
+        policy_head=head, hidden_size=16, num_bins=9, ratio=ratio, vtrace=vtrace, kl_coef=0.3, ent_coef=0.2, vf_coef=0.7
+    )
+    agent = make_agent(head, num_bins=9)
+    mb = minibatch(script, agent)
+    loss, stats, _, peak = loss_and_gradient(script.compute_loss, agent, mb, args)
+    with torch.no_grad():
+        _, logprob, entropy = agent.get_action_and_logprob(mb["obs"], mb["actions"])
+        values = agent.get_value(mb["obs"])
+    logratio = logprob - mb["logprobs"]
+    following = torch.cat([values[1:], mb["end_values"][-1:]])
+    columns = {
+        "values": values,
+        "next_values": torch.where(mb["dones"] > 0, mb["end_values"], following),
+        "rewards": args.reward_scale * mb["rewards"],
+        "logratio": logratio.sum(-1),
+        "terminations": mb["terminations"],
+        "dones": mb["dones"],
+    }
+    data = SimpleNamespace(**{name: value.double().numpy() for name, value in columns.items()})
+    if vtrace:
+        advantages, returns = slow_vtrace(data, args.gamma, args.gae_lambda)
+    else:
+        advantages = slow_gae(data, args.gamma, args.gae_lambda)
+        returns = advantages + data.values
+    assert peak.item() == pytest.approx(advantages.std(), rel=1e-4)
+    advantages = (advantages - advantages.mean()) / advantages.std()
+    per_sample, repeated = logratio.double().sum(-1).numpy(), advantages
+    if ratio == "per-dim":
+        per_sample, repeated = logratio.double().numpy(), np.broadcast_to(advantages[..., None], logratio.shape)
+    method = "gipo-gaussian" if script is gipo else "ppo"
+    pairs = zip(per_sample.flatten(), repeated.flatten(), strict=True)
+    policy_loss = -np.mean([expected(method, x, advantage)[0] for x, advantage in pairs])
+    value_loss = 0.5 * np.mean((data.values - returns) ** 2)
+    mean_entropy = entropy.double().sum(-1).mean().item()
+    total = policy_loss - 0.2 * mean_entropy - 0.3 * per_sample.mean() + 0.7 * value_loss
+    logged = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": mean_entropy}
+    for name, value in logged.items():
+        assert stats[f"losses/{name}"].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert loss.item() == pytest.approx(total, rel=1e-4, abs=1e-6)
+    assert stats["gipo/logratio_std"].item() == pytest.approx(per_sample.std(), rel=1e-4)
+
+
+@SCRIPTS
+@HEADS
+def test_log_ratios_of_the_acting_policy_are_zero(script, head):
+    """Then every method's coefficient is 1, nothing is clipped, and the whole minibatch counts."""
+    args, agent = script.Args(policy_head=head, num_bins=9), make_agent(head, num_bins=9)
+    mb = minibatch(script, agent)
+    mb["logprobs"] = agent.get_action_and_logprob(mb["obs"], mb["actions"])[1].detach()
+    stats = script.compute_loss(agent, mb, args)[1]
+    for name in ("losses/approx_kl", "losses/clipfrac", "gipo/logratio_std"):
+        assert stats[name].item() == pytest.approx(0.0, abs=1e-6), name
+    for name in ("gipo/trust_min", "gipo/trust_mean", "gipo/effective_sample_size", "gipo/utilization"):
+        assert stats[name].item() == pytest.approx(1.0, abs=1e-6), name
+
+
+@pytest.mark.parametrize(("head", "backend"), [("categorical", "inductor"), ("gaussian", "aot_eager")])
+def test_the_compiled_loss_is_the_loss(head, backend):
+    """One graph; loss, numbers of the log and every gradient. The Gaussian is traced alone: compiling takes long."""
+    args, agent = gipo.Args(policy_head=head, num_bins=5, ent_coef=0.1, kl_coef=0.1), make_agent(head, num_bins=5)
+    mb = minibatch(gipo, agent)
+    torch.compiler.reset()
+    compiled = torch.compile(gipo.compute_loss, backend=backend, fullgraph=True)
+    eager, ours = (loss_and_gradient(function, agent, mb, args) for function in (gipo.compute_loss, compiled))
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
+    assert all(gradient.abs().max() > 1e-4 for gradient in eager[2])
+
+
+# -------------------- Small helpers --------------------
+def global_states():
+    return hash(random.getstate()), np.random.get_state()[1].tolist(), np.random.get_state()[2], torch.get_rng_state().tolist()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("fails", [False, True])
+def test_seeded_leaves_the_global_generators_as_they_were(script, fails):
+    """Also when what runs inside fails; inside, the seed decides."""
+    before, draws = global_states(), []
+    for seed in (3, 3, 4):
+        with contextlib.suppress(ZeroDivisionError), script.seeded(seed):
+            draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+            1 // (not fails)
+    assert global_states() == before
+    assert draws[0] == draws[1] and not set(draws[0]) & set(draws[2])
+
+
+@pytest.mark.parametrize(
+    ("successes", "rate"),
+    [
+        ([], None),
+        ([math.nan], None),
+        ([math.nan, math.nan], None),
+        ([0.0], 0.0),
+        ([1.0, 0.0, 1.0, 1.0], 0.75),
+        ([math.nan, 1.0, math.nan, math.nan], 0.25),
+        ([math.nan, 0.0], 0.0),
+        ((0.5, 1.0), 0.75),
+    ],
+)
+def test_success_rate(successes, rate):
+    assert gipo.success_rate(successes) == rate
+    assert gipo.success_rate(collections.deque(successes, maxlen=100)) == rate
+
+
+def test_convert_reaches_every_level_and_nothing_else():
+    tensor, text = torch.arange(3), "text"
+    tree = {"a": tensor, "b": [1, (tensor + 1, None)], "c": {"d": text, "e": (), "f": []}, 5: 2.5}
+    arrays = gipo.convert(tree, torch.Tensor, torch.Tensor.numpy)
+    assert type(arrays["a"]) is np.ndarray and type(arrays["b"][1]) is tuple and arrays["c"]["d"] is text
+    back = gipo.convert(arrays, np.ndarray, torch.from_numpy)
+    assert back.keys() == tree.keys() and type(back["b"]) is list and back["c"] == tree["c"] and back[5] == 2.5
+    assert torch.equal(back["a"], tensor) and torch.equal(back["b"][1][0], tensor + 1) and back["b"][1][1] is None
+    assert tree["a"] is tensor  # the original is left alone
 
 
 # -------------------- Schedules --------------------
