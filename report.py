@@ -239,7 +239,7 @@ def refuse_mixture(name: str, runs: list[dict]) -> None:
 
 
 def parsed(module, flags: list[str]):
-    """A script's arguments; ReportError for a task that it does not know, or a flag that it does not take."""
+    """A script's arguments; ReportError for those that it would refuse, a task that it does not know among them."""
     types = typing.get_type_hints(module.Args)
     field = "suite" if "suite" in types else "env_id"
     task, known = dict(itertools.pairwise(flags)).get(f"--{field.replace('_', '-')}"), typing.get_args(types[field])
@@ -248,32 +248,32 @@ def parsed(module, flags: list[str]):
         raise ReportError(f"--tasks {task} is unknown; try {', '.join(nearest)}")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # tyro's box of many lines
-            return module.parse_args(flags) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=flags)
+            args = module.parse_args(flags) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=flags)
     except SystemExit as error:
         raise ReportError(f"{module.__name__}.py does not take the flags {shlex.join(flags)}") from error
+    try:
+        if field != "suite":  # LIBERO's check needs its assets
+            module.check_args(args)
+    except ValueError as error:
+        raise ReportError(f"{module.__name__}.py: {error}".replace("--env-id", "--tasks")) from error
+    return args
 
 
 def pending(commands: list[str], args: Args) -> list[str]:
     """Those commands without a result of equal arguments and algorithm version. ReportError if one cannot run, or if its
     folder holds another run."""
     done = {identity(result) for result in stored_runs(args)}
-    left, checked = [], set()
+    left = []
     for command in commands:
         _, script, *flags = shlex.split(command)
         module = importlib.import_module(script.removesuffix(".py"))
         run_args = parsed(module, flags)
-        task = getattr(run_args, "suite", None) or run_args.env_id
-        if (script, task) not in checked and not hasattr(run_args, "suite"):  # LIBERO's needs its assets
-            try:
-                module.check_args(run_args)
-            except ValueError as error:
-                raise ReportError(f"{script}: {error}".replace("--env-id", "--tasks")) from error
-        checked.add((script, task))
         run_args = json.loads(json.dumps(vars(run_args)))  # tuples are lists in result.json
         if script == "ppo_baseline.py" and run_args["buffer_size"] < 2 * run_args["num_envs"] * run_args["num_steps"]:
             run_args["recompute_advantages"] = False  # as the script does on-policy
         if identity({"versions": {"algorithm": module.ALGORITHM_VERSION}, "args": run_args}) not in done:
             left.append(command)
+            task = run_args.get("env_id") or run_args["suite"]
             folder = Path(run_args["run_dir"]) / f"{task.replace('/', '-')}__{run_args['exp_name']}__{run_args['seed']}"
             saved = read(folder / "args.json", {}) if (folder / "args.json").exists() else None
             if saved is not None and saved.pop("algorithm_version", None) != module.ALGORITHM_VERSION:

@@ -681,6 +681,20 @@ def test_other_methods(checkout):
         (["quick", "--methods", "gipo-lr-"], "gipo-lr-"),
         (["quick", "--methods", "dqn-stored"], "unknown method 'dqn'"),
         (["quick", "--workers", "0"], "--workers 0"),
+        (["quick", "--steps", "-5"], "--steps -5 must be a positive integer"),
+        (["quick", "--steps", "0"], "--steps 0"),
+        (["graphgpo", "--steps", "1e3"], "--steps 1e3"),
+        (["throughput", "--steps", "many"], "--steps many"),
+        (["quick", "--seeds", "1 -1"], "--seeds: '-1' must be an integer, 0 or more"),
+        (["popo", "--seeds", "1.5"], "--seeds: '1.5'"),
+        (["quick", "--seeds", ""], "--seeds ''"),
+        (["quick", "--seeds", "1,2"], "--seeds '1,2' must be names with spaces between them"),
+        (["quick", "--tasks", "*"], "--tasks '*'"),
+        (["quick", "--tasks", "reach-v3 push"], "--tasks push is unknown; try push-v3"),
+        (["popo", "--tasks", "countdown3"], "--tasks countdown3 is unknown; try countdown-3"),
+        (["vla", "--tasks", "libero_spatia"], "--tasks libero_spatia is unknown; try libero_spatial"),
+        (["quick", "--methods", "gipo-0-1"], "--sigma 0.0 must be positive"),
+        (["quick", "--methods", "gipo-lr-fast"], "does not take the flags --buffer-size 5120"),
         (["graphgpo", "--methods", "gigop-step"], "unknown method 'gigop'"),
         (["graphgpo", "--tasks", "Sokoban"], "--tasks means nothing for graphgpo"),
         (["popo", "--regimes", "stale"], "--regimes means nothing for popo"),
@@ -688,7 +702,8 @@ def test_other_methods(checkout):
 )
 def test_bad_options(flags, named):
     process = benchmark(flags[0], "--dry-run", *flags[1:])  # so that a mistake starts no benchmark
-    assert process.returncode == 2 and named in process.stderr and "error: " in process.stderr
+    assert process.returncode == 2 and named in process.stderr and process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
     assert not process.stdout or named == "suite"  # there the usage
 
 
