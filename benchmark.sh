@@ -62,6 +62,7 @@ for seed in ${seeds-}; do
 done
 python="${PYTHON:-.venv/bin/python}"
 [ -x "$(command -v "$python")" ] || die "$python not found: set up the environment as the README says, or set PYTHON"
+quoted=$(printf %q "$python") # as a command line has it
 if [ "$suite" = throughput ]; then
     run=($(command -v taskset >/dev/null && echo "taskset -c 0") "$python" tests/throughput.py --env-ids ${tasks:-reach-v3 pick-place-v3} --total-timesteps "${steps:-60000}")
     if [ -n "$dry_run" ]; then echo "${run[*]}"; else "${run[@]}"; fi
@@ -155,7 +156,7 @@ if [ "$suite" = graphgpo ]; then
     for seed in $seeds; do
         for method in $methods; do
             flags=$(graphgpo_flags "$method")
-            commands+="$python graphgpo_sokoban.py --env-id Sokoban $flags --seed $seed --exp-name $method"
+            commands+="$quoted graphgpo_sokoban.py --env-id Sokoban $flags --seed $seed --exp-name $method"
             commands+=" --total-episodes $steps --run-dir $run_dir"$'\n'
         done
     done
@@ -167,7 +168,7 @@ for seed in $seeds; do # seeds outside: every cell has a first number early
             for regime in $regimes; do
                 script=$(vla_script "$method" "$regime")
                 for task in $tasks; do
-                    commands+="$python $script --suite $task --seed $seed --exp-name ${method}_$regime"
+                    commands+="$quoted $script --suite $task --seed $seed --exp-name ${method}_$regime"
                     commands+=" --total-timesteps $steps --run-dir $run_dir $eval"$'\n'
                 done
             done
@@ -177,7 +178,7 @@ for seed in $seeds; do # seeds outside: every cell has a first number early
             script=$(script_of "$method" "$regime")
             [ "$regime" != - ] || regime=""
             for task in $tasks; do
-                commands+="$python $script --env-id $task --seed $seed --exp-name ${method}${regime:+_$regime} --total-timesteps $steps"
+                commands+="$quoted $script --env-id $task --seed $seed --exp-name ${method}${regime:+_$regime} --total-timesteps $steps"
                 commands+=" --run-dir $run_dir $eval"$'\n'
             done
         done
@@ -212,7 +213,7 @@ except BlockingIOError: exit(75)' 2>/dev/null || code=$?
         echo "$folder.lock cannot be locked" >>"$failures"
     else
         [ -z "$(ls "$folder" 2>/dev/null)" ] || resume="--resume" # a lone .lock is no run yet
-        OMP_NUM_THREADS=1 $1 $resume >>"$folder.log" 2>&1 || code=$?
+        OMP_NUM_THREADS=1 "$python" ${1#"$quoted "} $resume >>"$folder.log" 2>&1 || code=$?
         [ $code -eq 0 ] || echo "$folder.log (exit code $code)" >>"$failures"
     fi
     echo >>"$finished"
@@ -234,25 +235,25 @@ if [ -n "$slurm" ]; then
 #SBATCH --mem=$([ "$suite" = vla ] && echo 8G || echo 2G)
 #SBATCH --time=04:00:00
 #SBATCH --output=$run_dir/slurm-%A_%a.out
-cd "$PWD"
+cd $(printf %q "$PWD")
 commands=\$(cat <<'COMMANDS'
 $pending
 COMMANDS
 )
-run_dir=$run_dir python=$python failures=\$(mktemp) finished=\$(mktemp) start=\$(date +%s)
+run_dir=$run_dir python=$quoted quoted=$(printf %q "$quoted") failures=\$(mktemp) finished=\$(mktemp) start=\$(date +%s)
 left=\$((($left - SLURM_ARRAY_TASK_ID) / $jobs + 1))
 $(declare -f run)
 for ((i = SLURM_ARRAY_TASK_ID; i <= $left; i += $jobs)); do run "\$(sed -n "\${i}p" <<<"\$commands")"; done
 cat "\$failures" && [ ! -s "\$failures" ]
 SBATCH
-    echo "sbatch $run_dir/array.sbatch     # $left runs; afterwards: $python report.py"
+    echo "sbatch $run_dir/array.sbatch     # $left runs; afterwards: $quoted report.py"
     exit
 fi
 
 start=$(date +%s) finished=$(mktemp) failures=$(mktemp) main=$$
 trap 'rm -f "$finished" "$failures"' EXIT
 export -f run
-export run_dir start finished failures left main python
+export run_dir start finished failures left main python quoted
 echo "$left of $total runs are left, $workers at a time, in $run_dir"
 [ "$left" -eq 0 ] || printf '%s\n' "$pending" | tr '\n' '\0' | xargs -0 -n 1 -P "$workers" bash -c 'run "$0"'
 if [ -s "$failures" ]; then

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -705,6 +706,33 @@ def test_bad_options(flags, named):
     assert process.returncode == 2 and named in process.stderr and process.stderr.startswith("error: ")
     assert process.stderr.count("\n") == 1
     assert not process.stdout or named == "suite"  # there the usage
+
+
+def test_python_in_a_folder_with_a_space(tmp_path):
+    """The commands printed can be pasted, the runs start, and so do those of the job script, in a project with one, too."""
+    project = tmp_path / "my project"
+    project.mkdir()
+    for file in ("benchmark.sh", "report.py", "gipo_continuous.py", "ppo_baseline.py"):
+        shutil.copy(ROOT / file, project)
+    python = tmp_path / "my env" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$1" >>"{tmp_path}/started"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    flags = [*SMALL, "--methods", "gipo"]
+    (command,) = benchmark("quick", *flags, "--dry-run", cwd=project, PYTHON=str(python)).stdout.splitlines()
+    assert shlex.split(command)[:2] == [str(python), "gipo_continuous.py"]
+    process = subprocess.run(["bash", "-c", f"{command} --help"], cwd=project, capture_output=True, text=True)
+    assert process.returncode == 0 and "--buffer-size" in process.stdout
+    process = benchmark("quick", *flags, cwd=project, PYTHON=str(python))
+    folder = project / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1"
+    assert process.returncode == 0 and (folder / "result.json").exists(), process.stdout + process.stderr
+    shutil.rmtree(folder)
+    shutil.rmtree(project / "results")
+    assert benchmark("quick", *flags, "--slurm", cwd=project, PYTHON=str(python)).returncode == 0
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "1"}
+    subprocess.run(["bash", folder.parent / "array.sbatch"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert (folder / "result.json").exists()
+    assert (tmp_path / "started").read_text().split().count("gipo_continuous.py") == 3
 
 
 def test_runs_skips_resumes_and_reports(checkout):
