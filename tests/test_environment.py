@@ -2,9 +2,11 @@
 
 import dataclasses
 import io
+import math
 import pickle
 import random
 import signal
+import sys
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -40,7 +42,7 @@ class Counting(gym.Env):
     action_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
 
     def __init__(self, length=3, successes=None, render_mode=None):
-        self.length, self.successes, self.episode = length, successes, -1
+        self.shortest, self.length, self.successes, self.episode = length, length, successes, -1
 
     def observe(self):
         return np.array([self.episode, self.steps], np.float32)
@@ -48,7 +50,7 @@ class Counting(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.length += seed % 1000
+            self.length = self.shortest + seed % 1000
             self.episode = -1
         self.episode, self.steps = self.episode + 1, 0
         return self.observe(), {"of": "reset"}
@@ -58,10 +60,6 @@ class Counting(gym.Env):
         done, terminates = self.steps == self.length, self.episode % 2 == 0
         info = {} if self.successes is None else {"success": self.successes[self.steps - 1]}
         return self.observe(), float(action[0]), done and terminates, done and not terminates, info
-
-
-def recorded(env):
-    return gipo.EpisodeRecorder(gym.wrappers.RecordEpisodeStatistics(env))
 
 
 def expert_action(task, policy, obs, rng, noise=0.2):
@@ -192,12 +190,22 @@ def test_mt10_is_ten_tasks_in_a_fixed_order():
 def test_boolean_flags(script):
     """Every boolean of Args is switched by --flag and --no-flag, with dashes or underscores; `--cuda False` is an error."""
     booleans = [field.name for field in dataclasses.fields(script.Args) if isinstance(field.default, bool)]
-    assert {"fast_env", "recompute_advantages", "cuda", "resume"} <= set(booleans)
-    for name in booleans:
+    assert {"overlap", "recompute_advantages", "cuda", "resume"} <= set(booleans)
+    for name in set(booleans) - {"resume"}:
         assert getattr(tyro.cli(script.Args, args=[f"--no-{name.replace('_', '-')}"]), name) is False
         assert getattr(tyro.cli(script.Args, args=[f"--{name}"]), name) is True
     with pytest.raises(SystemExit):
         tyro.cli(script.Args, args=["--cuda", "False"])
+
+
+@SCRIPTS
+def test_resume_takes_a_folder_or_nothing(script):
+    """Also before other flags, and from a default that is a folder."""
+    for flags, value in (([], False), (["--resume"], True), (["--resume", "a b"], "a b"), (["--resume", "--cuda"], True)):
+        assert tyro.cli(script.Args, args=flags).resume == value
+    assert tyro.cli(script.Args, args=["--cuda"], default=script.Args(resume="a b")) == script.Args(resume="a b", cuda=True)
+    with pytest.raises(SystemExit):
+        tyro.cli(script.Args, args=["--no-resume"])
 
 
 def test_generator_state_survives_a_file_with_weights_only(tmp_path):
@@ -217,23 +225,21 @@ def test_generator_state_survives_a_file_with_weights_only(tmp_path):
 # -------------------- EpisodeRecorder --------------------
 @pytest.mark.parametrize(
     ("successes", "latched"),
-    [([0, 0, 0], 0.0), ([1, 0, 0], 1.0), ([0, 1, 0], 1.0), ([0, 0, 1], 1.0), ([True, True, True], 1.0), (None, None)],
+    [([0, 0, 0], 0), ([1, 0, 0], 1), ([0, 1, 0], 1), ([0, 0, 1], 1), ([True, True, True], 1), (None, math.nan)],
 )
 def test_success_is_latched_and_info_is_empty_before_the_end(successes, latched):
-    env = recorded(Counting(3, successes))
+    env = gipo.EpisodeRecorder(Counting(3, successes))
     assert env.reset()[1] == {}
     action = np.ones(1, np.float32)
     for _ in range(2):
         *_, info = env.step(action)
         assert info == {}
     *_, info = env.step(action)
-    assert info.keys() == ({"episode"} if successes is None else {"episode", "success"})
-    assert (info["episode"]["r"], info["episode"]["l"]) == (3.0, 3)
-    assert info.get("success") == latched
+    assert info == pytest.approx({"return": 3.0, "length": 3, "success": latched}, nan_ok=True)
 
 
 def test_success_does_not_carry_over_to_the_next_episode():
-    env = recorded(Counting(2, [1, 0]))
+    env = gipo.EpisodeRecorder(Counting(2, [1, 0]))
     env.reset()
     for latched in (1.0, 0.0):
         env.step(np.ones(1, np.float32))
@@ -245,7 +251,7 @@ def test_success_does_not_carry_over_to_the_next_episode():
 def test_success_only_at_the_last_step_reaches_the_training_loop():
     """In both episode ends, with all environments done at once and with some of them."""
     for lengths in ((2, 2), (2, 4)):
-        thunks = [lambda n=n: recorded(Counting(n, [0] * (n - 1) + [1])) for n in lengths]
+        thunks = [lambda n=n: gipo.EpisodeRecorder(Counting(n, [0] * (n - 1) + [1])) for n in lengths]
         envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=SAME_STEP)
         envs.reset()
         for step in range(1, 9):
@@ -254,7 +260,8 @@ def test_success_only_at_the_last_step_reaches_the_training_loop():
             np.testing.assert_array_equal(dones, [step % n == 0 for n in lengths])
             if dones.any():
                 np.testing.assert_array_equal(infos["final_info"]["success"][dones], 1.0)
-                np.testing.assert_array_equal(infos["final_info"]["episode"]["l"][dones], np.array(lengths)[dones])
+                np.testing.assert_array_equal(infos["final_info"]["length"][dones], np.array(lengths)[dones])
+                np.testing.assert_array_equal(infos["final_info"]["return"][dones], np.array(lengths)[dones])
             else:
                 assert infos == {}
 
@@ -276,7 +283,7 @@ def test_an_episode_is_rebuilt_bit_for_bit(env_id):
     for _ in range(length + 57):  # into the second episode: its goal or start is not the first of the generator
         obs, *_ = envs.step(act(obs))
     file = io.BytesIO()
-    states = [{**e, "actions": torch.tensor(np.array(e["actions"]))} for e in envs.call("snapshot")]
+    states = list(envs.call("snapshot"))
     assert [len(state["actions"]) for state in states] == [57, 57]
     torch.save(states, file)
     file.seek(0)
@@ -290,20 +297,21 @@ def test_an_episode_is_rebuilt_bit_for_bit(env_id):
         np.testing.assert_array_equal(repeated[1], rewards)
         np.testing.assert_array_equal(repeated[3], truncations)
         if truncations.any():
-            for key in ("r", "l"):
-                np.testing.assert_array_equal(repeated[4]["final_info"]["episode"][key], infos["final_info"]["episode"][key])
+            for key in ("return", "length", "success"):
+                np.testing.assert_array_equal(repeated[4]["final_info"][key], infos["final_info"][key])
     assert [e["generator"] for e in resumed.call("snapshot")] == [e["generator"] for e in envs.call("snapshot")]
     envs.close()
     resumed.close()
 
 
 def test_a_rebuilt_episode_keeps_its_latched_success():
-    env = recorded(Counting(4, [0, 1, 0, 0]))
+    env = gipo.EpisodeRecorder(Counting(4, [0, 1, 0, 0]))
     env.reset()
     for _ in range(3):
         env.step(np.ones(1, np.float32))
-    resumed = recorded(Counting(4, [0, 1, 0, 0]))
-    resumed.resume_from = env.snapshot()
+    resumed = gipo.EpisodeRecorder(Counting(4, [0, 1, 0, 0]))
+    snapshot = env.snapshot()
+    resumed.resume_from = {**snapshot, "actions": list(snapshot["actions"].numpy())}
     resumed.reset()
     assert resumed.step(np.ones(1, np.float32))[-1]["success"] == 1.0
     assert resumed.resume_from is None  # so that the next reset is a new episode
@@ -340,34 +348,43 @@ def test_gymnasium_environments_start_differently_by_index_and_equally_by_seed(e
     assert all((starts[i] != starts[j]).any() for i, j in ((0, 2), (0, 3), (2, 3)))  # (1, 1) is not (2, 0)
 
 
+def with_scipy(task, function, *args):
+    """Call a function of the stock package with scipy's Rotation, which fast_meta_world has replaced in the task's module."""
+    module = sys.modules[gipo.META_WORLD[task].__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(module, "Rotation"):
+            assert module.Rotation.__name__ == "FastRotation"
+            patch.setattr(module, "Rotation", Rotation)
+        return function(*args)
+
+
 @pytest.mark.parametrize("task", ["reach-v3", "pick-place-v3"])
 def test_make_env_equals_the_stock_stack(task):
     """Observations, rewards, truncation and episode statistics for the same goal and actions; success apart, it latches."""
     stock = gym.make("Meta-World/MT1", env_name=task, seed=1, disable_env_checker=True)
-    plain = gipo.make_env(gipo.Args(env_id=task, seed=1, fast_env=False), 0)()
-    fast = gipo.make_env(gipo.Args(env_id=task, seed=1), 0)()
-    envs, rng, policy = (stock, plain, fast), np.random.default_rng(1), ENV_POLICY_MAP[task]()
-    goals = [goal_of(goal) for goal in stock.get_wrapper_attr("tasks")]
-    assert goals == [goal_of(goal) for goal in plain.get_wrapper_attr("tasks")]
-    for env in envs:
+    ours = gipo.make_env(gipo.Args(env_id=task, seed=1), 0)()
+    rng, policy = np.random.default_rng(1), ENV_POLICY_MAP[task]()
+    assert [goal_of(goal) for goal in stock.get_wrapper_attr("tasks")] == [
+        goal_of(goal) for goal in ours.get_wrapper_attr("tasks")
+    ]
+    for env in (stock, ours):
         env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
         env.unwrapped.set_task(stock.get_wrapper_attr("tasks")[7])
-    observations, success = [env.reset()[0] for env in envs], 0.0
+    obs, _ = with_scipy(task, stock.reset)
+    np.testing.assert_allclose(ours.reset()[0], obs, rtol=0, atol=1e-14)
+    success = 0.0
     for _ in range(500):
-        action = expert_action(task, policy, observations[0], rng)
-        steps = [env.step(action) for env in envs]
-        observations, rewards, terminations, truncations, infos = zip(*steps, strict=True)
-        np.testing.assert_array_equal(observations[1], observations[0])
-        np.testing.assert_allclose(observations[2], observations[0], rtol=0, atol=1e-14)
-        assert rewards[1] == rewards[0] and rewards[2] == pytest.approx(rewards[0], rel=0, abs=1e-12)
-        assert not any(terminations) and len(set(truncations)) == 1
-        success = max(success, infos[0]["success"])
-    assert truncations[0]
-    assert infos[1]["success"] == infos[2]["success"] == success == 1.0
-    for key in ("r", "l"):
-        assert infos[1]["episode"][key] == infos[0]["episode"][key]
-    for env in envs:
-        env.close()
+        action = expert_action(task, policy, obs, rng)
+        obs, reward, terminated, truncated, info = with_scipy(task, stock.step, action)
+        our_obs, our_reward, *our_ends, our_info = ours.step(action)
+        np.testing.assert_allclose(our_obs, obs, rtol=0, atol=1e-14)
+        assert our_reward == pytest.approx(reward, rel=0, abs=1e-12)
+        assert not terminated and our_ends == [False, truncated]
+        success = max(success, info["success"])
+    assert truncated and success == 1.0
+    assert our_info == pytest.approx({"return": info["episode"]["r"], "length": 500, "success": 1.0}, rel=1e-6)
+    stock.close()
+    ours.close()
 
 
 def test_mt10_environments_know_their_task():
@@ -399,14 +416,14 @@ def test_rounding_does_not_overstep_the_action_box():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_plain_rotation_is_scipys(seed):
+def test_fast_rotation_is_scipys(seed):
     """Every branch (largest of x, y, z, trace), half turns and the identity, the sign of the quaternion included."""
     axes = np.random.default_rng(seed).normal(size=(200, 3))
     vectors = [*axes, *np.pi * np.eye(3), *-np.pi * np.eye(3), *0.5 * np.pi * np.eye(3), np.zeros(3), *1e-9 * np.eye(3)]
     vectors += [*(np.pi - 1e-6) * axes[:50] / np.linalg.norm(axes[:50], axis=1, keepdims=True)]
     for vector in vectors:
         matrix = Rotation.from_rotvec(vector).as_matrix()
-        ours, theirs = gipo.PlainRotation.from_matrix(matrix).as_quat(), Rotation.from_matrix(matrix).as_quat()
+        ours, theirs = gipo.FastRotation.from_matrix(matrix).as_quat(), Rotation.from_matrix(matrix).as_quat()
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-14)
 
 
@@ -419,18 +436,18 @@ def test_fast_environment_equals_the_stock_package(task):
     stock, fast = gipo.META_WORLD[task](), gipo.fast_meta_world(task)()
     stock.seeded_rand_vec, stock._freeze_rand_vec, stock._set_task_called = True, False, True
     stock.seed(3)
-    stock.reset()  # draws a goal: cheaper than the 50 of MT1
+    with_scipy(task, stock.reset)  # draws a goal: cheaper than the 50 of MT1
     data = {"rand_vec": stock._last_rand_vec, "env_cls": type(stock), "partially_observable": False}
     touches, touching = [], fast.touching_object
     fast.touching_object = lambda geom_id: touches.append(touching(geom_id)) or touches[-1]
     for env in (stock, fast):
         env.set_task(metaworld.Task(env_name=task, data=pickle.dumps(data)))
-    (obs, _), (fast_obs, _) = stock.reset(), fast.reset()
+    (obs, _), (fast_obs, _) = with_scipy(task, stock.reset), fast.reset()
     np.testing.assert_allclose(fast_obs, obs, rtol=0, atol=1e-14)
     rng, policy = np.random.default_rng(0), ENV_POLICY_MAP[task]()
     for _ in range(130):
         action = expert_action(task, policy, obs, rng)
-        obs, reward, *ends, info = stock.step(action)
+        obs, reward, *ends, info = with_scipy(task, stock.step, action)
         fast_obs, fast_reward, *fast_ends, fast_info = fast.step(action)
         np.testing.assert_allclose(fast_obs, obs, rtol=0, atol=1e-14)
         assert fast_reward == pytest.approx(reward, rel=0, abs=1e-14)
@@ -442,12 +459,15 @@ def test_fast_environment_equals_the_stock_package(task):
     fast.close()
 
 
-def test_fast_environment_leaves_the_package_alone():
-    stock = gipo.META_WORLD["pick-place-v3"]
-    fast = gipo.fast_meta_world("pick-place-v3")
+def test_fast_environment_changes_one_name_of_the_package():
+    """Rotation in the task's own module; the stock class keeps its functions, and the subclass is made once."""
+    stock, fast = gipo.META_WORLD["pick-place-v3"], gipo.fast_meta_world("pick-place-v3")
     assert issubclass(fast, stock) and fast is gipo.fast_meta_world("pick-place-v3")
-    assert fast._get_quat_objects is not stock._get_quat_objects
-    assert stock._get_quat_objects.__globals__["Rotation"] is Rotation
+    assert sys.modules[stock.__module__].Rotation.__name__ == "FastRotation"
+    changed = [name for name in vars(fast) if name in dir(stock) and getattr(fast, name) is not getattr(stock, name)]
+    assert {"touching_object", "_get_curr_obs_combined_no_goal"} <= set(changed)
+    assert all(getattr(stock, name).__module__.startswith("metaworld.") for name in changed if callable(getattr(stock, name)))
+    assert Rotation.__module__.startswith("scipy.") and fast._get_quat_objects is stock._get_quat_objects
 
 
 # -------------------- evaluate --------------------
@@ -460,21 +480,25 @@ class Expert:
         self.task, self.seen = task, []
 
     def get_action_and_logprob(self, obs, action=None, deterministic=False):
-        assert deterministic and obs.shape[0] == 1 and obs.dtype == torch.float32
-        self.seen.append(obs[0].numpy().copy())
-        task = gipo.MT10[int(obs[0, 39:].argmax())] if self.task == "MT10" else self.task
-        action = ENV_POLICY_MAP[task]().get_action(self.seen[-1][:39].astype(np.float64))
-        return torch.tensor(action, dtype=torch.float32).unsqueeze(0), None, None
+        assert deterministic and obs.dtype == torch.float32
+        self.seen.append(obs.numpy().copy())
+        actions = []
+        for one in self.seen[-1]:
+            task = gipo.MT10[int(one[39:].argmax())] if self.task == "MT10" else self.task
+            actions.append(ENV_POLICY_MAP[task]().get_action(one[:39].astype(np.float64)))
+        return torch.tensor(np.array(actions), dtype=torch.float32), None, None
 
 
-def test_evaluation_visits_the_first_goals_in_order_and_is_reproducible():
-    """The expert succeeds on every one of them; a longer evaluation starts with the same episodes."""
+def test_evaluation_visits_the_first_goals_in_order_and_is_reproducible(monkeypatch):
+    """The expert succeeds on all; a longer evaluation, with every environment used twice, starts with the same episodes."""
     args = gipo.Args(env_id="reach-v3", seed=1)
     expert, again = Expert("reach-v3"), Expert("reach-v3")
-    result, longer = gipo.evaluate(expert, args, 3), gipo.evaluate(again, args, 4)
-    assert result["episodes"] == 3 and len(expert.seen) == 1500
+    result = gipo.evaluate(expert, args, 3)
+    monkeypatch.setattr(gipo, "MAX_EVAL_ENVS", 2)
+    longer = gipo.evaluate(again, args, 4)
+    assert result["episodes"] == 3 and [len(obs) for obs in expert.seen] == [3] * 500
     goals = [goal_of(task)[3:] for task in gipo.meta_world_goals("reach-v3", 1)]
-    np.testing.assert_allclose([obs[36:39] for obs in again.seen[::500]], goals[:4], atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(again.seen[::500])[:, 36:39], goals[:4], atol=1e-6)
     assert result["success_rate"] == longer["success_rate"] == 1.0
     assert result["returns"] == longer["returns"][:3]
     assert result["return_mean"] == pytest.approx(np.mean(result["returns"])) and result["return_mean"] > 3000
@@ -482,19 +506,37 @@ def test_evaluation_visits_the_first_goals_in_order_and_is_reproducible():
 
 
 def test_evaluation_of_all_goals_visits_each_once(monkeypatch):
-    """All 50 goals, with the episodes cut short."""
+    """All 50 goals, ten at a time, with the episodes cut short."""
     original = gym.wrappers.TimeLimit
     monkeypatch.setattr(gym.wrappers, "TimeLimit", lambda env, steps: original(env, 2))
     expert = Expert("reach-v3")
     assert gipo.evaluate(expert, gipo.Args(env_id="reach-v3", seed=1), 50)["episodes"] == 50
     goals = [goal_of(task)[3:] for task in gipo.meta_world_goals("reach-v3", 1)]
-    np.testing.assert_allclose([obs[36:39] for obs in expert.seen[::2]], goals, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(expert.seen[::2])[:, 36:39], goals, atol=1e-6)
+
+
+@SCRIPTS
+def test_episodes_side_by_side_equal_episodes_one_by_one(script, counting_env_id, monkeypatch):
+    """Of different lengths, 3, 4, 5, ...: no action reaches another's environment, none is stepped after its end."""
+    sizes = []
+
+    def get_action_and_logprob(obs, deterministic):
+        sizes.append(len(obs))
+        return torch.tanh(0.1 * obs[:, 1:] - 0.05 * obs[:, :1]), None, None
+
+    agent = SimpleNamespace(obs_mean=torch.zeros(1), get_action_and_logprob=get_action_and_logprob)
+    together = script.evaluate(agent, script.Args(env_id=counting_env_id), 13)
+    assert sizes == [10, 10, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1] + [3] * 13 + [2, 1]
+    monkeypatch.setattr(script, "MAX_EVAL_ENVS", 1)
+    assert script.evaluate(agent, script.Args(env_id=counting_env_id), 13) == together
+    assert set(sizes[27:]) == {1} and len(sizes) == 27 + sum(range(3, 16))
+    assert len(set(together["returns"])) == 13
 
 
 def test_evaluation_without_skill_has_no_success():
-    idle = SimpleNamespace(obs_mean=torch.zeros(1), get_action_and_logprob=lambda obs, deterministic: (torch.zeros(1, 4),))
-    result = gipo.evaluate(idle, gipo.Args(env_id="button-press-topdown-v3"), 1)
-    assert result["success_rate"] == 0.0
+    idle = SimpleNamespace(obs_mean=torch.zeros(1), get_action_and_logprob=lambda obs, deterministic: (torch.zeros(2, 4),))
+    result = gipo.evaluate(idle, gipo.Args(env_id="button-press-topdown-v3"), 2)
+    assert result["success_rate"] == 0.0 and result["episodes"] == 2
 
 
 def test_evaluation_of_mt10_reports_every_task():
@@ -509,14 +551,14 @@ def test_evaluation_where_no_success_is_reported():
     seen = []
 
     def get_action_and_logprob(obs, deterministic):
-        seen.append(tuple(obs[0].tolist()))
-        return torch.full((1, 1), 0.3), None, None
+        seen.append(obs.tolist())
+        return torch.full((2, 1), 0.3), None, None
 
     agent = SimpleNamespace(obs_mean=torch.zeros(1), get_action_and_logprob=get_action_and_logprob)
     args = gipo.Args(env_id="Pendulum-v1")
     results = [gipo.evaluate(agent, args, 2) for _ in range(2)]
     assert results[0] == results[1] and results[0]["success_rate"] is None
-    assert len(seen) == 800 and seen[0] != seen[200] and seen[:400] == seen[400:]
+    assert len(seen) == 400 and seen[0][0] != seen[0][1] and seen[:200] == seen[200:]
     stopped = gipo.evaluate(agent, args, 2, stop_signals=[signal.SIGTERM])
     assert stopped["episodes"] == 0 and stopped["return_mean"] is None
 
@@ -561,12 +603,12 @@ def test_a_careless_environment_is_recorded_faithfully(script, careless_env_id, 
         assert not terminations.any() and truncations.all() == (step == 5)  # no time limit of its own: it gets one
         if step == 4:
             before = obs.copy()
-            taken = [[*snapshot["actions"]] for snapshot in envs.call("snapshot")]
-    np.testing.assert_array_equal(np.array(taken), np.float32(0.4))  # not what the environment made of them
+            taken = [snapshot["actions"].numpy() for snapshot in envs.call("snapshot")]
+    np.testing.assert_array_equal(taken, np.float32(0.4))  # not what the environment made of them
     np.testing.assert_array_equal(obs, 0.0)
     assert (np.stack(infos["final_obs"]) > before + 1).all()  # the last observation, not the reset's in the same memory
     np.testing.assert_array_equal(infos["final_info"]["success"], 1.0)
-    np.testing.assert_array_equal(infos["final_info"]["episode"]["l"], 5)
+    np.testing.assert_array_equal(infos["final_info"]["length"], 5)
 
 
 @SCRIPTS
@@ -613,7 +655,7 @@ def test_what_the_rollout_stores(script, counting_env_id, tmp_path):
     assert len(saved["recent_returns"]) == 48 // 3 + 48 // 4  # an entry per finished episode, none per running one
     assert min(value for _, value in read_scalars(checkpoint.parent)["charts/episodic_length"]) >= 3
     assert replay["dones"].shape == (16, 4)
-    np.testing.assert_array_equal(replay["versions"], np.broadcast_to([3.0, 3.0, 2.0, 2.0], (16, 4)))
+    np.testing.assert_array_equal(replay["versions"], np.broadcast_to([2.0, 2.0, 1.0, 1.0], (16, 4)))
     for idx, length in ((0, 3), (1, 4)):
         rows = {key: np.concatenate([value[:, 2 + idx].numpy(), value[:, idx].numpy()]) for key, value in replay.items()}
         episode, step = rows["obs"].T
@@ -625,7 +667,7 @@ def test_what_the_rollout_stores(script, counting_env_id, tmp_path):
         np.testing.assert_array_equal(rows["next_obs"][:-1][~dones[:-1]], rows["obs"][1:][~dones[:-1]])
         actions = rows["actions"][:, 0]
         assert np.abs(actions).max() > 1.0
-        np.testing.assert_allclose(rows["rewards"], 2.0 * np.clip(actions, -1, 1), rtol=1e-6)
+        np.testing.assert_allclose(rows["rewards"], 2.0 * np.clip(actions, -1, 1), rtol=1e-6, atol=1e-6)
         assert np.isfinite(rows["logprobs"]).all()
 
 
