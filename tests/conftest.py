@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("gipo_continuous", "ppo_baseline")
+TIMING = {"sps", "wall_seconds", "peak_memory_mb", "git_commit"}  # of result.json; the commit may change while the tests run
 TINY = "--num-envs 2 --num-steps 32 --buffer-size 256 --minibatch-size 64 --hidden-size 32".split()
 
 sys.path.insert(0, str(ROOT))
@@ -21,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads per process would o
 
 @pytest.fixture(autouse=True)
 def own_signal_handlers():
-    """main() installs its handlers in this process: give Ctrl-C back to pytest afterwards."""
+    """The main() of some scripts leaves its handlers in this process: give Ctrl-C back to pytest afterwards."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield
     for signum, handler in handlers.items():
@@ -40,10 +43,63 @@ def run_script(script: str, run_dir: Path, *flags, **environment) -> tuple[subpr
     return process, folders[0] if len(folders) == 1 else None
 
 
-def start_script(script: str, run_dir: Path, *flags) -> subprocess.Popen:
-    """Start a script in a process group of its own, with its output as one stream of lines."""
+def start_command(command: list[str], **environment) -> subprocess.Popen:
+    """Start a command in a session of its own, with its output as one stream of lines."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    return subprocess.Popen(command_line(script, run_dir, flags), **pipes)
+    return subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
+
+
+def start_script(script: str, run_dir: Path, *flags, **environment) -> subprocess.Popen:
+    """Start a script in a session of its own, with its output as one stream of lines."""
+    return start_command(command_line(script, run_dir, flags), **environment)
+
+
+def wait_for_line(process: subprocess.Popen, text: str) -> None:
+    """Read the output of a process until a line has this text."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"no line with {text!r} in the output:\n{''.join(lines)}")
+
+
+def running(session: int) -> list[int]:
+    """Ids of the live processes of a session, zombies left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, sid = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        if int(sid) == session and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def left_running(session: int, seconds: float = 10.0) -> list[int]:
+    """Processes of a session that do not end by themselves within some seconds."""
+    deadline = time.monotonic() + seconds
+    while running(session) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return running(session)
+
+
+@pytest.fixture
+def inline(monkeypatch, capfd):
+    """inline(script, flags) -> exit code, stdout, stderr of the file run as __main__, in this process to save the imports."""
+
+    def run(script, flags):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        return code, *capfd.readouterr()
+
+    return run
 
 
 def read_json(path: Path) -> dict:
@@ -75,3 +131,31 @@ def differences(a, b, where: str = "") -> list[str]:
     else:
         equal = type(a) is type(b) and a == b
     return [] if equal else [where]
+
+
+def run_differences(folder: Path, reference: Path, machine_args) -> list[str]:
+    """Where two finished runs differ, apart from time and from the arguments that concern the machine."""
+    a, b = ({**read_pt(path / "checkpoint.pt"), "seconds": None} for path in (folder, reference))
+    if a["next_rollout"] or b["next_rollout"]:
+        return ["a finished run has another rollout"]
+    found = differences(a, b, "checkpoint")
+    for file in ("model.pt", "best_model.pt"):
+        a, b = ({**read_pt(path / file), "args": None} for path in (folder, reference))
+        found += differences(a, b, file)
+    a, b = (read_json(path / "result.json") for path in (folder, reference))
+    for result in (a, b):
+        result |= dict.fromkeys(TIMING) | {"args": result["args"] | dict.fromkeys(machine_args)}
+    return found + differences(a, b, "result") + curve_differences(folder, reference)
+
+
+def curve_differences(folder: Path, reference: Path) -> list[str]:
+    """Where the curves of two runs differ: in their steps, or, but for times, in their values."""
+    a, b = (read_scalars(path) for path in (folder, reference))
+    found = [] if a.keys() == b.keys() else ["tags"]
+    for tag in a.keys() & b.keys():
+        if tag.startswith("eval/"):  # a run that died right after an evaluation repeats it: the same point twice
+            a[tag] = sorted(set(a[tag]))
+        if tag.startswith("time/") or tag == "charts/SPS":
+            a[tag], b[tag] = ([step for step, _ in points] for points in (a[tag], b[tag]))
+        found += [] if a[tag] == b[tag] else [tag]
+    return found
