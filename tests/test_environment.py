@@ -2,11 +2,17 @@
 
 import dataclasses
 import io
+import itertools
 import math
+import multiprocessing
+import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -15,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import differences, read_scalars
+from conftest import ROOT, differences, read_pt, read_scalars
 from metaworld.policies import ENV_POLICY_MAP
 from scipy.spatial.transform import Rotation
 
@@ -687,3 +693,306 @@ def test_what_gae_is_given(script, recompute, counting_env_id, tmp_path, monkeyp
         assert torch.equal(next_values, values + 1) and (gamma, gae_lambda) == (0.9, 0.8)
         assert 0 < rewards.abs().max() <= 0.0201  # of up to 2, scaled
         assert 0 < terminations.sum() < dones.sum()
+
+
+# -------------------- The order of data --------------------
+PENDULUM = {"env_id": "Pendulum-v1", "num_envs": 2, "num_steps": 8, "minibatch_size": 16, "hidden_size": 8, "eval_episodes": 0}
+IN_TURN, ONE_BEHIND = [0, 1, 2, 3, 4], [0, 0, 1, 2, 3]  # the update before which a rollout's policy acted, from 0
+ORDERS = {
+    "gipo": (gipo, {"buffer_size": 64}, ONE_BEHIND),
+    "gipo-one-rollout": (gipo, {"buffer_size": 0, "num_bins": 9}, ONE_BEHIND),
+    "ppo-replay": (ppo, {"buffer_size": 64, "policy_head": "categorical"}, ONE_BEHIND),
+    "ppo-two-rollouts": (ppo, {"buffer_size": 32}, ONE_BEHIND),
+    "ppo-on-policy": (ppo, {"buffer_size": 0}, IN_TURN),
+    "ppo-on-policy-bins": (ppo, {"buffer_size": 31, "policy_head": "categorical"}, IN_TURN),
+}
+
+
+def copy_of(weights):
+    return {key: value.clone() for key, value in weights.items()}
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """Overlap uses a process wherever the tests run."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "inline"])
+@pytest.mark.parametrize("name", ORDERS)
+def test_with_which_policy_rollouts_are_collected(name, overlap, two_cores, tmp_path, monkeypatch):
+    """With replay the one from before the last update, on-policy the newest; the buffer's versions and log-probs agree."""
+    script, flags, order = ORDERS[name]
+    start, update_normalizer = script.Worker.start, script.Agent.update_normalizer
+    sent, models, in_processes = [], [], []
+
+    def spy_start(self, name, *arguments):
+        if name == "collect":
+            sent.append((copy_of(arguments[0]), arguments[1]))
+            in_processes.append(self.process is not None)
+        start(self, name, *arguments)
+
+    def spy_update(self, obs):
+        update_normalizer(self, obs)
+        models.append(copy_of(self.state_dict()))
+
+    monkeypatch.setattr(script.Worker, "start", spy_start)
+    monkeypatch.setattr(script.Agent, "update_normalizer", spy_update)
+    args = script.Args(run_dir=str(tmp_path), overlap=overlap, total_timesteps=80, learning_rate=0.03, **PENDULUM, **flags)
+    script.main(args)
+    assert in_processes == [overlap and order is ONE_BEHIND] * 5
+    models.insert(0, sent[0][0])
+    assert len(models) == 6 and all(differences(a, b) for a, b in itertools.pairwise(models))
+    assert [version - 1 for _, version in sent] == order
+    assert [differences(weights, models[k]) for (weights, _), k in zip(sent, order, strict=True)] == [[]] * 5
+
+    (folder,) = tmp_path.iterdir()
+    replay = read_pt(folder / "checkpoint.pt")["replay"]
+    rollouts = max(args.buffer_size // 16, 1)
+    assert sorted(replay["versions"][0].tolist()) == sorted(2 * [k + 1.0 for k in order[-rollouts:]])
+    agent = script.Agent(3, 1, args)
+    for segment, version in enumerate(replay["versions"][0].int().tolist()):
+        errors = []
+        for weights in models:
+            agent.load_state_dict(weights)
+            logprob = agent.get_action_and_logprob(replay["obs"][:, segment], replay["actions"][:, segment])[1]
+            errors.append((logprob - replay["logprobs"][:, segment]).abs().max().item())
+        assert int(np.argmin(errors)) == version - 1 and min(errors) < 1e-4
+    lag = [value for _, value in read_scalars(folder)["gipo/policy_lag"]]
+    assert lag[0] == 0.0
+    if rollouts == 1:
+        assert lag == [k - acted for k, acted in enumerate(order)]
+
+
+@pytest.mark.parametrize("head", ["gaussian", "categorical"])
+def test_log_ratios_of_fresh_on_policy_data_are_zero(head, tmp_path, monkeypatch):
+    """In the first update after every rollout, and in no other."""
+    compute_loss, spreads = ppo.compute_loss, []
+
+    def spy(agent, mb, args):
+        loss, stats = compute_loss(agent, mb, args)
+        spreads.append(stats["gipo/logratio_std"].item())
+        return loss, stats
+
+    monkeypatch.setattr(ppo, "compute_loss", spy)
+    args = ppo.Args(run_dir=str(tmp_path), total_timesteps=64, policy_head=head, update_epochs=3, **PENDULUM)
+    ppo.main(args)
+    spreads = np.reshape(spreads, (4, 3))
+    assert spreads[:, 0].max() < 1e-6 and spreads[:, 1:].min() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (gipo, {"env_id": "reach-v3"}),
+        (gipo, {"env_id": "Pendulum-v1", "num_bins": 9}),
+        (gipo, {"env_id": "Pendulum-v1", "policy_head": "gaussian", "async_envs": True}),
+        (ppo, {"env_id": "Pendulum-v1"}),
+    ],
+    ids=["reach", "bins", "async", "gaussian"],
+)
+def test_a_rollout_is_the_same_in_any_process(script, flags):
+    """Three rollouts under other weights each, the state after them, and one more from that state in a new collector."""
+    args = script.Args(num_envs=2, num_steps=90, hidden_size=16, **flags)
+    results = {}
+    for own_process in (True, False):
+        worker = script.Worker(script.Collector, args, own_process=own_process)
+        dims = worker.call("dims")
+        torch.manual_seed(9)
+        weights = [script.Agent(*dims, args).state_dict() for _ in range(4)]
+        worker.call("reset", None)
+        answers = [worker.call("collect", weights[version], version) for version in range(3)]
+        answers.append(worker.call("snapshot"))
+        worker.close()
+        worker = script.Worker(script.Collector, args, own_process=own_process)
+        worker.call("reset", answers[-1])
+        answers.append(worker.call("collect", weights[3], 7))
+        worker.close()
+        answers = [{**answer, "seconds": 0} for answer in answers]
+        results[own_process] = gipo.convert(answers, float, lambda number: None if math.isnan(number) else number)
+    assert differences(results[True], results[False]) == []
+    *rollouts, snapshot, last = results[True]
+    assert snapshot["steps"] == 3 * 180 and [rollout["version"] for rollout in rollouts] == [0, 1, 2]
+    assert torch.equal(last["data"]["obs"][0], snapshot["next_obs"])
+    assert last["data"]["obs"].shape == (90, 2, dims[0]) and last["log_ratio_max"] < 1e-4
+
+
+# -------------------- Processes --------------------
+class Unpicklable(Exception):
+    """It holds something that does not cross to another process."""
+
+    def __init__(self, text):
+        super().__init__(text, lambda: None)
+
+    def __str__(self):
+        return self.args[0]
+
+
+class OneWay(Exception):
+    """It can be written, not read: its constructor takes other arguments than it keeps."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class Tool:
+    """What a Worker calls in these tests."""
+
+    def __init__(self, error=None):
+        if error:
+            raise error
+        self.calls = []
+
+    def add(self, tree, number):
+        assert isinstance(tree["x"], torch.Tensor)
+        self.calls.append(number)
+        return {"sum": tree["x"] + number, "calls": self.calls, "pair": (number, None), "process": os.getpid()}
+
+    def fail(self, kind):
+        raise {"key": KeyError("goal"), "lambda": Unpicklable("no way"), "one way": OneWay("a", "b"), "stop": StopIteration()}[
+            kind
+        ]
+
+    def exit(self, code):
+        os._exit(code)
+
+    def kill(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def sleep(self):
+        time.sleep(100)
+
+    def close(self):
+        pass
+
+
+class KnownProcesses(gipo.Collector):
+    """It tells the processes of its environments."""
+
+    def processes(self):
+        return [process.pid for process in self.envs.processes]
+
+
+PROCESS_OR_NOT = pytest.mark.parametrize("own_process", [True, False], ids=["process", "inline"])
+
+
+@pytest.fixture
+def worker(request):
+    """A Worker with a Tool, closed when the test is over."""
+    worker = gipo.Worker(Tool, own_process=getattr(request, "param", True))
+    yield worker
+    worker.close()
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process does anything yet: a zombie, of which only its end is left to be read, does not."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def assert_ends(pid: int) -> None:
+    for _ in range(500):
+        if not is_running(pid):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"process {pid} goes on")
+
+
+@pytest.mark.parametrize("worker", [True, False], ids=["process", "inline"], indirect=True)
+def test_a_worker_answers_in_order_with_what_the_method_returns(worker):
+    tensor = torch.arange(4.0)
+    for number in (1, 2):
+        worker.start("add", {"x": tensor}, number)
+        assert worker.busy
+        answer = worker.result()
+        assert not worker.busy and torch.equal(answer["sum"], tensor + number) and answer["pair"] == (number, None)
+    assert answer["calls"] == [1, 2]
+    assert (answer["process"] == os.getpid()) == (worker.process is None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [("key", KeyError, "goal"), ("lambda", RuntimeError, "Unpicklable: no way"), ("one way", RuntimeError, "OneWay: a and b")],
+)
+def test_an_exception_arrives_with_its_own_traceback(kind, error, text, worker):
+    """Of its own type if it survives the way; then the process has ended, and further calls say so."""
+    with pytest.raises(error, match=text) as caught:
+        worker.call("fail", kind)
+    assert type(caught.value) is error
+    remote = str(caught.value.__cause__)
+    assert remote.startswith("in the process of the environments:\nTraceback") and "in fail" in remote and "raise {" in remote
+    with pytest.raises(RuntimeError, match="has died"):
+        worker.call("add", {"x": torch.zeros(1)}, 1)
+    assert_ends(worker.process.pid)
+
+
+def test_an_exception_stays_what_it_is_without_a_process():
+    for kind, error in (("key", KeyError), ("lambda", Unpicklable), ("one way", OneWay)):
+        with pytest.raises(error):
+            gipo.Worker(Tool, own_process=False).call("fail", kind)
+
+
+@PROCESS_OR_NOT
+def test_an_exception_of_the_constructor_arrives_at_once(own_process):
+    with pytest.raises(KeyError, match="goal"):
+        gipo.Worker(Tool, KeyError("goal"), own_process=own_process)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(("method", "arguments", "code"), [("exit", (7,), "7"), ("kill", (), "-9")])
+def test_a_process_that_dies_is_reported_with_its_exit_code(method, arguments, code, worker):
+    with pytest.raises(RuntimeError, match=rf"the process of the environments has died \(exit code {code};"):
+        worker.call(method, *arguments)
+
+
+def test_a_process_that_died_between_two_calls_is_reported_too(worker):
+    os.kill(worker.process.pid, signal.SIGKILL)
+    worker.process.join()
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        worker.call("add", {"x": torch.zeros(1)}, 1)
+
+
+@pytest.mark.parametrize("call", ["add", "sleep", None])
+def test_closing_a_worker_ends_its_process_whatever_it_does(call):
+    worker = gipo.Worker(Tool, own_process=True)
+    if call:
+        worker.start(call, *[{"x": torch.zeros(1)}, 1][: 2 * (call == "add")])
+    begin = time.monotonic()
+    worker.close()
+    worker.close()  # a second time is nothing
+    assert time.monotonic() - begin < 10 and not is_running(worker.process.pid)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_closing_a_worker_ends_the_processes_of_its_environments(busy):
+    args = gipo.Args(env_id="Pendulum-v1", num_envs=2, num_steps=100_000, hidden_size=8, async_envs=True)
+    worker = gipo.Worker(KnownProcesses, args, own_process=True)
+    pids = worker.call("processes")
+    assert len(pids) == 2 and all(map(is_running, pids))
+    worker.call("reset", None)
+    if busy:
+        worker.start("collect", gipo.Agent(3, 1, args).state_dict(), 1)
+    worker.close()
+    for pid in pids:
+        assert_ends(pid)
+
+
+def test_a_worker_starts_after_torch_has_used_several_threads():
+    """As in a notebook: the child has the memory of OpenMP's threads, not the threads."""
+    code = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(2)
+torch.linalg.qr(torch.randn(500, 500)), torch.randn(2000, 2000).exp().sum()
+import gipo_continuous as gipo
+worker = gipo.Worker(gipo.Collector, gipo.Args(env_id="Pendulum-v1", num_envs=1), own_process=True)
+worker.call("reset", None)
+print(worker.call("collect", gipo.Agent(3, 1, gipo.Args()).state_dict(), 1)["version"])
+worker.close()
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    process = subprocess.run([sys.executable, "-c", code, str(ROOT)], env=environment, capture_output=True, timeout=60)
+    assert process.stdout == b"1\n", process.stderr
