@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parent
 REGIMES = ("on-policy", "fresh", "recent", "stale", "very-stale")
 SUITES = ("benchmark-*", "graphgpo-*", "popo-*", "vla-*")  # folders of benchmark.sh
 GRID_POINTS = 30  # of a collected curve
@@ -314,9 +313,9 @@ def finished_runs(args: Args, folders: str, keys: dict[str, str], with_regime: b
         name = f"{result['env_id'].replace('/', '-')}__{result['exp_name']}__{result['seed']}"
         why = "" if folder.name == name else f"it holds the run {name}"
         if with_regime and not method_and_regime(result["exp_name"]):
-            why = "its exp-name is not METHOD_REGIME as benchmark.sh writes it"
+            why = f"its exp-name is not METHOD_REGIME; python report.py --compare {folder.parent} shows it"
         if why:
-            print(f"not collected: {folder} ({why}); python report.py --compare {folder.parent} shows it")
+            print(f"not collected: {folder} ({why})")
         else:
             yield folder, result
 
@@ -1058,7 +1057,8 @@ def vla_tables(by_cell: dict) -> list[str]:
         row += [percents(vla_success(run, states) for run in found) for states in (range(40), range(40, 50))]
         # The policy is still the clone's while only the critic trains.
         row += [percents(filled_curve(run, "success")[: run["args"]["critic_warmup"] or 1][-1] for run in found)]
-        row += [percents(map(training, found)), percents(run["train_success_rate"] for run in found)]
+        lasts = [math.nan if run["train_success_rate"] is None else run["train_success_rate"] for run in found]
+        row += [percents(map(training, found)), percents(lasts)]
         rows.append(name + " | ".join(row) + " |")
         averages = [mean([v for run in found for v in run["curves"].get(key, ()) if v is not None]) for key in shown]
         means.append(name + " | ".join(number(value, ".3f") for value in averages) + " |")

@@ -164,9 +164,15 @@ def test_a_missing_curve_of_the_other_scripts():
         "success": [None] * 3,
     }
     successes = [[0, k, 1.0] for k in range(50)]
-    libero = {"args": {"critic_warmup": 2}, "evaluations": [{"successes": successes}], "curves": curves, "seed": 1}
-    rows = report.vla_tables({(1024, "gipo"): {1: libero | {"train_success_rate": 0.0}}})
-    assert "| 1,024 | gipo | 1 | 100 | 100 | 100 | 100 | - | - | 0 |" in rows[0]
+    libero = {
+        "args": {"critic_warmup": 2},
+        "versions": {"algorithm": 2},
+        "evaluations": [{"successes": successes}],
+        "curves": curves,
+        "seed": 1,
+    }
+    rows = report.vla_tables({(1024, "gipo"): {1: libero | {"train_success_rate": None}}})
+    assert "| 1,024 | gipo | 1 | 100 | 100 | 100 | 100 | - | - | - |" in rows[0]
     assert "| 1,024 | gipo | 1 | 0.500 | 0.500 | 0.500 | - | 0.500 | 0.500 |" in rows[-1]
     assert not report.plot_vla({(1024, "gipo"): {1: libero}}).axes[0].lines
 
