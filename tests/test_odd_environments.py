@@ -1,0 +1,638 @@
+"""Environments of other people, trained through main(): their generators, types, spaces, arguments, bad numbers and bugs."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import traceback
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import differences, read_json, read_pt, read_scalars, run_script
+from gymnasium import spaces
+
+import gipo_continuous as gipo
+import ppo_baseline as ppo
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's, about what is odd here on purpose
+SCRIPTS = pytest.mark.parametrize("script", [gipo, ppo], ids=["gipo", "ppo"])
+OVERLAP = pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "inline"])
+SIZES = {"num_envs": 2, "num_steps": 8, "buffer_size": 64, "minibatch_size": 16, "updates_per_iteration": 1, "hidden_size": 8}
+SIZES |= {"total_timesteps": 96, "checkpoint_every": 16, "eval_episodes": 0}
+
+
+class Walk(gym.Env):
+    """Add up actions and random numbers; an episode has `length` steps and ends in a termination."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    length = 7
+
+    def __init__(self, length=None, render_mode=None):
+        self.length = length or self.length
+
+    def draw(self):
+        return float(self.np_random.random())
+
+    def observe(self):
+        return np.array([self.position, self.steps], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.position = 0, self.draw()
+        return self.observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.position += float(action[0]) + self.draw()
+        return self.observe(), self.position, self.steps == self.length, False, {}
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    """Overlap uses a process wherever the tests run."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+
+
+@pytest.fixture
+def register():
+    """register(entry_point, ...) -> an id, for as long as the test takes."""
+    ids = []
+
+    def add(entry_point, **options):
+        ids.append(f"Odd{len(ids)}-v0")
+        gym.register(ids[-1], entry_point, **options)
+        return ids[-1]
+
+    yield add
+    for env_id in ids:
+        del gym.registry[env_id]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(script, env_id, ...) trains in a folder of its own, and returns it; `stop_at`: first it dies in that iteration."""
+    number = iter(range(100))
+
+    def train(script, env_id, stop_at=None, before_resume=None, **fields):
+        args = script.Args(env_id=env_id, run_dir=str(tmp_path / str(next(number))), **SIZES | fields)
+        if stop_at:
+            calls, update_normalizer = [], script.Agent.update_normalizer
+
+            def die(self, obs):
+                calls.append(obs)
+                if len(calls) == stop_at:
+                    raise KeyboardInterrupt
+                update_normalizer(self, obs)
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(script.Agent, "update_normalizer", die)
+                script.main(args)
+            if before_resume:
+                before_resume()
+            args = dataclasses.replace(args, resume=True)
+        script.main(args)
+        return script.run_folder_of(args)
+
+    return train
+
+
+def state_of(folder):
+    """All that a run ends with, its time apart; nan, which is not equal to itself, as None."""
+    state = {**read_pt(folder / "checkpoint.pt"), "seconds": None}
+    return gipo.convert(state, float, lambda number: None if math.isnan(number) else number)
+
+
+def assert_equal_runs(folder, reference):
+    assert differences(state_of(folder), state_of(reference)) == []
+
+
+# -------------------- Random numbers --------------------
+class OwnGenerator(Walk):
+    """np_random is made anew from a reset's seed."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.np_random = np.random.Generator(self.bits(seed))
+        return super().reset()
+
+
+class LegacyGenerator(Walk):
+    """np_random is a RandomState that cannot be assigned, as in shimmy's dm_control."""
+
+    np_random = property(lambda self: self.task_random)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.task_random = np.random.RandomState(seed)
+        return super().reset()
+
+
+GENERATORS = {
+    name: type(name, (OwnGenerator,), {"bits": getattr(np.random, name)})
+    for name in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+}
+GENERATORS["RandomState"] = LegacyGenerator
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@SCRIPTS
+def test_every_generator_of_numpy_is_resumed_exactly(script, name, register, run, capfd):
+    env_id = register(GENERATORS[name])
+    resumed = run(script, env_id, stop_at=4)
+    assert_equal_runs(resumed, run(script, env_id))
+    assert len(state_of(resumed)["collector"]["envs"][0]["actions"]) == 6
+    assert "warning" not in capfd.readouterr().err
+
+
+class NoGenerator(Walk):
+    """np_random is None; the random numbers are the environment's own secret."""
+
+    np_random = None
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.secret = random.Random(seed)
+        return super().reset()
+
+    def draw(self):
+        return self.secret.random()
+
+
+class UnknownGenerator(NoGenerator):
+    """np_random is of another library."""
+
+    np_random = property(lambda self: self.secret)
+
+
+@pytest.mark.parametrize("cls", [NoGenerator, UnknownGenerator])
+@SCRIPTS
+@OVERLAP
+def test_an_unknown_generator_is_resumed_with_a_warning(script, overlap, cls, register, run, capfd):
+    """Its episodes are the same in every new run, and go on otherwise after a resume."""
+    env_id = register(cls)
+    reference = run(script, env_id, overlap=overlap)
+    assert_equal_runs(run(script, env_id, overlap=overlap), reference)
+    assert "warning" not in capfd.readouterr().err
+    folder = run(script, env_id, stop_at=4, overlap=overlap)
+    assert capfd.readouterr().err.count(f"warning: {env_id} has random numbers that no checkpoint holds") == 1
+    assert state_of(folder)["iteration"] == 6 and differences(state_of(folder), state_of(reference))
+
+
+class Fragile(NoGenerator):
+    """It fails when it is stepped after its end."""
+
+    def reset(self, *, seed=None, options=None):
+        self.over = False
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        assert not self.over, "step() after the end"
+        *results, self.over, truncated, info = super().step(action)
+        return *results, self.over, truncated, info
+
+
+@SCRIPTS
+@OVERLAP
+def test_an_episode_may_end_while_its_actions_are_replayed(script, overlap, register, run, monkeypatch, capfd):
+    """Four of seven actions were taken; on resuming, the episode is over after two of them."""
+    folder = run(
+        script,
+        register(Fragile),
+        stop_at=4,
+        before_resume=lambda: monkeypatch.setattr(Fragile, "length", 2),
+        overlap=overlap,
+    )
+    assert "no checkpoint holds" in capfd.readouterr().err
+    lengths = [value for _, value in read_scalars(folder)["charts/episodic_length"]]
+    assert set(lengths) == {7, 2} and state_of(folder)["iteration"] == 6
+
+
+class GlobalNumbers(Walk):
+    """Random numbers from all three global generators, in the constructor, in reset and in step."""
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.offset = self.draw()
+
+    def draw(self):
+        return random.random() + np.random.rand() + torch.rand(()).item()
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return obs + np.float32(self.offset), info
+
+
+@pytest.mark.parametrize(
+    ("script", "buffer_size"), [(gipo, 64), (ppo, 64), (ppo, 0)], ids=["gipo", "ppo-replay", "ppo-on-policy"]
+)
+def test_global_random_numbers_are_reproducible(script, buffer_size, register, run):
+    """With and without overlap and evaluation, which is the same at any time and leaves the caller's random numbers alone."""
+    env_id, sizes = register(GlobalNumbers), {"buffer_size": buffer_size}
+    reference = run(script, env_id, **sizes)
+    evaluations = []
+    for overlap in (True, False):
+        random.seed(overlap)  # what the caller has drawn before does not matter
+        folder = run(script, env_id, overlap=overlap, eval_every=32, eval_episodes=3, **sizes)
+        assert_equal_runs(folder, reference)
+        evaluations.append(read_scalars(folder)["eval/return_mean"])
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 3
+    model, args = script.load_model(str(folder / "model.pt"))
+    agent = script.Agent(2, 1, args)
+    agent.load_state_dict(model)
+    state = random.getstate()
+    assert script.evaluate(agent, args, 3)["return_mean"] == pytest.approx(evaluations[0][-1][1], rel=1e-6)
+    assert random.getstate() == state
+    with pytest.raises(AssertionError):  # the numbers decide something
+        assert_equal_runs(run(script, env_id, seed=2, **sizes), reference)
+
+
+# -------------------- What step() returns --------------------
+class Typed(Walk):
+    """Episodes end in a termination or a truncation in turn; every other one succeeds; all of it as `kind` makes it."""
+
+    def __init__(self, kind=lambda value: value, render_mode=None):
+        super().__init__()
+        self.kind, self.episode = kind, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.episode += 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        obs, reward, over, _, _ = super().step(action)
+        ends = over and self.episode % 2 == 0, over and self.episode % 2 == 1
+        return obs, self.kind(reward), *map(self.kind, ends), {"success": self.kind(self.episode % 2 == 0)}
+
+
+KINDS = {
+    "numpy": lambda value: np.float64(value) if isinstance(value, float) else np.bool_(value),
+    "array": np.array,
+    "array of one": lambda value: np.array([value]),
+    "tensor": lambda value: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.bool),
+    "tensor of one": lambda value: torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else torch.bool),
+}
+
+
+@pytest.fixture
+def plain_run(register, run):
+    """plain_run(script) -> the folder of a run with floats and bools."""
+    return lambda script, **fields: run(script, register(Typed), **fields)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@SCRIPTS
+def test_numbers_may_be_arrays_and_tensors(script, kind, register, run, plain_run):
+    """Rewards, both ends and success; equal to a run with plain ones, bit for bit."""
+    folder = run(script, register(Typed, kwargs={"kind": KINDS[kind]}))
+    assert_equal_runs(folder, plain_run(script))
+    assert state_of(folder)["recent_successes"][:4] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_numbers_may_be_arrays_in_processes_too(register, run, plain_run):
+    folder = run(gipo, register(Typed, kwargs={"kind": KINDS["array of one"]}), async_envs=True)
+    assert_equal_runs(folder, plain_run(gipo))
+
+
+class Counts(Typed):
+    """info["episode"] is the environment's own."""
+
+    def step(self, action):
+        *results, info = super().step(action)
+        return *results, {**info, "episode": self.episode, "return": "unknown", "length": None}
+
+
+class RightAway(Typed):
+    """info["episode"] is there after a reset, too."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], {"episode": {"r": 0.0}, "success": True}
+
+
+@pytest.mark.parametrize(
+    "entry_point",
+    [Counts, RightAway, lambda **kwargs: gym.wrappers.RecordEpisodeStatistics(Typed(**kwargs))],
+    ids=["step", "reset", "wrapped"],
+)
+@SCRIPTS
+def test_info_may_hold_an_episode_of_its_own(script, entry_point, register, run, plain_run):
+    assert_equal_runs(run(script, register(entry_point)), plain_run(script))
+
+
+class Lucky(Walk):
+    """is_success stands in info only where it is true: in every fourth episode, or with a seed that 4 divides."""
+
+    length = 5
+
+    def reset(self, *, seed=None, options=None):
+        self.episode = 0 if seed is not None else self.episode + 1
+        self.lucky = seed % 4 == 0 if seed is not None else self.episode % 4 == 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        return *super().step(action)[:4], {"is_success": True} if self.lucky else {}
+
+
+@SCRIPTS
+@OVERLAP
+def test_a_missing_success_is_a_failure_where_others_are_reported(script, overlap, register, run):
+    """24 episodes of training, the fourth, eighth, ... lucky; 8 of evaluation, two of them lucky."""
+    sizes = {"num_envs": 1, "num_steps": 20, "buffer_size": 120, "minibatch_size": 20, "total_timesteps": 120}
+    folder = run(script, register(Lucky), overlap=overlap, **sizes | {"eval_episodes": 8})
+    result, scalars = read_json(folder / "result.json"), read_scalars(folder)
+    assert result["train_success_rate"] == result["eval_success_rate"] == 0.25
+    assert [value for _, value in scalars["eval/success_rate"]] == [0.25]
+    logged = scalars["charts/episodic_success"]  # nothing is known before the first success
+    assert [value for _, value in logged] == [1.0, *[0.0, 0.0, 0.0, 1.0] * 5]
+    assert [step for step, _ in logged] == list(range(20, 121, 5))
+
+
+# -------------------- Spaces --------------------
+class Shows(gym.Env):
+    """Always the same observation."""
+
+    def __init__(self, space, value, actions=Walk.action_space, render_mode=None):
+        self.observation_space, self.value, self.action_space = space, value, actions
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.value, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return self.value, 1.0, False, False, {}
+
+
+IMAGE = (np.arange(12) * 20).astype(np.uint8)
+UNIT = spaces.Box(0.0, 1.0, (2,), np.float32)
+HALVES = np.array([0.25, 0.5], np.float32)
+OBSERVATIONS = {  # name -> space, observation, what the networks get
+    "dict": (spaces.Dict(a=spaces.Discrete(3), b=UNIT), {"a": 2, "b": HALVES}, [0, 0, 1, 0.25, 0.5]),
+    "tuple": (spaces.Tuple([spaces.Discrete(2), spaces.MultiBinary(2)]), (1, np.array([1, 0], np.int8)), [0, 1, 1, 0]),
+    "nested": (spaces.Dict(a=spaces.Tuple([UNIT, spaces.Discrete(2)])), {"a": (HALVES, 0)}, [0.25, 0.5, 1, 0]),
+    "discrete": (spaces.Discrete(4, start=2), 3, [0, 1, 0, 0]),
+    "multi-discrete": (spaces.MultiDiscrete([3, 2]), np.array([2, 0]), [0, 0, 1, 1, 0]),
+    "multi-binary": (spaces.MultiBinary(3), np.array([1, 0, 1], np.int8), [1, 0, 1]),
+    "image": (spaces.Box(0, 255, (2, 2, 3), np.uint8), IMAGE.reshape(2, 2, 3), IMAGE.tolist()),
+    "number": (spaces.Box(0.0, 1.0, (), np.float32), np.array(0.5, np.float32), [0.5]),
+    "doubles": (spaces.Box(0.0, 1.0, (2,), np.float64), HALVES.astype(np.float64), [0.25, 0.5]),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVATIONS)
+@SCRIPTS
+def test_observations_become_a_vector(script, name, register, run):
+    space, value, expected = OBSERVATIONS[name]
+    env_id = register(Shows, kwargs={"space": space, "value": value}, max_episode_steps=5)
+    folder = run(script, env_id, overlap=script is gipo, eval_episodes=1)
+    replay = read_pt(folder / "checkpoint.pt")["replay"]
+    for key in ("obs", "next_obs"):
+        np.testing.assert_array_equal(replay[key], np.broadcast_to(np.float32(expected), (8, 8, len(expected))))
+    model = read_pt(folder / "model.pt")["model"]
+    np.testing.assert_allclose(model["obs_mean"], expected, rtol=1e-6)
+
+
+NO_VECTORS = {
+    "sequence": (spaces.Sequence(spaces.Discrete(3)), Walk.action_space, "observations of no fixed size"),
+    "graph": (spaces.Graph(UNIT, None), Walk.action_space, "observations of no fixed size"),
+    "dict of a sequence": (spaces.Dict(a=spaces.Sequence(UNIT)), Walk.action_space, "observations of no fixed size"),
+    "nothing": (spaces.Box(0.0, 1.0, (0,)), Walk.action_space, "empty observations"),
+    "no action": (UNIT, spaces.Box(0.0, 1.0, (0,)), "choose one with a Box of shape"),
+    "discrete action": (UNIT, spaces.Discrete(3), "choose one with a Box of shape"),
+    "binary action": (UNIT, spaces.MultiBinary(3), "choose one with a Box of shape"),
+    "whole action": (UNIT, spaces.Box(0, 3, (2,), np.int64), "choose one with real numbers"),
+    "unbounded action": (UNIT, spaces.Box(-np.inf, 1.0, (2,)), "choose one with a finite Box"),
+}
+
+
+@pytest.mark.parametrize("name", NO_VECTORS)
+@SCRIPTS
+@OVERLAP
+def test_spaces_that_are_no_vectors_are_refused(script, overlap, name, register, tmp_path):
+    """In one sentence that names the flag, before anything is written."""
+    space, actions, text = NO_VECTORS[name]
+    env_id = register(Shows, kwargs={"space": space, "value": space.sample(), "actions": actions}, max_episode_steps=5)
+    args = script.Args(env_id=env_id, run_dir=str(tmp_path / "runs"), overlap=overlap, **SIZES)
+    with pytest.raises(script.ArgumentError, match=rf"^--env-id {env_id} has .*{text}") as caught:
+        script.main(args)
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+# -------------------- --env-kwargs --------------------
+@SCRIPTS
+def test_env_kwargs_reach_the_constructor(script, register, run):
+    """In training and in evaluation, Gymnasium's own arguments among them; a saved model keeps them."""
+    env_id = register(Walk)
+    for kwargs in ('{"length": 3}', '{"max_episode_steps": 3}'):
+        folder = run(script, env_id, env_kwargs=kwargs, eval_episodes=1)
+        assert {value for _, value in read_scalars(folder)["charts/episodic_length"]} == {3.0}
+        args = script.load_model(str(folder / "model.pt"))[1]
+        assert args.env_kwargs == kwargs
+        env = script.make_env(args, 0)()
+        env.reset()
+        assert [any(env.step(np.zeros(1, np.float32))[2:4]) for _ in range(3)] == [False, False, True]
+
+
+@SCRIPTS
+def test_env_kwargs_reach_meta_world(script):
+    for version in ("v1", "v2"):
+        args = script.Args(env_id="reach-v3", env_kwargs=json.dumps({"reward_function_version": version}))
+        assert script.make_env(args, 0)().unwrapped.reward_function_version == version
+
+
+@pytest.mark.parametrize("kwargs", ["", "{", "[1]", '"length"', "3", "null", "{'length': 3}"])
+@SCRIPTS
+def test_env_kwargs_that_are_no_object_are_refused(script, kwargs, register, tmp_path):
+    args = script.Args(env_id=register(Walk), run_dir=str(tmp_path / "runs"), env_kwargs=kwargs, **SIZES)
+    with pytest.raises(script.ArgumentError, match=r"^--env-kwargs .* must be a JSON object") as caught:
+        script.main(args)
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+@SCRIPTS
+@OVERLAP
+@pytest.mark.parametrize("meta_world", [False, True], ids=["gymnasium", "meta-world"])
+def test_unknown_env_kwargs_are_refused(script, overlap, meta_world, register, tmp_path):
+    env_id = "reach-v3" if meta_world else register(Walk)
+    args = script.Args(env_id=env_id, run_dir=str(tmp_path / "runs"), overlap=overlap, env_kwargs='{"wings": 2}', **SIZES)
+    with pytest.raises(script.ArgumentError, match=rf'^--env-id {env_id} .*--env-kwargs {{"wings": 2}}.*wings') as caught:
+        script.main(args)
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+# -------------------- Bad numbers --------------------
+class Glitch(Walk):
+    """One bad number in environment 1. An episode has five steps; the first one of training is number 1."""
+
+    length, where, when, value = 5, None, 6, math.nan
+
+    def is_bad(self, where, step):
+        return (self.index, self.episode, self.where, self.steps) == (1, self.when, where, step)
+
+    def reset(self, *, seed=None, options=None):
+        self.index, self.episode = (seed % 1000, 0) if seed is not None else (self.index, self.episode + 1)
+        return super().reset(seed=seed)
+
+    def observe(self):
+        obs = super().observe()
+        if self.is_bad("first", 0) or self.is_bad("next", 2) or self.is_bad("final", 5):
+            obs[0] = self.value
+        return obs
+
+    def step(self, action):
+        assert np.isfinite(action).all(), "the policy has acted on a bad number"
+        obs, reward, *rest = super().step(action)
+        return obs, self.value if self.is_bad("reward", 2) else reward, *rest
+
+
+WHERE = {  # name -> attributes of Glitch, what the message says; two environments, so a step of both is two steps
+    "reward": ("reward", 6, r"reward {} of environment 1 at step 54"),
+    "next": ("next", 6, r"observation after a step {} of environment 1 at step 54"),
+    "final": ("final", 6, r"observation after a step {} of environment 1 at step 60"),
+    "first": ("first", 6, r"observation {} of environment 1 at step 5[02]"),
+    "first after a rollout": ("first", 9, r"observation {} of environment 1 at step 8[02]"),
+    "last of a rollout": ("final", 8, r"observation after a step {} of environment 1 at step 80"),
+}
+RUNS = {  # name -> script, flags
+    "gipo": (gipo, {"overlap": True}),
+    "gipo-inline": (gipo, {"overlap": False, "policy_head": "gaussian"}),
+    "ppo": (ppo, {"overlap": True, "policy_head": "categorical"}),
+    "ppo-on-policy": (ppo, {"buffer_size": 0}),
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e20])
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_bad_number_is_named_and_the_last_checkpoint_is_good(name, where, value, register, tmp_path, monkeypatch):
+    """Quantity, environment and step; the checkpoint in the message is finite throughout, and the run goes on from it."""
+    script, flags = RUNS[name]
+    args = script.Args(env_id=register(Glitch), run_dir=str(tmp_path), **SIZES | flags)
+    with monkeypatch.context() as patch, pytest.raises(script.BadNumber) as caught:
+        for key, attribute in zip(("where", "when", "value"), (*WHERE[where][:2], value), strict=True):
+            patch.setattr(Glitch, key, attribute)
+        script.main(args)
+    shown = re.escape(str(torch.tensor(value).item()))
+    pattern = rf"--env-id {args.env_id}: {WHERE[where][2].format(shown)}; last good checkpoint: (.*)"
+    message = re.fullmatch(pattern, str(caught.value))
+    assert message, caught.value
+    checkpoint = read_pt(script.run_folder_of(args) / "checkpoint.pt")
+    assert message[1] == str(script.run_folder_of(args) / "checkpoint.pt") and checkpoint["iteration"] >= 2
+    checkpoint["recent_successes"] = None  # nan stands for none there
+    for kind, is_finite in ((torch.Tensor, lambda tensor: tensor.isfinite().all()), (float, math.isfinite)):
+        answers = []
+        gipo.convert({**checkpoint, "next_rollout": None}, kind, lambda number: answers.append(is_finite(number)))  # noqa: B023
+        assert answers and all(answers)
+    if checkpoint["next_rollout"]:
+        assert all(column.isfinite().all() for column in checkpoint["next_rollout"]["data"].values())
+    result = script.main(dataclasses.replace(args, resume=True))
+    assert result["total_timesteps"] == 96 and math.isfinite(result["train_return_mean"])
+
+
+def test_large_numbers_that_training_survives_are_none_of_these(register, run, monkeypatch):
+    for key, attribute in {"where": "reward", "value": 1e10}.items():
+        monkeypatch.setattr(Glitch, key, attribute)
+    assert state_of(run(gipo, register(Glitch)))["iteration"] == 6
+
+
+# -------------------- Bugs --------------------
+class Unpicklable(Exception):
+    """It cannot cross to another process."""
+
+    def __init__(self, text):
+        super().__init__(text, lambda: None)
+
+    def __str__(self):
+        return self.args[0]
+
+
+class Buggy(Walk):
+    """It fails in one of its functions, in the second episode if it gets there."""
+
+    where, error = None, None
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.episode = 0
+        self.fail_if("constructor")
+
+    def fail_if(self, where):
+        if self.where == where:
+            raise self.error
+
+    def reset(self, *, seed=None, options=None):
+        self.episode += 1
+        if self.episode == 3:
+            self.fail_if("reset")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.episode == 3:
+            self.fail_if("step")
+        return super().step(action)
+
+
+ERRORS = [ValueError("operands could not be broadcast"), KeyError("goal"), AssertionError(), TypeError("missing 1 argument")]
+
+
+@pytest.mark.parametrize("where", ["constructor", "reset", "step"])
+@pytest.mark.parametrize("error", ERRORS, ids=[type(error).__name__ for error in ERRORS])
+@SCRIPTS
+@OVERLAP
+def test_a_bug_of_the_environment_keeps_its_type_and_traceback(script, overlap, error, where, register, tmp_path, monkeypatch):
+    """It is no ArgumentError or BadNumber of ours, which would be one line without a place."""
+    monkeypatch.setattr(Buggy, "where", where)
+    monkeypatch.setattr(Buggy, "error", error)
+    args = script.Args(env_id=register(Buggy), run_dir=str(tmp_path), overlap=overlap, **SIZES)
+    with pytest.raises(type(error)) as caught:
+        script.main(args)
+    assert type(caught.value) is type(error) and all(str(argument) in str(caught.value) for argument in error.args)
+    text = "".join(traceback.format_exception(caught.value))
+    assert "in fail_if" in text and f'self.fail_if("{where}")' in text
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=[type(error).__name__ for error in ERRORS])
+def test_a_bug_in_a_process_of_one_environment_keeps_its_type(error, register, tmp_path, monkeypatch, recwarn):
+    """Gymnasium shows the traceback, and what it raises has no other text."""
+    monkeypatch.setattr(Buggy, "where", "step")
+    monkeypatch.setattr(Buggy, "error", error)
+    args = gipo.Args(env_id=register(Buggy), run_dir=str(tmp_path), overlap=False, async_envs=True, **SIZES)
+    with pytest.raises(type(error)), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        gipo.main(args)
+    assert any("in fail_if" in str(warning.message) for warning in recwarn)
+
+
+@SCRIPTS
+@OVERLAP
+def test_a_bug_that_cannot_be_sent_is_described(script, overlap, register, tmp_path, monkeypatch):
+    monkeypatch.setattr(Buggy, "where", "step")
+    monkeypatch.setattr(Buggy, "error", Unpicklable("no way"))
+    args = script.Args(env_id=register(Buggy), run_dir=str(tmp_path), overlap=overlap, **SIZES)
+    with pytest.raises(RuntimeError if overlap else Unpicklable, match="no way") as caught:
+        script.main(args)
+    assert "in fail_if" in "".join(traceback.format_exception(caught.value))
+
+
+BUG = """
+import gymnasium
+from gymnasium.envs.classic_control import PendulumEnv
+class Bug(PendulumEnv):
+    def step(self, action):
+        return self.no_such_thing
+gymnasium.register("Bug-v0", Bug, max_episode_steps=50)
+"""
+
+
+def test_a_bug_is_shown_with_its_place_on_the_command_line(tmp_path):
+    """Exit code 1 as of any Python program, not 2 as of wrong arguments."""
+    (tmp_path / "of_mine.py").write_text(BUG)
+    flags = ["--env-id", "of_mine:Bug-v0", "--total-timesteps", 200]
+    process, _ = run_script("gipo_continuous", tmp_path / "runs", *flags, PYTHONPATH=str(tmp_path))
+    assert process.returncode == 1 and "of_mine.py" in process.stderr and "return self.no_such_thing" in process.stderr
+    assert process.stderr.splitlines()[-1].startswith("AttributeError: ")
