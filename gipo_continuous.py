@@ -40,6 +40,7 @@ import sys
 import threading
 import time
 import traceback
+import typing
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,10 +357,9 @@ def make_env(args, idx: int, render_mode: str | None = None):
         try:
             env = build(**kwargs)
         except (gym.error.Error, ImportError, TypeError) as error:
-            missing = (
-                isinstance(error, ImportError) and ":" not in task
-            )  # a retired version; a user's module has its traceback
-            if isinstance(error, gym.error.Error) or missing or "unexpected keyword argument" in str(error):
+            retired = isinstance(error, ImportError) and ":" not in task  # a user's own module keeps its traceback
+            wrong_kwargs = isinstance(error, TypeError) and "__init__()" in str(error) and "argument" in str(error)
+            if isinstance(error, gym.error.Error) or retired or wrong_kwargs:
                 what = f"--env-id {args.env_id} cannot be built with --env-kwargs {args.env_kwargs}"
                 raise ArgumentError(f"{what}: {' '.join(str(error).split())}") from error
             raise
@@ -440,10 +440,11 @@ class Agent(nn.Module):
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_var", torch.ones(obs_dim))
         self.register_buffer("obs_count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("adv_std_peak", torch.zeros(()))
+        self.register_buffer("adv_std_peak", torch.zeros(()))  # largest standard deviation of a minibatch's advantages so far
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """All but the critic's: what a fork adds, an encoder say, is trained and clipped with the actor."""
+        """All but the critic's: what a fork adds, an encoder say, is trained with the actor, and its gradient, also that from
+        the critic, counts in the actor's clip."""
         critic = set(self.critic.parameters())
         return [p for p in self.parameters() if p not in critic]
 
@@ -542,7 +543,7 @@ class Collector:
 
         Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes`, those that ended: (steps of the run, return,
         length, success); `log_ratio_max`, the largest |log ratio| between acting and a batch of the same weights, 0 up to
-        rounding; `seconds` spent in environments and policy; and `version`, the iteration before whose update the weights are.
+        rounding; `seconds` spent in environments and policy; and `version`, the iteration in which the call was made.
         """
         torch.set_num_threads(1)
         self.agent.load_state_dict(weights)
@@ -641,7 +642,7 @@ class Worker:
     """Calls an object's methods in a process of its own, or in this one: `start(name, *arguments)`, then `result()`.
 
     The object sees the same calls in the same order either way. Its exceptions are raised here, with its own traceback.
-    Tensors cross as numpy arrays, for torch would pass them as open files.
+    Tensors cross as numpy arrays: torch would pass them as open files, and pickles them ten times as slowly.
     """
 
     def __init__(self, factory, *args, own_process: bool):
@@ -749,6 +750,16 @@ def get_next_values(values, end_values, dones):
     return torch.where(dones > 0, end_values, torch.cat([values[1:], end_values[-1:]]))
 
 
+def compute_advantages(values, mb, args, joint_logratio=None):
+    """Advantages and value targets of segments, both (T, S), from the critic's `values` and mb["end_values"]."""
+    next_values = get_next_values(values, mb["end_values"], mb["dones"])
+    gae_args = mb["rewards"] * args.reward_scale, values, next_values, mb["terminations"], mb["dones"]
+    if args.vtrace:
+        return compute_vtrace(*gae_args, joint_logratio, args.gamma, args.gae_lambda)
+    advantages = compute_gae(*gae_args, args.gamma, args.gae_lambda)
+    return advantages, advantages + values
+
+
 def sample_segments(num_filled: int, args, generator=None) -> torch.Tensor:
     """Indices of each update's segments, (updates, S), in shuffled passes: none is drawn again before all others were."""
     segments = args.minibatch_size // args.num_steps
@@ -786,7 +797,8 @@ def policy_objective(logratio, advantages, args):
 
 def compute_loss(agent, mb, args):
     """Loss of one minibatch, and what is logged of it: -> (), {name: ()}. `mb`: segments (T, S, ...), or rows (B, ...) with
-    stored advantages; where they are recomputed, with the critic's `end_values`. --torch-compile compiles all of it."""
+    stored advantages; where they are recomputed, with the critic's `end_values`. It moves agent.adv_std_peak, too.
+    --torch-compile compiles all of it."""
     _, newlogprob, entropy = agent.get_action_and_logprob(mb["obs"], mb["actions"])
     newvalue = agent.get_value(mb["obs"])
     logratio = newlogprob - mb["logprobs"]  # (T, S, action_dim)
@@ -794,14 +806,7 @@ def compute_loss(agent, mb, args):
 
     with torch.no_grad():
         if args.recompute_advantages:
-            values = newvalue.detach()
-            next_values = get_next_values(values, mb["end_values"], mb["dones"])
-            gae_args = mb["rewards"] * args.reward_scale, values, next_values, mb["terminations"], mb["dones"]
-            if args.vtrace:
-                mb_advantages, mb_returns = compute_vtrace(*gae_args, joint_logratio, args.gamma, args.gae_lambda)
-            else:
-                mb_advantages = compute_gae(*gae_args, args.gamma, args.gae_lambda)
-                mb_returns = mb_advantages + values
+            mb_advantages, mb_returns = compute_advantages(newvalue.detach(), mb, args, joint_logratio)
         else:
             mb_advantages, mb_returns = mb["advantages"], mb["returns"]
         adv_std = mb_advantages.std(correction=0)
@@ -972,9 +977,9 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
 
 
 def run_folder_of(args) -> Path:
-    """The folder that --resume names, or the one of these arguments."""
+    """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
     if isinstance(args.resume, str):
-        return Path(args.resume)
+        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
     return Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
 
 
@@ -1017,6 +1022,10 @@ def check_args(args) -> None:
     limits["seed"] = (0, 4_000_000, "between 0 and 4,000,000")  # environments get 1000 * seed + i, which must be below 2^32
     limits["init_log_std"] = (-20, 2, "between -20 and 2")
     limits["num_bins"] = (2, 100_000, "2 or more")
+    for field in dataclasses.fields(args):
+        if typing.get_origin(field.type) is Literal and getattr(args, field.name) not in typing.get_args(field.type):
+            choices = ", ".join(typing.get_args(field.type))
+            raise ArgumentError(f"--{field.name.replace('_', '-')} {getattr(args, field.name)} must be one of {choices}")
     for name, (low, high, words) in limits.items():
         if not low <= getattr(args, name) <= high:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
@@ -1033,7 +1042,13 @@ def check_args(args) -> None:
     module, _, name = args.env_id.rpartition(":")
     if args.env_id.startswith("Meta-World/"):
         raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
-    if module and importlib.util.find_spec(module.split(".")[0]) is None:
+    try:
+        found = not module or importlib.util.find_spec(module)
+    except ModuleNotFoundError as error:
+        found = None
+        if error.name not in (module, module.partition(".")[0]):  # it is there, and lacks another
+            raise
+    if not found:
         raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
     if not module and name not in [*meta_world, *gym.registry]:  # module:Name-v0 is registered when built
         nearest = difflib.get_close_matches(args.env_id, [*meta_world, *gym.registry], n=3, cutoff=0.5)
@@ -1151,15 +1166,24 @@ def evaluate_saved_model(args) -> dict:
 
 # -------------------- Main --------------------
 def main(args: Args) -> dict:
-    """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
+    """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written.
+
+    May be called from a program of your own: in turn, or in processes, since threads would share the global random generators.
+    """
     if args.evaluate is not None:
         return evaluate_saved_model(args)
     with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
         try:
             return train(args, at_exit)
-        except BadNumber as error:
+        except Exception as error:
+            if isinstance(error, ArgumentError):
+                raise
             checkpoint = run_folder_of(args) / "checkpoint.pt"
-            raise BadNumber(f"{error}; last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}") from error
+            last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
+            if isinstance(error, BadNumber):
+                raise BadNumber(f"{error}; {last_good}") from error
+            error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
+            raise
 
 
 def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
@@ -1207,7 +1231,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "rewards": torch.zeros(shape, device=device),  # raw, not scaled
         "terminations": torch.zeros(shape, device=device),
         "dones": torch.zeros(shape, device=device),  # termination or truncation
-        "versions": torch.zeros(shape, device=device),  # iteration before whose update the policy acted
+        "versions": torch.zeros(shape, device=device),  # iteration with whose first weights the policy acted
         "advantages": torch.zeros(shape, device=device),  # of collection time; used unless they are recomputed
         "returns": torch.zeros(shape, device=device),
     }
@@ -1268,6 +1292,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             at_exit.callback(signal.signal, signum, before)
             signal.signal(signum, ask_to_stop)
     start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout.isatty()
+    this_script = ["python", os.path.relpath(__file__)]
     say(f"{run_folder}: {num_iterations * rollout_size:,} steps of {args.env_id}, from step {global_step:,}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
@@ -1299,12 +1324,16 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     evaluation = evaluation_phase()
     while iteration < num_iterations and not stop_signals:
         # ==================== ROLLOUT ====================
-        # GIPO: the policy is the one from before the last update, so that the next rollout is collected during this one.
+        # GIPO: collected during the last update, with the weights from before it, as the next one is during this update:
+        #   update k on rollouts up to k, while rollout k + 1 is collected with the weights after update k - 1
         iteration += 1
         iteration_start = time.perf_counter()
-        if not (collector.busy or next_rollout):
+        if not (collector.busy or next_rollout):  # nothing is on its way: the first rollout of a run
             collector.start("collect", weights(), iteration)
-        rollout, next_rollout = next_rollout or collector.result(), None
+        rollout, next_rollout = (
+            next_rollout or collector.result(),
+            None,
+        )  # the one that a checkpoint held, or the one on its way
         if iteration < num_iterations:
             collector.start("collect", weights(), iteration)
         slot = (iteration - 1) * args.num_envs % num_segments  # the oldest N segments of the ring
@@ -1331,12 +1360,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         fresh = {key: value[:, new] for key, value in rb.items()}  # views: writing into them writes into the replay
         if not args.recompute_advantages:
             with torch.no_grad():
-                values = agent.get_value(fresh["obs"])
-                end_values = get_end_values(agent, fresh["next_obs"], fresh["dones"])
-                next_values = get_next_values(values, end_values, fresh["dones"])
-                gae_args = fresh["rewards"] * args.reward_scale, values, next_values, fresh["terminations"], fresh["dones"]
-                fresh["advantages"][:] = compute_gae(*gae_args, args.gamma, args.gae_lambda)
-                fresh["returns"][:] = fresh["advantages"] + values
+                fresh["end_values"] = get_end_values(agent, fresh["next_obs"], fresh["dones"])
+                fresh["advantages"][:], fresh["returns"][:] = compute_advantages(agent.get_value(fresh["obs"]), fresh, args)
 
         # ==================== UPDATE ====================
         # ALGO LOGIC: gradient steps; the loss is in compute_loss
@@ -1407,7 +1432,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         evaluation = None if stop_signals else evaluation_phase()
 
     if stop_signals:
-        how = shlex.join(["python", sys.argv[0], "--resume", str(run_folder)])
+        how = shlex.join([*this_script, "--resume", str(run_folder)])
         say(f"\nstopped at step {global_step:,} with a checkpoint; continue with: {how}")
         sys.exit(128 + stop_signals[0])
     if not args.eval_episodes:
@@ -1438,12 +1463,13 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         result["eval_success_by_task"] = evaluation["success_by_task"]
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
+    shares += " of the time, in two processes" if own_process else " of the time"
     say(f"finished in {seconds['wall']:.0f} s, {sps:.0f} steps/s ({shares})")
     say(f"files:  {run_folder}")
     say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     if args.eval_episodes:
         model = str(run_folder / "best_model.pt")
-        say("watch:  " + shlex.join(["python", sys.argv[0], "--evaluate", model, "--eval-episodes", "1", "--capture-video"]))
+        say("watch:  " + shlex.join([*this_script, "--evaluate", model, "--eval-episodes", "1", "--capture-video"]))
     return result
 
 
@@ -1457,5 +1483,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
