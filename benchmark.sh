@@ -7,7 +7,7 @@
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
 #   ./benchmark.sh vla          GIPO and PPO on LIBERO, tiny preset, two buffer sizes, three seeds (6 hours on 2 cores; needs requirements-vla.txt)
-#   ./benchmark.sh throughput   steps per second against the stock environment, and where the time goes
+#   ./benchmark.sh throughput   steps per second against version 1, the stock environment and the arithmetic limit (half an hour)
 #
 # Options: --tasks "a b"  --seeds "1 2"  --methods "ppo gipo"  --regimes "fresh stale"  --steps N  --workers N  --dry-run  --slurm
 #
@@ -64,8 +64,8 @@ python="${PYTHON:-.venv/bin/python}"
 [ -x "$(command -v "$python")" ] || die "$python not found: set up the environment as the README says, or set PYTHON"
 quoted=$(printf %q "$python") # as a command line has it
 if [ "$suite" = throughput ]; then
-    run=($(command -v taskset >/dev/null && echo "taskset -c 0") "$python" tests/throughput.py --env-ids ${tasks:-reach-v3 pick-place-v3} --total-timesteps "${steps:-60000}")
-    if [ -n "$dry_run" ]; then echo "${run[*]}"; else "${run[@]}"; fi
+    run=("$python" tests/throughput.py --env-id "${tasks:-reach-v3}" --steps "${steps:-30000}" --output results/throughput.json)
+    if [ -n "$dry_run" ]; then printf '%q ' "${run[@]}" && echo; else "${run[@]}"; fi
     exit
 fi
 
@@ -147,8 +147,8 @@ graphgpo_flags() { # method -> flags of graphgpo_sokoban.py
     esac
 }
 
-run_dir="runs/benchmark-$steps" eval="--eval-every 0"
-[ "$suite" != popo ] || run_dir="runs/popo-$steps" eval="--eval-every 5120"
+run_dir="runs/benchmark-$steps" eval="--eval-every 0" overlap=" --no-overlap" # as many runs as cores: one process each
+[ "$suite" != popo ] || run_dir="runs/popo-$steps" eval="--eval-every 5120" overlap=""
 [ "$suite" != vla ] || run_dir="runs/vla-tiny" # without the steps: demonstrations and clones are shared
 commands=""
 if [ "$suite" = graphgpo ]; then
@@ -179,7 +179,7 @@ for seed in $seeds; do # seeds outside: every cell has a first number early
             [ "$regime" != - ] || regime=""
             for task in $tasks; do
                 commands+="$quoted $script --env-id $task --seed $seed --exp-name ${method}${regime:+_$regime} --total-timesteps $steps"
-                commands+=" --run-dir $run_dir $eval"$'\n'
+                commands+=" --run-dir $run_dir $eval$overlap"$'\n'
             done
         done
     done
