@@ -792,7 +792,7 @@ def test_log_ratios_of_fresh_on_policy_data_are_zero(head, tmp_path, monkeypatch
     ids=["reach", "bins", "async", "gaussian"],
 )
 def test_a_rollout_is_the_same_in_any_process(script, flags):
-    """Three rollouts under other weights each, the state after them, and one more from that state in a new collector."""
+    """Three rollouts under other weights each, the state after them, and one more, also from that state in a new collector."""
     args = script.Args(num_envs=2, num_steps=90, hidden_size=16, **flags)
     results = {}
     for own_process in (True, False):
@@ -803,11 +803,13 @@ def test_a_rollout_is_the_same_in_any_process(script, flags):
         worker.call("reset", None)
         answers = [worker.call("collect", weights[version], version) for version in range(3)]
         answers.append(worker.call("snapshot"))
+        going_on = worker.call("collect", weights[3], 7)
         worker.close()
         worker = script.Worker(script.Collector, args, own_process=own_process)
         worker.call("reset", answers[-1])
         answers.append(worker.call("collect", weights[3], 7))
         worker.close()
+        assert differences(answers[-1]["data"], going_on["data"]) == []
         answers = [{**answer, "seconds": 0} for answer in answers]
         results[own_process] = gipo.convert(answers, float, lambda number: None if math.isnan(number) else number)
     assert differences(results[True], results[False]) == []
