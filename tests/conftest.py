@@ -129,7 +129,7 @@ def differences(a, b, where: str = "") -> list[str]:
         a, b = a.numpy(), b.numpy()
         equal = a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
     else:
-        equal = type(a) is type(b) and a == b
+        equal = type(a) is type(b) and (a == b or (a != a and b != b))  # nan equals nan
     return [] if equal else [where]
 
 

@@ -2,20 +2,28 @@
 
 import importlib
 import os
-import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
-import tyro
-from conftest import SCRIPTS, TINY, differences, read_json, read_pt, read_scalars, start_script
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TINY,
+    differences,
+    left_running,
+    read_pt,
+    run_differences,
+    start_script,
+    wait_for_line,
+)
 
 PENDULUM = ["--env-id", "Pendulum-v1", *TINY, "--total-timesteps", "4000", "--eval-every", "1000", "--eval-episodes", "2"]
 REACH = ["--env-id", "reach-v3", *TINY, "--total-timesteps", "2500", "--eval-every", "2000", "--eval-episodes", "1"]
 ON_POLICY = ["--buffer-size", "0", "--update-epochs", "2"]
-TIMING = {"sps", "wall_seconds", "peak_memory_mb", "git_commit"}  # the commit may change while the tests run
 ALL_SCRIPTS = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -24,7 +32,7 @@ def run_inline(script, run_dir, flags):
     module = importlib.import_module(script)
     if "--resume" in flags:
         time.sleep(1.0)  # TensorBoard orders event files by the second in their names; a user is not faster than that
-    module.main(tyro.cli(module.Args, args=[*flags, "--run-dir", str(run_dir)]))
+    module.main(module.parse_args([*flags, "--run-dir", str(run_dir)]))
     (folder,) = run_dir.iterdir()
     return folder
 
@@ -38,110 +46,103 @@ def wait_for(condition, process):
 def start_training(script, run_dir, flags):
     """Start a run and return once its training loop has begun: process, run folder."""
     process = start_script(script, run_dir, *flags)
-    line = ""
-    for line in process.stdout:
-        if "from step" in line:
-            break
-    assert "from step" in line, line
+    wait_for_line(process, "from step")
     (folder,) = run_dir.iterdir()
     return process, folder
 
 
-def stop_at_checkpoint(script, run_dir, flags, signum, whole_group=False):
-    """Send a signal once a new checkpoint has been written: -> exit code, output."""
+def stop_at_checkpoint(script, run_dir, flags, signum, whole_group):
+    """Send a signal once a new checkpoint has been written: -> exit code, output, processes that are left."""
     checkpoints = [*run_dir.glob("*/checkpoint.pt")]
     before = checkpoints[0].stat().st_mtime_ns if checkpoints else 0
     process, folder = start_training(script, run_dir, flags)
     path = folder / "checkpoint.pt"
     wait_for(lambda: path.exists() and path.stat().st_mtime_ns > before, process)
     (os.killpg if whole_group else os.kill)(process.pid, signum)
-    output = process.communicate()[0]
-    return process.returncode, output
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output, left_running(process.pid)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """reference(script, flags) -> the folder of the run that nothing disturbs, made once."""
+    done = {}
+
+    def run(script, flags):
+        key = (script, *flags)
+        if key not in done:
+            done[key] = run_inline(script, tmp_path_factory.mktemp("reference"), flags)
+        return done[key]
+
+    return run
 
 
 def assert_equal_runs(folder, reference):
-    """Everything two runs leave, apart from time and the flags that may differ."""
-    a, b = read_pt(folder / "checkpoint.pt"), read_pt(reference / "checkpoint.pt")
-    assert differences({**a, "seconds": 0}, {**b, "seconds": 0}) == []
-    for file in ("model.pt", "best_model.pt"):
-        a, b = ({**read_pt(path / file), "args": 0} for path in (folder, reference))
-        assert differences(a, b) == [], file
-    a, b = (read_json(path / "result.json") for path in (folder, reference))
-    assert differences(*({k: v for k, v in result.items() if k not in {*TIMING, "args"}} for result in (a, b))) == []
-    own = ("run_dir", "resume", "overwrite")
-    assert differences(*({k: v for k, v in result["args"].items() if k not in own} for result in (a, b))) == []
-    assert_equal_curves(folder, reference)
-
-
-def assert_equal_curves(folder, reference):
-    a, b = (read_scalars(path) for path in (folder, reference))
-    assert a.keys() == b.keys()
-    for tag in b:
-        if tag.startswith("eval/"):  # a run that died right after an evaluation repeats it: the same point twice
-            a[tag] = sorted(set(a[tag]))
-        assert [step for step, _ in a[tag]] == [step for step, _ in b[tag]], tag
-        if not tag.startswith("time/") and tag != "charts/SPS":
-            assert a[tag] == b[tag], tag
+    module = importlib.import_module("gipo_continuous")
+    assert run_differences(folder, reference, module.MACHINE_ARGS) == []
 
 
 # -------------------- Signals --------------------
 @pytest.mark.parametrize(
-    ("script", "flags", "checkpoint_every", "whole_group"),
-    [
-        ("gipo_continuous", REACH, 640, False),  # stops in the first and in the second episode, goals drawn at random
-        ("gipo_continuous", PENDULUM, 1000, False),
-        ("gipo_continuous", [*PENDULUM, "--async-envs"], 1000, True),  # Ctrl-C reaches the workers too
-        ("ppo_baseline", [*PENDULUM, *ON_POLICY, "--ratio", "per-dim"], 1000, False),
-        ("ppo_baseline", [*REACH, *ON_POLICY], 640, True),
+    ("script", "flags", "modes", "signals", "whole_group"),
+    [  # modes: flags of the first, second and third part of the run
+        ("gipo_continuous", PENDULUM, ("", "", ""), (signal.SIGINT, signal.SIGTERM), True),
+        (
+            "gipo_continuous",
+            PENDULUM,
+            ("--no-overlap", "--no-overlap", "--no-overlap"),
+            (signal.SIGTERM, signal.SIGHUP),
+            False,
+        ),
+        ("gipo_continuous", PENDULUM, ("--overlap", "--no-overlap", "--overlap"), (signal.SIGHUP, signal.SIGINT), False),
+        ("gipo_continuous", PENDULUM, ("--async-envs",) * 3, (signal.SIGTERM, signal.SIGINT), True),
+        (
+            "gipo_continuous",
+            PENDULUM,
+            ("--async-envs --no-overlap", "", "--no-async-envs"),
+            (signal.SIGINT, signal.SIGHUP),
+            True,
+        ),
+        ("gipo_continuous", REACH, ("", "--no-overlap", ""), (signal.SIGTERM, signal.SIGINT), False),  # goals drawn at random
+        ("ppo_baseline", [*PENDULUM, *ON_POLICY], ("", "", ""), (signal.SIGINT, signal.SIGHUP), True),
+        ("ppo_baseline", PENDULUM, ("", "--no-overlap", ""), (signal.SIGTERM, signal.SIGINT), True),
+        ("ppo_baseline", [*REACH, *ON_POLICY], ("--async-envs", "", ""), (signal.SIGHUP, signal.SIGTERM), True),
     ],
-    ids=["gipo-reach", "gipo-pendulum", "gipo-async", "ppo-pendulum", "ppo-reach"],
+    ids=["gipo", "gipo-turns", "gipo-mixed", "gipo-async", "gipo-async-turns", "gipo-reach", "ppo", "ppo-replay", "ppo-reach"],
 )
-def test_interrupted_twice_equals_uninterrupted(script, flags, checkpoint_every, whole_group, tmp_path):
-    flags = [*flags, "--checkpoint-every", str(checkpoint_every)]
-    reference = run_inline(script, tmp_path / "reference", [flag for flag in flags if flag != "--async-envs"])
-    run_dir = tmp_path / "stopped"
-    code, output = stop_at_checkpoint(script, run_dir, flags, signal.SIGINT, whole_group)
-    assert code == 130 and "--resume" in output and "Traceback" not in output
-    code, output = stop_at_checkpoint(script, run_dir, [*flags, "--resume"], signal.SIGTERM)
-    assert code == 143 and "--resume" in output and "Traceback" not in output
-    folder = run_inline(script, run_dir, [*flags, "--resume"])
-    if "--async-envs" in flags:  # the workers change nothing, so only this flag tells the two runs apart
-        assert read_json(folder / "result.json")["args"]["async_envs"] is True
-        assert differences(read_pt(folder / "checkpoint.pt")["model"], read_pt(reference / "checkpoint.pt")["model"]) == []
-        assert_equal_curves(folder, reference)
-    else:
-        assert_equal_runs(folder, reference)
+def test_interrupted_twice_equals_uninterrupted(script, flags, modes, signals, whole_group, reference, tmp_path):
+    """Whatever the signal, whoever gets it, and whether the environments have processes of their own or not."""
+    checkpoint_every = 640 if flags[1] == "reach-v3" else 1000  # in the first, and in the second episode of reach-v3
+    flags, resume = [*flags, "--checkpoint-every", str(checkpoint_every)], []
+    for signum, mode in zip(signals, modes, strict=False):
+        code, output, left = stop_at_checkpoint(script, tmp_path, [*flags, *mode.split(), *resume], signum, whole_group)
+        assert code == 128 + signum and "continue with: python" in output and "Traceback" not in output, output
+        assert left == []
+        resume = ["--resume"]
+    folder = run_inline(script, tmp_path, [*flags, *modes[2].split(), "--resume"])
+    assert_equal_runs(folder, reference(script, [*flags, "--no-overlap"]))
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    """No checkpoint, no traceback, and nothing that goes on."""
+    process, folder = start_training("gipo_continuous", tmp_path, [*PENDULUM, "--updates-per-iteration", "100000"])
+    time.sleep(0.5)  # into the first update, which takes minutes
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == -signal.SIGINT and "Traceback" not in output
+    assert left_running(process.pid) == [] and not (folder / "checkpoint.pt").exists()
 
 
 # -------------------- kill -9 --------------------
-@pytest.mark.parametrize(
-    ("script", "flags", "delays"),
-    [
-        ("gipo_continuous", [], (0.0, 0.6, 0.9, 1.2)),
-        ("ppo_baseline", ON_POLICY, (0.5, 0.8)),
-        ("gipo_continuous", ["--async-envs"], (0.5,)),
-    ],
-    ids=["gipo", "ppo", "gipo-async"],
-)
-def test_killed_at_random_moments(script, flags, delays, tmp_path):
-    """A checkpoint after every iteration, so that most kills hit one being written."""
-    flags = [*PENDULUM, *flags, "--checkpoint-every", "1", "--total-timesteps", "16000"]  # so long that no kill comes too late
-    chance = random.Random(0)
-    for delay in delays:
-        process, folder = start_training(
-            script, tmp_path / "killed", [*flags, "--resume"] if (tmp_path / "killed").exists() else flags
-        )
-        time.sleep(delay * chance.random())
-        process.kill()
-        process.communicate()  # returns once the workers of --async-envs are gone too: they hold its output
-        assert not (folder / "result.json").exists()
-        if (folder / "checkpoint.pt").exists():
-            read_pt(folder / "checkpoint.pt")
-    folder = run_inline(script, tmp_path / "killed", [*flags, "--resume"])
-    reference = run_inline(script, tmp_path / "reference", flags)
-    assert_equal_runs(folder, reference)
-    for path in folder.glob("*.pt"):
-        read_pt(path)
+def test_killed_at_random_moments():
+    """A short instance of tests/kill_often.py, whose longer ones are started by hand."""
+    command = [sys.executable, str(ROOT / "tests" / "kill_often.py"), "--kills", "6", "--steps", "3000"]
+    command += ["--modes", "gipo-overlap", "ppo-replay"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.splitlines()[-1].startswith("6 kills, nothing lost"), process.stdout
 
 
 @ALL_SCRIPTS
@@ -150,7 +151,7 @@ def test_killed_before_the_first_checkpoint(script, tmp_path):
     process, folder = start_training(script, tmp_path / "killed", flags)
     process.kill()
     process.communicate()
-    assert {path.name for path in folder.iterdir() if not path.name.startswith("events")} == {"args.json"}
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("events")} == {".lock", "args.json"}
     folder = run_inline(script, tmp_path / "killed", [*flags, "--resume"])
     assert_equal_runs(folder, run_inline(script, tmp_path / "reference", flags))
 
@@ -169,7 +170,14 @@ def test_killed_in_the_final_evaluation(tmp_path):
 @ALL_SCRIPTS
 @pytest.mark.parametrize(
     ("function", "call"),
-    [("compute_gae", 70), ("save_checkpoint", 5), ("evaluate", 3), ("save_models", 3), ("update_normalizer", 33)],
+    [
+        ("compute_gae", 70),
+        ("save_checkpoint", 5),
+        ("evaluate", 3),
+        ("save_models", 3),
+        ("update_normalizer", 33),
+        ("collect", 20),  # in the process of the environments
+    ],
 )
 def test_curves_after_a_crash(script, function, call, tmp_path, monkeypatch):
     """Every point written to disk at once, then a crash somewhere: no point is lost or stale."""
@@ -178,7 +186,7 @@ def test_curves_after_a_crash(script, function, call, tmp_path, monkeypatch):
     flags = [*PENDULUM, "--updates-per-iteration", "2", "--total-timesteps", "3000", "--eval-every", "1000"]
     reference = run_inline(script, tmp_path / "reference", flags)
     module, add_scalar, calls = importlib.import_module(script), SummaryWriter.add_scalar, []
-    owner = module.Agent if function == "update_normalizer" else module
+    owner = {"update_normalizer": module.Agent, "collect": module.Collector}.get(function, module)
     original = getattr(owner, function)
 
     def crash(*args, **kwargs):
@@ -210,31 +218,31 @@ def test_resuming_a_finished_run_changes_nothing(script, tmp_path, capsys):
 
 @ALL_SCRIPTS
 def test_arguments_come_from_the_run(script, tmp_path):
-    """The flags that name the run are enough, wherever the folder has been moved to."""
+    """In code the folder is enough, wherever it has been moved to."""
     module = importlib.import_module(script)
     flags = [*PENDULUM, "--total-timesteps", "500", "--eval-every", "0"]
     reference = run_inline(script, tmp_path / "reference", flags)
-    folder = tmp_path / "moved" / reference.name
+    folder = tmp_path / "moved" / "and renamed"
     shutil.copytree(reference, folder)
-    for file in ("result.json", "model.pt", "best_model.pt"):
-        (folder / file).unlink()
-    for events in folder.glob("events*"):
-        events.unlink()
-    result = module.main(module.Args(env_id="Pendulum-v1", run_dir=str(tmp_path / "moved"), resume=True))
-    assert result["args"]["hidden_size"] == 32 and result["total_timesteps"] == 512
-    assert differences(read_pt(folder / "model.pt")["model"], read_pt(reference / "model.pt")["model"]) == []
+    for path in [*folder.glob("*.pt"), *folder.glob("events*"), folder / "result.json"]:
+        path.unlink()
+    result = module.main(module.saved_args(folder))
+    assert result["args"]["hidden_size"] == 32 and result["args"]["run_dir"] == str(folder.parent)
+    assert_equal_runs(folder, reference)
+    with pytest.raises(module.ArgumentError, match=r"contradicts the run to resume, which has 256: drop the flag"):
+        module.main(module.Args(env_id="Pendulum-v1", resume=str(folder)))
 
 
 @ALL_SCRIPTS
 def test_multi_task_run_resumes_without_its_other_flags(script, tmp_path):
     """MT10 does not accept the default of --num-envs, but a resumed run has its own."""
     module = importlib.import_module(script)
-    args = module.Args(env_id="MT10", num_envs=10, run_dir=str(tmp_path))
+    args = module.Args(env_id="MT10", num_envs=10, run_dir=str(tmp_path), recompute_advantages=script == "gipo_continuous")
     folder = tmp_path / f"MT10__{args.exp_name}__1"
     folder.mkdir()
     module.write_json(folder / "args.json", vars(args) | {"algorithm_version": module.ALGORITHM_VERSION})
     module.write_json(folder / "result.json", {"eval_success_rate": 1.0})
-    result = module.main(module.Args(env_id="MT10", run_dir=str(tmp_path), resume=True))
+    result = module.main(module.parse_args(["--env-id", "MT10", "--run-dir", str(tmp_path), "--resume"]))
     assert result == {"eval_success_rate": 1.0}
 
 
@@ -246,22 +254,35 @@ def test_another_algorithm_version_is_not_continued(script, tmp_path, monkeypatc
     folder = run_inline(script, tmp_path, flags)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     monkeypatch.setattr(module, "ALGORITHM_VERSION", module.ALGORITHM_VERSION + 1)
-    with pytest.raises(ValueError, match=r"--resume: .* is of version 1, not 2: --overwrite starts anew"):
+    with pytest.raises(module.ArgumentError, match=r"--resume: .* is of version 2, not 3: --overwrite starts anew"):
         run_inline(script, tmp_path, [*flags, "--resume"])
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 @ALL_SCRIPTS
-def test_a_flag_with_its_default_value_contradicts_too(script, tmp_path, monkeypatch):
-    flags = [*PENDULUM, "--total-timesteps", "200", "--gamma", "0.9"]
-    run_inline(script, tmp_path, flags)
+def test_a_flag_with_its_default_value_contradicts_too(script, tmp_path):
+    module = importlib.import_module(script)
+    run_inline(script, tmp_path, [*PENDULUM, "--total-timesteps", "200", "--gamma", "0.9"])
     typed = ["--env-id", "Pendulum-v1", "--run-dir", str(tmp_path), "--resume"]
-    args = importlib.import_module(script).Args(env_id="Pendulum-v1", run_dir=str(tmp_path), resume=True)
-    monkeypatch.setattr(sys, "argv", [script, *typed])
-    assert importlib.import_module(script).main(args)["args"]["gamma"] == 0.9
-    monkeypatch.setattr(sys, "argv", [script, *typed, "--gamma=0.99"])
-    with pytest.raises(ValueError, match=r"--gamma 0.99 contradicts the run to resume, which has 0.9: drop the flag"):
-        importlib.import_module(script).main(args)
+    assert module.main(module.parse_args(typed))["args"]["gamma"] == 0.9
+    with pytest.raises(
+        module.ArgumentError, match=r"--gamma 0.99 contradicts the run to resume, which has 0.9: drop the flag"
+    ):
+        module.main(module.parse_args([*typed, "--gamma=0.99"]))
+
+
+@ALL_SCRIPTS
+def test_a_checkpoint_holds_everything(script, reference):
+    """The next rollout is part of it, as are the environments, two generators and the replay; plain types and tensors only."""
+    folder = reference(script, [*PENDULUM, "--checkpoint-every", "1000", "--no-overlap"])
+    checkpoint = read_pt(folder / "checkpoint.pt")
+    assert set(checkpoint) == {
+        *("model", "optimizer", "replay", "iteration", "seconds", "recent_returns", "recent_successes"),
+        *("collector", "next_rollout", "generator"),
+    }
+    assert checkpoint["next_rollout"] is None and checkpoint["collector"]["steps"] == 64 * checkpoint["iteration"] == 4032
+    assert len(checkpoint["recent_returns"]) == len(checkpoint["recent_successes"]) == 2 * (4032 // 400)
+    assert [len(env["actions"]) for env in checkpoint["collector"]["envs"]] == [4032 % 400 // 2] * 2
 
 
 # -------------------- Determinism --------------------
