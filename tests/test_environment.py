@@ -914,6 +914,19 @@ def test_a_worker_answers_in_order_with_what_the_method_returns(worker):
     assert (answer["process"] == os.getpid()) == (worker.process is None)
 
 
+def test_a_worker_may_be_a_new_interpreter(monkeypatch):
+    """As on macOS, where processes are not forked: what crosses can be pickled."""
+    args = gipo.Args(env_id="Pendulum-v1", num_envs=2, num_steps=4, hidden_size=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")
+        worker = gipo.Worker(gipo.Collector, args, own_process=True)
+    assert type(worker.process).__name__ == "SpawnProcess" and worker.call("dims") == (3, 1)
+    worker.call("reset", None)
+    assert worker.call("collect", gipo.Agent(3, 1, args).state_dict(), 1)["data"]["obs"].shape == (4, 2, 3)
+    worker.close()
+    assert not is_running(worker.process.pid)
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "text"),
     [("key", KeyError, "goal"), ("lambda", RuntimeError, "Unpicklable: no way"), ("one way", RuntimeError, "OneWay: a and b")],

@@ -540,6 +540,36 @@ def test_large_numbers_that_training_survives_are_none_of_these(register, run, m
     assert state_of(run(gipo, register(Glitch)))["iteration"] == 6
 
 
+class SpoilsEvaluations(Walk):
+    """A bad number in evaluations alone, whose seeds are large."""
+
+    where, value, evaluates = None, math.nan, False
+
+    def reset(self, *, seed=None, options=None):
+        self.evaluates = self.evaluates if seed is None else seed >= 10_000
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        if self.evaluates and self.steps == 3:
+            obs, reward = (obs * self.value, reward) if self.where == "observation" else (obs, self.value)
+        return obs, reward, *rest
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["observation", "reward"])
+@SCRIPTS
+def test_a_bad_number_in_an_evaluation_is_named(script, where, value, register, tmp_path, monkeypatch):
+    """Before it is written anywhere as a score."""
+    monkeypatch.setattr(SpoilsEvaluations, "where", where)
+    monkeypatch.setattr(SpoilsEvaluations, "value", value)
+    sizes = SIZES | {"eval_episodes": 2, "policy_head": "categorical"}
+    args = script.Args(env_id=register(SpoilsEvaluations), run_dir=str(tmp_path), **sizes)
+    with pytest.raises(script.BadNumber, match=args.env_id):
+        script.main(args)
+    assert not [*script.run_folder_of(args).glob("*model.pt")]
+
+
 # -------------------- Bugs --------------------
 class Unpicklable(Exception):
     """It cannot cross to another process."""
@@ -617,6 +647,22 @@ def test_a_bug_that_cannot_be_sent_is_described(script, overlap, register, tmp_p
     with pytest.raises(RuntimeError if overlap else Unpicklable, match="no way") as caught:
         script.main(args)
     assert "in fail_if" in "".join(traceback.format_exception(caught.value))
+
+
+class Exits(Walk):
+    """It ends its process."""
+
+    def step(self, action):
+        os._exit(3)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_a_process_that_ends_is_named(script, async_envs, register, tmp_path):
+    """As when the system kills it for want of memory."""
+    args = script.Args(env_id=register(Exits), run_dir=str(tmp_path), async_envs=async_envs, **SIZES)
+    with pytest.raises(RuntimeError, match="died" if async_envs else r"has died \(exit code 3;"):
+        script.main(args)
 
 
 BUG = """
