@@ -681,4 +681,4 @@ def test_a_bug_is_shown_with_its_place_on_the_command_line(tmp_path):
     flags = ["--env-id", "of_mine:Bug-v0", "--total-timesteps", 200]
     process, _ = run_script("gipo_continuous", tmp_path / "runs", *flags, PYTHONPATH=str(tmp_path))
     assert process.returncode == 1 and "of_mine.py" in process.stderr and "return self.no_such_thing" in process.stderr
-    assert process.stderr.splitlines()[-1].startswith("AttributeError: ")
+    assert "\nAttributeError: 'Bug' object has no attribute 'no_such_thing'" in process.stderr
