@@ -62,7 +62,7 @@ SPECIAL = {  # what the tests further down do with either script
     "evaluate": "--evaluate",
     "overwrite": "--overwrite",
     "resume": "--resume",
-    "track": f"--env-id Pendulum-v1 {SHORT} --track --wandb-project paper",
+    "track": f"--env-id gymnasium.envs.classic_control:Pendulum-v1 {SHORT} --track --wandb-project paper",
     "video": f"--env-id InvertedPendulum-v5 {SHORT} --capture-video --total-timesteps 64",
     "cuda": f"--env-id Pendulum-v1 {SHORT} --cuda",
     "compiled": f"--env-id Pendulum-v1 {SHORT} --torch-compile",
@@ -677,7 +677,10 @@ def test_a_checkpoint_holds_no_more_replay_than_there_is(script, tmp_path):
 @ALL_SCRIPTS
 @pytest.mark.parametrize(
     ("env_id", "what"),
-    [("Inf-v0", "observation inf of environment 0 at step 202"), ("NaN-v0", "reward nan of environment 0 at step 200")],
+    [
+        ("Inf-v0", "observation after a step inf of environment 0 at step 200"),
+        ("NaN-v0", "reward nan of environment 0 at step 200"),
+    ],
 )
 def test_a_bad_number_stops_the_run_before_it_spoils_the_model(script, env_id, what, tmp_path, inline):
     """One sentence, exit code 1, and the checkpoint of before the rollout that has it."""
