@@ -492,7 +492,7 @@ class Collector:
         random.seed(args.seed)  # these three for environments that draw from them
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
-        self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(args.seed)
+        self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
         thunks = [make_env(args, i) for i in range(args.num_envs)]
         if args.async_envs:
             thunks = [functools.partial(build_in_worker, thunk, os.getpid()) for thunk in thunks]
@@ -1188,7 +1188,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     actor_parameters, critic_parameters = agent.actor_parameters(), list(agent.critic.parameters())
     optimizer = torch.optim.Adam([{"params": actor_parameters}, {"params": critic_parameters}], lr=0.0, eps=1e-5, fused=True)
     loss_function = torch.compile(compute_loss) if args.torch_compile else compute_loss
-    generator = torch.Generator().manual_seed(args.seed)  # draws the minibatches
+    generator = torch.Generator().manual_seed(2 * args.seed)  # draws the minibatches; the collector has its own
 
     # Replay of whole segments, time first: rb[key][:, j] is segment j, one environment's part of one rollout. (T, S, ...)
     rollout_size = args.num_envs * args.num_steps
