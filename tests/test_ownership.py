@@ -158,6 +158,11 @@ def assert_finished(folder, steps=640):
     assert read_json(folder / "result.json")["total_timesteps"] == steps
 
 
+def code_args(script, run_dir, **more):
+    module = importlib.import_module(script)
+    return module, module.parse_args([*FLAGS, "--run-dir", str(run_dir), *more.pop("flags", [])])
+
+
 # -------------------- One owner per folder --------------------
 @ALL_SCRIPTS
 def test_two_starts_of_one_name_at_once(script, tasks, tmp_path):
@@ -176,6 +181,24 @@ def test_two_starts_of_one_name_at_once(script, tasks, tmp_path):
     for file in ("args.json", "result.json"):
         args = read_json(folder / file)
         assert args.get("args", args)["gamma"] == (0.9, 0.5)[codes.index(0)]
+
+
+@ALL_SCRIPTS
+def test_a_run_that_came_between(script, tmp_path, monkeypatch):
+    """Another start of this name has begun and ended while this one built its environments."""
+    module, args = code_args(script, tmp_path)
+    original = module.lock_folder
+
+    def come_between(run_folder):
+        run_folder.mkdir()
+        (run_folder / "result.json").write_text("theirs")
+        return original(run_folder)
+
+    monkeypatch.setattr(module, "lock_folder", come_between)
+    with pytest.raises(module.ArgumentError, match="exists: --resume continues it"):
+        module.main(args)
+    assert (only_folder(tmp_path) / "result.json").read_text() == "theirs"
+    assert {path.name for path in only_folder(tmp_path).iterdir()} == {".lock", "result.json"}
 
 
 @ALL_SCRIPTS
@@ -418,11 +441,6 @@ def test_printed_commands_can_be_pasted(tmp_path):
 
 
 # -------------------- main() in code --------------------
-def code_args(script, run_dir, **more):
-    module = importlib.import_module(script)
-    return module, module.parse_args([*FLAGS, "--run-dir", str(run_dir), *more.pop("flags", [])])
-
-
 @ALL_SCRIPTS
 @pytest.mark.parametrize("end", ["finished", "stopped", "failed"])
 def test_main_gives_the_signal_handlers_back(script, end, tmp_path, monkeypatch):
@@ -526,12 +544,20 @@ def test_an_encoder_that_a_fork_adds_is_trained(script, tmp_path, monkeypatch):
 
 
 # -------------------- Terminals --------------------
-@ALL_SCRIPTS
-def test_a_closed_pipe_ends_nothing(script, tmp_path):
-    """python gipo_continuous.py | head -1"""
+@pytest.mark.parametrize(
+    ("script", "reader", "lines"),
+    [
+        ("gipo_continuous", "| head -1", 1),
+        ("ppo_baseline", "| head -1", 1),
+        ("gipo_continuous", "| true", 0),
+        ("gipo_continuous", ">&-", 0),
+    ],
+)
+def test_a_closed_stdout_ends_nothing(script, reader, lines, tmp_path):
     command = shlex.join(command_line(script, tmp_path, [*FLAGS, "--total-timesteps", "1280"]))
-    process = subprocess.run(["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
-    assert process.returncode == 0 and process.stderr == "" and process.stdout.count("\n") == 1
+    command = f"{command} {reader}; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0 and process.stderr == "" and process.stdout.count("\n") == lines
     assert_finished(only_folder(tmp_path), 1280)
 
 
