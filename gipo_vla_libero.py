@@ -1714,7 +1714,10 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 
 def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
-    """log omega: the kernel's closed form, in log space so that no product of a huge ratio and a tiny weight is formed."""
+    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): (B,) or (B, d), advantages broadcast to it.
+
+    sigma_pos applies where A > 0. In log space, so that no product of a huge ratio and a tiny weight is formed.
+    """
     x = logratio.detach() / torch.where(advantages > 0, sigma_pos, sigma_neg)
     if kernel == "gaussian":
         return -0.5 * x**2
@@ -1723,15 +1726,6 @@ def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
     if kernel == "cauchy":
         return -torch.log1p(x**2)
     raise ValueError(f"unknown kernel {kernel}")
-
-
-def gipo_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
-    """Trust weight omega in (0, 1], detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464).
-
-    `logratio` has shape (B,) or (B, d), `advantages` one that broadcasts to it; sigma_pos applies where A > 0. For importers:
-    an update uses its logarithm.
-    """
-    return gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel).exp()
 
 
 def policy_objective(logratio, advantages, args):

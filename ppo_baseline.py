@@ -347,7 +347,7 @@ def make_env(args, idx: int, render_mode: str | None = None):
             env = build(**kwargs)
         except (gym.error.Error, ImportError, TypeError) as error:
             retired = isinstance(error, ImportError) and ":" not in task  # a user's own module keeps its traceback
-            wrong_kwargs = isinstance(error, TypeError) and "__init__()" in str(error) and "argument" in str(error)
+            wrong_kwargs = any(f"keyword argument '{name}'" in str(error) for name in kwargs)
             if isinstance(error, gym.error.Error) or retired or wrong_kwargs:
                 what = f"--env-id {args.env_id} cannot be built with --env-kwargs {args.env_kwargs}"
                 raise ArgumentError(f"{what}: {' '.join(str(error).split())}") from error
@@ -361,7 +361,7 @@ def make_env(args, idx: int, render_mode: str | None = None):
         if env.spec.max_episode_steps is None:
             env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
         space = env.observation_space
-        if not space.is_np_flattenable:
+        if not space.is_np_flattenable or isinstance(space, gym.spaces.Text):
             raise ArgumentError(f"--env-id {args.env_id} has observations of no fixed size, {space}: wrap or choose another")
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
@@ -489,6 +489,7 @@ class Collector:
     """
 
     def __init__(self, args):
+        torch.set_num_threads(1)  # before anything computes: a forked process has no threads of OpenMP's
         random.seed(args.seed)  # these three for environments that draw from them
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
@@ -518,6 +519,7 @@ class Collector:
             self.generator.set_state(snapshot["generator"])
             self.steps = snapshot["steps"]
         self.next_obs = torch.as_tensor(self.envs.reset()[0], dtype=torch.float32)
+        self.check_numbers({"observation": self.next_obs.unsqueeze(0)})
         if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
             text = f"{self.args.env_id} has random numbers that no checkpoint holds: its running episodes go on otherwise"
             print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -543,7 +545,10 @@ class Collector:
                 action, logprob, _ = self.agent.get_action_and_logprob(self.next_obs, generator=self.generator)
             env_action = to_env_action(action.numpy(), self.action_space)
             t1 = time.perf_counter()
-            obs_np, rewards, terminations, truncations, infos = self.envs.step(env_action)
+            try:
+                obs_np, rewards, terminations, truncations, infos = self.envs.step(env_action)
+            except EOFError as error:
+                raise RuntimeError("a process of --async-envs has died, perhaps killed for want of memory") from error
             seconds["policy"] += t1 - t0
             seconds["env"] += time.perf_counter() - t1
             dones = terminations | truncations
@@ -560,26 +565,30 @@ class Collector:
             transition |= {"rewards": rewards, "terminations": terminations, "dones": dones}
             for key, value in transition.items():
                 columns[key].append(torch.as_tensor(value))
+            if not self.next_obs.abs().max() <= MAX_MAGNITUDE:  # nothing can act on it
+                break
         data = {key: torch.stack(column).float() for key, column in columns.items()}
-        self.check_numbers(data)
+        quantities = {"observation after a step": data["next_obs"], "reward": data["rewards"]}
+        self.check_numbers(quantities | {"observation": torch.cat([data["obs"], self.next_obs.unsqueeze(0)])})
         with torch.no_grad():
             logprob = self.agent.get_action_and_logprob(data["obs"], data["actions"])[1]
         log_ratio_max = (logprob - data["logprobs"]).sum(-1).abs().max().item()
         rollout = {"data": data, "episodes": episodes, "log_ratio_max": log_ratio_max, "seconds": seconds}
         return rollout | {"version": version}
 
-    def check_numbers(self, data: dict) -> None:
-        """BadNumber if a reward or observation is not finite, or so large that its square is not."""
-        for key, name in {"obs": "observation", "next_obs": "observation after a step", "rewards": "reward"}.items():
-            bad = ~(data[key].abs() <= MAX_MAGNITUDE)
+    def check_numbers(self, quantities: dict) -> None:
+        """BadNumber if one of the (rows, N, ...) tensors, the last row being new, holds nan or more than MAX_MAGNITUDE."""
+        for name, values in quantities.items():
+            bad = ~(values.abs() <= MAX_MAGNITUDE)
             if bad.any():
                 row, idx, *_ = bad.nonzero()[0].tolist()
-                step = self.steps - (len(bad) - 1 - row) * self.args.num_envs
-                value = data[key][row, idx][bad[row, idx]].flatten()[0].item()
+                step = self.steps - (len(values) - 1 - row) * self.args.num_envs
+                value = values[row, idx][bad[row, idx]].flatten()[0].item()
                 raise BadNumber(f"--env-id {self.args.env_id}: {name} {value} of environment {idx} at step {step:,}")
 
     def close(self) -> None:
-        self.envs.close()
+        with contextlib.suppress(EOFError, BrokenPipeError):  # a process of --async-envs that has died
+            self.envs.close()
 
 
 def follow_parent() -> None:
@@ -864,6 +873,8 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
                 if video_dir and first == 0 and envs[0] in running and len(envs[0].get_wrapper_attr("actions")) % 4 == 0:
                     frames.append(envs[0].render())
                 obs = torch.as_tensor(np.stack([*running.values()]), dtype=torch.float32, device=agent.obs_mean.device)
+                if not obs.abs().max() <= MAX_MAGNITUDE:
+                    raise BadNumber(f"--env-id {args.env_id}: an observation of an evaluation is {obs.abs().max().item()}")
                 action, *_ = agent.get_action_and_logprob(obs, deterministic=True)
                 for env, env_action in zip([*running], to_env_action(action.cpu().numpy(), envs[0].action_space), strict=True):
                     running[env], _, terminated, truncated, info = env.step(env_action)
@@ -882,6 +893,8 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
         for env in envs:
             env.close()
     returns, successes = zip(*results, strict=True) if results else ((), ())
+    if not np.isfinite(returns).all():
+        raise BadNumber(f"--env-id {args.env_id}: the returns of an evaluation are {returns}")
     result = {
         "success_rate": success_rate(successes) if results else None,
         "return_mean": float(np.mean(returns)) if results else None,
@@ -1153,7 +1166,8 @@ def main(args: Args) -> dict:
             last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
             if isinstance(error, BadNumber):
                 raise BadNumber(f"{error}; {last_good}") from error
-            error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
+            if checkpoint.exists():
+                error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
             raise
 
 
@@ -1301,12 +1315,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # With replay, as in GIPO; on-policy, with the weights after the last update.
         iteration += 1
         iteration_start = time.perf_counter()
-        if not (collector.busy or next_rollout):  # nothing is on its way: the first rollout of a run, or any on-policy one
+        if not (collector.busy or next_rollout):
             collector.start("collect", weights(), iteration)
-        rollout, next_rollout = (
-            next_rollout or collector.result(),
-            None,
-        )  # the one that a checkpoint held, or the one on its way
+        rollout, next_rollout = next_rollout or collector.result(), None  # from the checkpoint, or the one on its way
         if iteration < num_iterations and not on_policy:
             collector.start("collect", weights(), iteration)
         slot = (iteration - 1) * args.num_envs % num_segments  # the oldest N segments of the ring

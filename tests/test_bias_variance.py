@@ -150,7 +150,7 @@ def test_bound_holds_and_is_reached(sigma):
 def test_weights_equal_the_training_script(kernel):
     """To the precision of sigma, which is float32 there."""
     logratio, advantage = np.linspace(-4, 4, 81), np.resize([0.7, -0.4, 0.0], 81)
-    theirs = gipo_continuous.gipo_weight(torch.tensor(logratio), torch.tensor(advantage), 0.6, 0.3, kernel).numpy()
+    theirs = gipo_continuous.gipo_log_weight(torch.tensor(logratio), torch.tensor(advantage), 0.6, 0.3, kernel).exp()
     np.testing.assert_allclose(study.gipo_weight(logratio, advantage, 0.6, 0.3, kernel), theirs, rtol=1e-4)
 
 
@@ -160,7 +160,6 @@ def test_weights_equal_the_training_script(kernel):
         ("gipo-0.5", gipo_continuous, {"sigma": 0.5}),
         ("laplacian-0.5", gipo_continuous, {"sigma": 0.5, "kernel": "laplacian"}),
         ("cauchy-0.5", gipo_continuous, {"sigma": 0.5, "kernel": "cauchy"}),
-        ("outward-0.5", gipo_continuous, {"sigma": 0.5, "trust_side": "outward"}),
         ("sapo", gipo_continuous, {"trust_weight": "sapo"}),
         ("noclip", gipo_continuous, {"trust_weight": "none"}),
         ("ppo", ppo_baseline, {}),

@@ -13,8 +13,8 @@ import pytest
 import test_diff
 import torch
 import tyro
-from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_script, start_script
-from test_resume import assert_equal_curves, wait_for
+from conftest import ROOT, curve_differences, differences, read_json, read_pt, read_scalars, run_script, start_script
+from test_resume import wait_for
 
 import graphgpo_sokoban
 from graphgpo_sokoban import Args, main
@@ -308,7 +308,7 @@ def assert_equal_runs(folder, reference):
     own = {"sps", "wall_seconds", "credit_seconds", "peak_memory_mb", "git_commit", "args"}
     a, b = ({k: v for k, v in read_json(path / "result.json").items() if k not in own} for path in (folder, reference))
     assert differences(a, b) == []
-    assert_equal_curves(folder, reference)
+    assert curve_differences(folder, reference) == []
 
 
 def stopped(run_dir, flags, signum):
@@ -347,9 +347,7 @@ def test_the_seed_decides(tmp_path):
 
 
 # -------------------- One file, and copies that stay copies --------------------
-@pytest.mark.parametrize(
-    "name", "layer_init mlp save_checkpoint load_checkpoint write_json git_commit save_models typed_flags saved_args".split()
-)
+@pytest.mark.parametrize("name", "layer_init mlp save_checkpoint write_json git_commit save_models".split())
 def test_copied_definition_is_identical(name):
     ours, theirs = (test_diff.top_level(ROOT / f"{script}.py")[0] for script in (SCRIPT, "gipo_continuous"))
     assert ours[name] == theirs[name]
