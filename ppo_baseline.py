@@ -496,7 +496,9 @@ class Collector:
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
         thunks = [make_env(args, i) for i in range(args.num_envs)]
         if args.async_envs:
-            thunks = [functools.partial(build_in_worker, thunk, os.getpid()) for thunk in thunks]
+            thunks = [
+                functools.partial(build_in_worker, thunk, os.getpid(), 1000 * args.seed + i) for i, thunk in enumerate(thunks)
+            ]
         vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
         self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         self.action_space = self.envs.single_action_space
@@ -599,10 +601,13 @@ def follow_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def build_in_worker(thunk, creator: int) -> gym.Env:
+def build_in_worker(thunk, creator: int, seed: int) -> gym.Env:
     """Build one of --async-envs in its own process, or in the creator's, where the vector environment asks for the spaces."""
     if os.getpid() != creator:
         follow_parent()
+        random.seed(seed)  # or all would draw the same numbers
+        np.random.seed(seed)
+        torch.manual_seed(seed)
     return thunk()
 
 

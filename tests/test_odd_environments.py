@@ -684,3 +684,28 @@ def test_a_bug_is_shown_with_its_place_on_the_command_line(tmp_path):
     process, _ = run_script("gipo_continuous", tmp_path / "runs", *flags, PYTHONPATH=str(tmp_path))
     assert process.returncode == 1 and "of_mine.py" in process.stderr and "return self.no_such_thing" in process.stderr
     assert "\nAttributeError: 'Bug' object has no attribute 'no_such_thing'" in process.stderr
+
+
+# -------------------- Global generators in processes of --async-envs --------------------
+class Draws(gym.Env):
+    """Its reward is a draw from numpy's global generator."""
+
+    observation_space, action_space = gym.spaces.Box(-1.0, 1.0, (1,)), gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), float(np.random.rand()), False, False, {}
+
+
+@SCRIPTS
+def test_processes_of_environments_draw_different_numbers(script):
+    gym.register("Draws-v0", entry_point=Draws, max_episode_steps=10, disable_env_checker=True)
+    collector = script.Collector(script.Args(env_id="Draws-v0", num_envs=3, async_envs=True))
+    collector.envs.reset()
+    rewards = collector.envs.step(np.zeros((3, 1), np.float32))[1]
+    collector.close()
+    del gym.registry["Draws-v0"]
+    assert len(set(rewards)) == 3
