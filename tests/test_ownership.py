@@ -62,12 +62,13 @@ class Slow(PendulumEnv):  # a simulator that loads its assets
         time.sleep(2.0)
 
 
-class Gate(PendulumEnv):  # stands still from its 100th step on while the file $GATE exists
+class Gate(PendulumEnv):  # stands still from its 100th step on while the file $GATE exists, and makes $GATE-reached
     steps = 0
 
     def step(self, action):
         self.steps += 1
         while self.steps >= 100 and os.path.exists(os.environ.get("GATE", "")):
+            open(os.environ["GATE"] + "-reached", "w").close()
             time.sleep(0.01)
         return super().step(action)
 
@@ -226,7 +227,7 @@ def test_a_killed_run_can_be_resumed_at_once(mode, tasks, tmp_path, inline, monk
     process = start_script("gipo_continuous", tmp_path / "runs", *GATE, *MODES[mode])
     wait_for_line(process, "from step")
     folder = only_folder(tmp_path / "runs")
-    while not (folder / "checkpoint.pt").exists():
+    while not tasks.with_name("gate-reached").exists():
         time.sleep(0.01)
     assert len(running(process.pid)) == {"process": 2, "turns": 1, "async": 4, "async-turns": 3}[mode]
     process.kill()
@@ -468,6 +469,7 @@ def test_main_gives_the_signal_handlers_back(script, end, tmp_path, monkeypatch)
                     module.main(args)
                 assert end == "failed" or error.value.code == 130
         after = {signum: signal.getsignal(signum) for signum in mine}
+        assert multiprocessing.active_children() == []
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -624,7 +626,7 @@ def test_a_process_of_the_environments_that_is_killed(mode, tasks, tmp_path, inl
     process = start_script("gipo_continuous", tmp_path / "runs", *GATE, *MODES[mode])
     wait_for_line(process, "from step")
     folder = only_folder(tmp_path / "runs")
-    while not (folder / "checkpoint.pt").exists():
+    while not tasks.with_name("gate-reached").exists():
         time.sleep(0.01)
     os.kill(max(running(process.pid)), signal.SIGKILL)  # the process of the environments, or the last one's own
     tasks.unlink()

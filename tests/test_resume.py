@@ -1,5 +1,6 @@
 """Interrupted and killed runs: resumed, they equal the run that was left alone, bit for bit on the CPU."""
 
+import errno
 import importlib
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import (
     ROOT,
     SCRIPTS,
@@ -269,6 +271,24 @@ def test_a_flag_with_its_default_value_contradicts_too(script, tmp_path):
         module.ArgumentError, match=r"--gamma 0.99 contradicts the run to resume, which has 0.9: drop the flag"
     ):
         module.main(module.parse_args([*typed, "--gamma=0.99"]))
+
+
+@ALL_SCRIPTS
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(script, tmp_path, monkeypatch):
+    """Never written in place: the old file is whole until the new one is on the disk, and after a failure."""
+    save_checkpoint, path = importlib.import_module(script).save_checkpoint, tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"iteration": 1})
+    with open(path, "rb") as old:
+        save_checkpoint(path, {"iteration": 2})
+        assert torch.load(old, weights_only=True) == {"iteration": 1} and read_pt(path) == {"iteration": 2}
+
+    def disk_full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, {"iteration": 3})
+    assert read_pt(path) == {"iteration": 2}
 
 
 @ALL_SCRIPTS
