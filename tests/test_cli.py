@@ -39,7 +39,7 @@ RUNS = {  # name -> script, flags; each runs once, and every field of Args appea
     "gipo-sapo": (
         "gipo_continuous",
         f"--env-id Reacher-v5 {SHORT} --trust-weight sapo --sapo-tau-pos 2 --sapo-tau-neg 2 --no-recompute-advantages"
-        " --lr-schedule constant --critic-lr-schedule linear --torch-threads 2",
+        " --lr-schedule constant --critic-lr-schedule linear",
     ),
     "gipo-none": (
         "gipo_continuous",
@@ -53,8 +53,7 @@ RUNS = {  # name -> script, flags; each runs once, and every field of Args appea
     ),
     "ppo-stored": (
         "ppo_baseline",
-        f"--env-id Reacher-v5 {SHORT} --buffer-size 128 --no-recompute-advantages --ratio per-dim --no-overlap"
-        " --torch-threads 2",
+        f"--env-id Reacher-v5 {SHORT} --buffer-size 128 --no-recompute-advantages --ratio per-dim --no-overlap",
     ),
 }
 SPECIAL = {  # what the tests further down do with either script
@@ -66,6 +65,7 @@ SPECIAL = {  # what the tests further down do with either script
     "video": f"--env-id InvertedPendulum-v5 {SHORT} --capture-video --total-timesteps 64",
     "cuda": f"--env-id Pendulum-v1 {SHORT} --cuda",
     "compiled": f"--env-id Pendulum-v1 {SHORT} --torch-compile",
+    "threads": f"--env-id Pendulum-v1 {SHORT} --torch-threads 2 --total-timesteps 64",
 }
 
 RESULT_KEYS = (
@@ -294,6 +294,12 @@ def test_compiled_run_equals_the_eager_one(script, inline, tmp_path):
 
 
 @ALL_SCRIPTS
+def test_two_threads(script, tmp_path):
+    process, folder = run_script(script, tmp_path, *SPECIAL["threads"].split())
+    assert process.returncode == 0 and read_json(folder / "result.json")["args"]["torch_threads"] == 2, process.stderr
+
+
+@ALL_SCRIPTS
 def test_track(script, tmp_path):
     """The real package, offline: a run of the right name, with the configuration and the event file."""
     environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
@@ -310,7 +316,8 @@ def test_track(script, tmp_path):
 
 @ALL_SCRIPTS
 def test_track_without_the_package(script, tmp_path, inline, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     code, _, error = inline(script, [*SPECIAL["track"].split(), "--run-dir", str(tmp_path)])
     assert code == 2 and error == "error: --track needs the package wandb: pip install wandb\n" and not any(tmp_path.iterdir())
 
