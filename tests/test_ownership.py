@@ -56,9 +56,10 @@ import gymnasium as gym
 from gymnasium.envs.classic_control import PendulumEnv
 
 
-class Slow(PendulumEnv):  # a simulator that loads its assets
+class Slow(PendulumEnv):  # a simulator that loads its assets, and makes $GATE-reached before
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        open(os.environ["GATE"] + "-reached", "w").close()
         time.sleep(2.0)
 
 
@@ -144,6 +145,12 @@ def unfinished(crashed, tmp_path):
     return copy
 
 
+def wait_for_gate(gate: Path) -> None:
+    """Until an environment stands still there."""
+    while not gate.with_name(f"{gate.name}-reached").exists():
+        time.sleep(0.01)
+
+
 def only_folder(run_dir: Path) -> Path:
     (folder,) = run_dir.iterdir()
     return folder
@@ -159,9 +166,9 @@ def assert_finished(folder, steps=640):
     assert read_json(folder / "result.json")["total_timesteps"] == steps
 
 
-def code_args(script, run_dir, **more):
+def code_args(script, run_dir, flags=()):
     module = importlib.import_module(script)
-    return module, module.parse_args([*FLAGS, "--run-dir", str(run_dir), *more.pop("flags", [])])
+    return module, module.parse_args([*FLAGS, "--run-dir", str(run_dir), *flags])
 
 
 # -------------------- One owner per folder --------------------
@@ -227,8 +234,7 @@ def test_a_killed_run_can_be_resumed_at_once(mode, tasks, tmp_path, inline, monk
     process = start_script("gipo_continuous", tmp_path / "runs", *GATE, *MODES[mode])
     wait_for_line(process, "from step")
     folder = only_folder(tmp_path / "runs")
-    while not tasks.with_name("gate-reached").exists():
-        time.sleep(0.01)
+    wait_for_gate(tasks)
     assert len(running(process.pid)) == {"process": 2, "turns": 1, "async": 4, "async-turns": 3}[mode]
     process.kill()
     process.wait()
@@ -237,6 +243,19 @@ def test_a_killed_run_can_be_resumed_at_once(mode, tasks, tmp_path, inline, monk
     assert code == 0, error
     assert left_running(process.pid, seconds=1.0) == []
     assert_finished(folder)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_signal_while_the_environments_are_built(mode, signum, tasks, tmp_path):
+    """To all of it, as from a terminal: nothing is written, said at length, or left running."""
+    flags = ["--env-id", "their_tasks:Slow-v0", *FLAGS[2:], *MODES[mode]]
+    process = start_script("gipo_continuous", tmp_path / "runs", *flags)
+    wait_for_gate(tasks)
+    os.killpg(process.pid, signum)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == (130 if signum == signal.SIGINT else -signum) and left_running(process.pid) == []
+    assert "Traceback" not in output and not (tmp_path / "runs").exists(), output
 
 
 @ALL_SCRIPTS
@@ -626,8 +645,7 @@ def test_a_process_of_the_environments_that_is_killed(mode, tasks, tmp_path, inl
     process = start_script("gipo_continuous", tmp_path / "runs", *GATE, *MODES[mode])
     wait_for_line(process, "from step")
     folder = only_folder(tmp_path / "runs")
-    while not tasks.with_name("gate-reached").exists():
-        time.sleep(0.01)
+    wait_for_gate(tasks)
     os.kill(max(running(process.pid)), signal.SIGKILL)  # the process of the environments, or the last one's own
     tasks.unlink()
     output = process.communicate(timeout=120)[0]

@@ -158,14 +158,17 @@ def test_killed_before_the_first_checkpoint(script, tmp_path):
     assert_equal_runs(folder, run_inline(script, tmp_path / "reference", flags))
 
 
-def test_killed_in_the_final_evaluation(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_ended_in_the_final_evaluation(signum, tmp_path):
+    """Training is over and its checkpoint written; the evaluation is made again."""
     script, flags = "gipo_continuous", [*PENDULUM, "--total-timesteps", "500", "--eval-episodes", "50"]
-    process, folder = start_training(script, tmp_path / "killed", flags)
+    process, folder = start_training(script, tmp_path / "ended", flags)
     wait_for((folder / "checkpoint.pt").exists, process)  # the only one, written before the evaluation
-    process.kill()
+    process.send_signal(signum)
     process.communicate()
+    assert process.returncode == (130 if signum == signal.SIGINT else -signum)
     assert read_pt(folder / "checkpoint.pt")["iteration"] == 8 and not (folder / "model.pt").exists()
-    folder = run_inline(script, tmp_path / "killed", [*flags, "--resume"])
+    folder = run_inline(script, tmp_path / "ended", [*flags, "--resume"])
     assert_equal_runs(folder, run_inline(script, tmp_path / "reference", flags))
 
 
