@@ -4,7 +4,7 @@
 
 Every figure is of a process of its own on the cores that it is given, and every round runs all contenders once, so that ratios
 within a round hold on a noisy machine. Version 1 comes from this repository's history. stable-baselines3 is measured where it
-is installed, cleanrl where --cleanrl names its ppo_continuous_action.py. Prints JSON.
+is installed. Prints JSON.
 """
 
 import json
@@ -26,9 +26,7 @@ SAME = "--num-envs 8 --num-steps 16 --hidden-size 64"  # as the other libraries:
 CONTENDERS = {  # name -> cores, script of version 1 or 2, flags
     "gipo, version 1": (1, "v1/gipo_continuous.py", ""),
     "gipo": (1, "v2/gipo_continuous.py", ""),
-    "gipo --torch-compile": (1, "v2/gipo_continuous.py", "--torch-compile"),
     "gipo, two cores": (2, "v2/gipo_continuous.py", ""),
-    "gipo --torch-compile, two cores": (2, "v2/gipo_continuous.py", "--torch-compile"),
     "ppo, version 1": (1, "v1/ppo_baseline.py", ""),
     "ppo": (1, "v2/ppo_baseline.py", ""),
 }
@@ -81,8 +79,6 @@ class Args:
     """environment steps of each run"""
     rounds: int = 5
     """how often every contender runs"""
-    cleanrl: str | None = None
-    """path of cleanrl's ppo_continuous_action.py"""
     output: str | None = None
     """JSON file to write"""
 
@@ -134,12 +130,6 @@ def main(args: Args) -> dict:
                 figures["HalfCheetah: stable-baselines3"] = float(
                     run([sys.executable, "-c", SB3.format(steps=steps)], 1, folder).split()[-1]
                 )
-            if args.cleanrl:
-                flags = (
-                    f"--env-id HalfCheetah-v5 --total-timesteps {args.steps} --num-envs 8 --num-steps 16 --num-minibatches 1"
-                )
-                output = run([sys.executable, args.cleanrl, *flags.split(), "--no-cuda"], 1, folder)
-                figures["HalfCheetah: cleanrl"] = float(output.split("SPS:")[-1])
             rounds.append({key: round(value, 1) for key, value in figures.items()})
             print(rounds[-1], file=sys.stderr, flush=True)
 
@@ -150,7 +140,7 @@ def main(args: Args) -> dict:
     pairs = [(name, "gipo, version 1") for name in CONTENDERS if name.startswith("gipo") and name != "gipo, version 1"]
     pairs += [("ppo", "ppo, version 1"), *((name, "stock environment") for name in ("gipo", "gipo, two cores"))]
     pairs += [(name, "matrix products of the updates alone") for name in ("gipo", "gipo, two cores")]
-    pairs += [("HalfCheetah: ppo", f"HalfCheetah: {other}") for other in ("stable-baselines3", "cleanrl")]
+    pairs += [("HalfCheetah: ppo", "HalfCheetah: stable-baselines3")]
     return {
         "command": "python tests/throughput.py " + " ".join(sys.argv[1:]),
         "env_id": args.env_id,
