@@ -18,6 +18,8 @@ SCRIPTS = ("gipo_continuous", "ppo_baseline")
 TIMING = {"sps", "wall_seconds", "peak_memory_mb", "git_commit"}  # of result.json; the commit may change while the tests run
 TINY = "--num-envs 2 --num-steps 32 --buffer-size 256 --minibatch-size 64 --hidden-size 32".split()
 
+STARTED = []  # processes of start_command
+
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads per process would only fight over the cores
 
@@ -29,6 +31,15 @@ def own_signal_handlers():
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+
+
+@pytest.fixture(autouse=True)
+def end_processes():
+    """A test that fails must leave no process running."""
+    yield
+    while STARTED:
+        for pid in running(STARTED.pop().pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def command_line(script: str, run_dir: Path, flags) -> list[str]:
@@ -46,7 +57,8 @@ def run_script(script: str, run_dir: Path, *flags, **environment) -> tuple[subpr
 def start_command(command: list[str], **environment) -> subprocess.Popen:
     """Start a command in a session of its own, with its output as one stream of lines."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    return subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
+    STARTED.append(subprocess.Popen(command, env={**os.environ, **environment}, **pipes))
+    return STARTED[-1]
 
 
 def start_script(script: str, run_dir: Path, *flags, **environment) -> subprocess.Popen:
