@@ -8,6 +8,7 @@ differ.
 """
 
 import argparse
+import logging
 import os
 import random
 import signal
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every event file that purges another's points
     chance, faults = random.Random(args.seed), []
     with tempfile.TemporaryDirectory() as folder:
         for i, mode in enumerate(args.modes):
