@@ -77,7 +77,7 @@ class BadNumber(FloatingPointError):
 
 
 OPTIONAL_FOLDER = tyro.constructors.PrimitiveConstructorSpec(  # a flag that may have a value
-    nargs="*",
+    nargs=(0, 1),
     metavar="[RUN_FOLDER]",
     instance_from_str=lambda words: words[0] if words else True,
     is_instance=lambda value: isinstance(value, bool | str),
@@ -601,7 +601,7 @@ class Collector:
 
     def close(self) -> None:
         with contextlib.suppress(EOFError, BrokenPipeError):  # a process of --async-envs that has died
-            self.envs.close()
+            self.envs.close(timeout=1.0)  # it waits for the others, which have answered already
 
 
 def follow_parent() -> None:
@@ -1021,7 +1021,7 @@ def lock_folder(run_folder: Path):
 
 def refuse_existing(run_folder: Path, args) -> None:
     """ArgumentError if a new run would end up in the folder of another."""
-    exists = run_folder.is_dir() and any(path.name != ".lock" for path in run_folder.iterdir())
+    exists = os.path.isdir(run_folder) and any(path.name != ".lock" for path in run_folder.iterdir())
     if exists and not (args.resume or args.overwrite):
         raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
 
@@ -1047,6 +1047,8 @@ def check_args(args) -> None:
     for name, (low, high, words) in limits.items():
         if not low <= getattr(args, name) <= high:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+    if args.resume == "":
+        raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
     if args.resume and args.overwrite:
         raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
     if "/" in args.exp_name or "\0" in args.exp_name:
@@ -1057,7 +1059,7 @@ def check_args(args) -> None:
         is_object = False
     if not is_object:
         raise ArgumentError(f"--env-kwargs {args.env_kwargs} must be a JSON object, as in --env-kwargs '{{\"name\": 1}}'")
-    module, _, name = args.env_id.rpartition(":")
+    module, colon, name = args.env_id.rpartition(":")
     if args.env_id.startswith("Meta-World/"):
         raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
     try:
@@ -1068,7 +1070,7 @@ def check_args(args) -> None:
             raise
     if not found:
         raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
-    if not module and name not in [*meta_world, *gym.registry]:  # module:Name-v0 is registered when built
+    if (colon and not module) or (not module and name not in [*meta_world, *gym.registry]):  # module:Name-v0 registers itself
         nearest = difflib.get_close_matches(args.env_id, [*meta_world, *gym.registry], n=3, cutoff=0.5)
         raise ArgumentError(f"--env-id {args.env_id} is unknown; try {', '.join(nearest or ['reach-v3', 'HalfCheetah-v5'])}")
     if args.env_id == "MT10" and args.num_envs % len(MT10):
@@ -1127,7 +1129,7 @@ def saved_args(path: Path, cls=Args):
     try:
         saved = json.loads(file.read_text())
         version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArgumentError(f"--resume: {file} is missing or damaged: --overwrite starts anew") from error
     if not set(saved) <= {field.name for field in dataclasses.fields(cls)}:  # fewer: an older file's run
         raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
@@ -1272,7 +1274,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         at_exit.callback(wandb.finish)
     if args.overwrite:
         for path in run_folder.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != ".lock":
                 path.unlink()
@@ -1310,7 +1312,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
             at_exit.callback(signal.signal, signum, before)
             signal.signal(signum, ask_to_stop)
-    start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout.isatty()
+    start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
     this_script = ["python", os.path.relpath(__file__)]
     say(f"{run_folder}: {num_iterations * rollout_size:,} steps of {args.env_id}, from step {global_step:,}")
 
