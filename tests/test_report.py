@@ -645,7 +645,7 @@ def test_the_row_of_the_defaults_has_the_defaults(checkout):
     command = benchmark("main", *flags, "--dry-run", cwd=checkout).stdout.split()
     assert command[1] == "gipo_continuous.py"
     args, default = vars(tyro.cli(gipo_continuous.Args, args=command[2:])), vars(gipo_continuous.Args())
-    assert {name for name in args if args[name] != default[name]} == {"exp_name", "run_dir", "eval_every"}
+    assert {name for name in args if args[name] != default[name]} == {"exp_name", "run_dir", "eval_every", "overlap"}
     run = {"method": method, "regime": regime}
     assert not report.is_variant(run) and report.is_variant(run | {"regime": "stale"})
     assert report.is_variant(run | {"method": "gipo-1.0-1.0"}) and not report.is_variant(run | {"method": "gipo"})
