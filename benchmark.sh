@@ -1,37 +1,97 @@
 #!/usr/bin/env bash
 # Side-by-side benchmark: GIPO, PPO and the published baselines on Meta-World, many runs at a time, resumable.
 #
-#   ./benchmark.sh quick        PPO and GIPO, 2 tasks, 2 seeds; then the tables and plots (about 14 minutes on 2 cores)
-#   ./benchmark.sh main         the ten tasks of MT10, five seeds, all methods in the regimes fresh, recent, stale, very-stale
-#   ./benchmark.sh sweep        GIPO's sigma x sigma-neg-ratio x buffer size
+#   ./benchmark.sh quick        GIPO, PPO's clip on the same replay (0.2 and 0.5) and textbook PPO: 2 tasks, 1 seed (a quarter of an hour on 2 cores)
+#   ./benchmark.sh main         eight Meta-World tasks, six methods, replay of 5,120 and 20,000 steps, three seeds (about 9 hours on 2 cores)
+#   ./benchmark.sh age          five of the tasks with replay of 100,000 and of 512 steps (about 6 hours)
+#   ./benchmark.sh authors      the ten tasks of the GIPO authors' own experiments, replay of 20,000 steps, one seed
+#   ./benchmark.sh tune         clip and step size of PPO, sigma and step size of GIPO, on two tasks and the seeds 1 and 2
+#   ./benchmark.sh gymnasium    five MuJoCo tasks of Gymnasium, 1,000,000 steps
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
 #   ./benchmark.sh vla          GIPO and PPO on LIBERO, tiny preset, two buffer sizes, three seeds (6 hours on 2 cores; needs requirements-vla.txt)
 #   ./benchmark.sh throughput   steps per second against version 1, the stock environment and the arithmetic limit (half an hour)
 #
-# Options: --tasks "a b"  --seeds "1 2"  --methods "ppo gipo"  --regimes "fresh stale"  --steps N  --workers N  --dry-run  --slurm
+# Options: --tasks "a b"  --seeds "1 2"  --methods "ppo gipo"  --regimes "5120 20000"  --steps N  --workers N  --dry-run  --slurm
 #
 # A run that is finished (a JSON with equal arguments and algorithm version in results/ or in its run folder) is skipped, an
 # interrupted one resumed. Several invocations may run at once: none starts a run that another one has. Exit code 1 if a run failed.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-TEN="reach-v3 push-v3 pick-place-v3 door-open-v3 drawer-open-v3 drawer-close-v3 button-press-topdown-v3"
-TEN+=" peg-insert-side-v3 window-open-v3 window-close-v3"
-GRID="gipo gipo-0.2-0.5 gipo-0.5-0.5 gipo-0.5-1.0 gipo-1.0-0.5 gipo-1.0-1.0" # sigma, sigma-neg-ratio; gipo is 0.2, 1.0
+EIGHT="reach-v3 push-v3 door-open-v3 drawer-open-v3 drawer-close-v3 button-press-topdown-v3 window-open-v3 window-close-v3" # of MT10's ten
+FIVE="button-press-topdown-v3 door-open-v3 drawer-open-v3 push-v3 window-open-v3"
+AUTHORS="assembly-v3 basketball-v3 bin-picking-v3 box-close-v3 button-press-v3 button-press-wall-v3 button-press-topdown-v3"
+AUTHORS+=" button-press-topdown-wall-v3 coffee-button-v3 coffee-pull-v3"
+MUJOCO="HalfCheetah-v5 Hopper-v5 Walker2d-v5 Ant-v5 Swimmer-v5"
+SIX="gipo ppo-clip-0.2 ppo-clip-0.5 sapo none ppo"
+
+# -------------------- Methods --------------------
+# Suite, name, script and flags; a name without more is the script as it is. To add a method, add a line.
+# "replay" stands for --buffer-size and the size that --regimes names.
+PPO="ppo_baseline.py replay --num-steps 16 --minibatch-size 128 --policy-head categorical --ratio per-dim --ent-coef 0.001" # as GIPO but for the objective
+METHODS="
+core      gipo                    gipo_continuous.py replay
+core      gipo-sigma-0.1          gipo_continuous.py replay --sigma 0.1
+core      gipo-sigma-0.5          gipo_continuous.py replay --sigma 0.5
+core      gipo-lr-6e-4            gipo_continuous.py replay --learning-rate 6e-4
+core      gipo-sigma-0.1-lr-6e-4  gipo_continuous.py replay --sigma 0.1 --learning-rate 6e-4
+core      gipo-sigma-0.5-lr-6e-4  gipo_continuous.py replay --sigma 0.5 --learning-rate 6e-4
+core      sapo                    gipo_continuous.py replay --trust-weight sapo
+core      none                    gipo_continuous.py replay --trust-weight none
+core      ppo                     ppo_baseline.py
+core      ppo-clip-0.1            $PPO --clip-coef 0.1
+core      ppo-clip-0.2            $PPO --clip-coef 0.2
+core      ppo-clip-0.3            $PPO --clip-coef 0.3
+core      ppo-clip-0.5            $PPO --clip-coef 0.5
+core      ppo-clip-0.1-lr-6e-4    $PPO --clip-coef 0.1 --learning-rate 6e-4
+core      ppo-clip-0.2-lr-6e-4    $PPO --clip-coef 0.2 --learning-rate 6e-4
+core      ppo-clip-0.3-lr-6e-4    $PPO --clip-coef 0.3 --learning-rate 6e-4
+core      ppo-clip-0.5-lr-6e-4    $PPO --clip-coef 0.5 --learning-rate 6e-4
+graphgpo  grpo                    graphgpo_sokoban.py --advantage grpo
+graphgpo  gigpo                   graphgpo_sokoban.py --advantage gigpo
+graphgpo  graphgpo                graphgpo_sokoban.py --advantage graphgpo
+graphgpo  gigpo-step              graphgpo_sokoban.py --advantage gigpo --beta-episode 0
+graphgpo  graphgpo-step           graphgpo_sokoban.py --advantage graphgpo --beta-episode 0
+graphgpo  gigpo-entropy-0.03      graphgpo_sokoban.py --advantage gigpo --ent-coef 0.03
+graphgpo  graphgpo-entropy-0.03   graphgpo_sokoban.py --advantage graphgpo --ent-coef 0.03
+graphgpo  graphgpo-omega-0.5      graphgpo_sokoban.py --advantage graphgpo --omega 0.5
+graphgpo  graphgpo-inf            graphgpo_sokoban.py --advantage graphgpo --unreachable-distance inf
+popo      grpo                    popo_countdown.py --method grpo
+popo      grpo-filter             popo_countdown.py --method grpo-filter
+popo      dapo                    popo_countdown.py --method dapo
+popo      popo                    popo_countdown.py --method popo
+popo      popo-stale              popo_countdown.py --replay-age-min 10 --max-age 20 --buffer-groups 512
+popo      popo-pi_old             popo_countdown.py --objective pi_old
+popo      popo-behaviour          popo_countdown.py --objective behaviour
+popo      popo-ineff              popo_countdown.py --replay ineff
+popo      popo-uncapped           popo_countdown.py --is-cap inf
+popo      grpo-fast               popo_countdown.py --method grpo --learning-rate 3e-4
+popo      popo-fast               popo_countdown.py --method popo --learning-rate 3e-4
+popo      popo-stale-fast         popo_countdown.py --replay-age-min 10 --max-age 20 --buffer-groups 512 --learning-rate 3e-4
+popo      popo-pi_old-fast        popo_countdown.py --objective pi_old --learning-rate 3e-4
+vla       gipo                    gipo_vla_libero.py replay --preset tiny --trust-weight gipo
+vla       ppo                     gipo_vla_libero.py replay --preset tiny --trust-weight ppo
+vla       sapo                    gipo_vla_libero.py replay --preset tiny --trust-weight sapo
+vla       none                    gipo_vla_libero.py replay --preset tiny --trust-weight none
+"
 
 die() { echo "error: $1" >&2; exit 2; }
 
 suite="${1:-}"
 case "$suite" in
-    quick) tasks="reach-v3 button-press-topdown-v3" seeds="1 2" methods="ppo gipo-short" regimes="recent" steps=200000 ;;
-    main) tasks="$TEN" seeds="1 2 3 4 5" methods="ppo ppo-clip $GRID sapo none" regimes="fresh recent stale very-stale" steps=300000 ;;
-    sweep) tasks="$TEN" seeds="1 2 3" methods="$GRID" regimes="fresh recent stale very-stale" steps=300000 ;;
-    graphgpo) methods="grpo gigpo graphgpo" seeds="1 2 3 4 5 6 7 8 9 10" steps=32000 ;;
+    quick) tasks="reach-v3 button-press-topdown-v3" seeds="1" methods="gipo ppo-clip-0.2 ppo-clip-0.5 ppo" regimes="5120" steps=200000 ;;
+    main) tasks="$EIGHT" seeds="4 5 6" methods="$SIX" regimes="5120 20000" steps=300000 ;;
+    age) tasks="$FIVE" seeds="4 5 6" methods="$SIX" regimes="100000 512" steps=300000 ;;
+    authors) tasks="$AUTHORS" seeds="4" methods="gipo ppo-clip-0.2 ppo-clip-0.5" regimes="20000" steps=300000 ;;
+    tune) tasks="button-press-topdown-v3 door-open-v3" seeds="1 2" regimes="5120" steps=300000
+        methods=$(awk '$1 == "core" && $2 ~ /^(gipo|ppo-)/ { print $2 }' <<<"$METHODS" | tr '\n' ' ') ;;
+    gymnasium) tasks="$MUJOCO" seeds="4 5 6" methods="gipo ppo-clip-0.2 ppo" regimes="5120" steps=1000000 ;;
+    graphgpo) tasks="Sokoban" seeds="1 2 3 4 5 6 7 8 9 10" methods="grpo gigpo graphgpo" regimes="-" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
     vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="recent stale" steps=102400 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, sweep, graphgpo, popo, vla or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, gymnasium, graphgpo, popo, vla or throughput"; exit 0 ;;
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm=""
@@ -70,116 +130,37 @@ if [ "$suite" = throughput ]; then
 fi
 
 # -------------------- The matrix --------------------
-script_of() { # method, regime -> script and flags
-    local buffer rest
-    case $1 in # popo_countdown.py: each method is its own regime; NAME-fast: three times the step size
-        grpo*-fast | dapo-fast | popo*-fast)
-            rest=$(script_of "${1%-fast}" "$2") || exit 2
-            echo "$rest --learning-rate 3e-4" && return ;;
-        grpo | grpo-filter | dapo | popo) echo "popo_countdown.py --method $1" && return ;;
-        popo-stale) echo "popo_countdown.py --replay-age-min 10 --max-age 20 --buffer-groups 512" && return ;;
-        popo-pi_old | popo-behaviour) echo "popo_countdown.py --objective ${1#popo-}" && return ;;
-        popo-ineff) echo "popo_countdown.py --replay ineff" && return ;;
-        popo-uncapped) echo "popo_countdown.py --is-cap inf" && return ;;
+table=core unit=--total-timesteps task_flag=--env-id
+run_dir="runs/benchmark-$steps" more="--eval-every 0 --no-overlap" # as many runs as cores: one process each
+case $suite in
+    graphgpo) table=graphgpo run_dir="runs/graphgpo-$steps" unit=--total-episodes more="" ;;
+    popo) table=popo run_dir="runs/popo-$steps" more="--eval-every 5120" ;;
+    vla) table=vla run_dir="runs/vla-tiny" task_flag=--suite more="--eval-every 0" ;; # without the steps: demonstrations and clones are shared
+esac
+buffer_of() { # regime -> its size; LIBERO's have names, since a rollout of the tiny preset has 1,024 steps
+    case $table-$1 in
+        core-[1-9]*) [[ "$1" =~ ^[1-9][0-9]*$ ]] && echo "$1" && return ;;
+        vla-fresh) echo 1024 && return ;; vla-recent) echo 10240 && return ;; vla-stale) echo 102400 && return ;; # stale keeps the whole run
     esac
-    case $2 in
-        fresh) buffer=0 ;; recent) buffer=5120 ;; stale) buffer=20000 ;; very-stale) buffer=100000 ;; on-policy) buffer=0 ;;
-        *) die "--regimes: unknown regime '$2', choose from fresh recent stale very-stale" ;;
-    esac
-    # All replay methods alike; segments of 16 and minibatches of 128, the defaults since 2026-11-26, are the methods ...-short.
-    local common="--num-steps 64 --minibatch-size 512"
-    case $1 in
-        ppo-stored | ppo-short | ppo-lr-* | paper*-short | *-lr-) die "--methods: '$1' is no method: that flag would do nothing, or is not for it" ;;
-        *-stored) # advantages of collection time
-            rest=$(script_of "${1%-stored}" "$2") || exit 2
-            echo "$rest --no-recompute-advantages" ;;
-        *-lr-*) # another step size of the actor
-            rest=$(script_of "${1%-lr-*}" "$2") || exit 2
-            echo "$rest --learning-rate ${1##*-lr-}" ;;
-        *-short) # the defaults of gipo_continuous.py: segments of 16 steps, and four times as many updates of a quarter of the size
-            rest=$(script_of "${1%-short}" "$2") || exit 2
-            echo "${rest/ $common/} --num-steps 16 --minibatch-size 128" ;;
-        paper | paper-ppo) # the authors' settings, with one rollout of 512 steps instead of 500
-            rest="--policy-head categorical --num-bins 256 --ratio per-dim --no-recompute-advantages --kl-coef 0.1 --ent-coef 0 --updates-per-iteration 5"
-            rest+=" --critic-learning-rate 3e-3 --lr-schedule cosine --critic-lr-schedule cosine --lr-warmup 0.001"
-            rest+=" --reward-scale 0.001 --max-grad-norm 1.0 --adv-std-floor 0 --buffer-size $buffer"
-            rest+=" $common"
-            [ "$1" = paper-ppo ] || rest+=" --sigma 1"
-            [ "$1 $2" != "paper-ppo fresh" ] || rest+=" --update-epochs 5" # on-policy, where --updates-per-iteration is not read
-            echo "$([ "$1" = paper ] && echo gipo_continuous.py || echo ppo_baseline.py) $rest" ;;
-        ppo) echo "ppo_baseline.py" ;; # textbook: its own defaults
-        ppo-clip) # all but the objective as in GIPO: 10 updates of 512 steps per 512 new steps, head, ratio, entropy
-            rest="--buffer-size $buffer $common --policy-head categorical --ratio per-dim --ent-coef 0.001"
-            echo "ppo_baseline.py $rest --$([ "$2" = fresh ] && echo update-epochs || echo updates-per-iteration) 10" ;;
-        ppo-clip-[0-9.]*) echo "$(script_of ppo-clip "$2") --clip-coef ${1#ppo-clip-}" ;; # with another epsilon
-        sapo | none) echo "gipo_continuous.py --buffer-size $buffer $common --trust-weight $1" ;;
-        gipo) echo "gipo_continuous.py --buffer-size $buffer $common" ;;
-        *)
-            [[ "$1" =~ ^gipo-([0-9.]+)-([0-9.]+)$ ]] || die "--methods: unknown method '$1', choose from ppo ppo-clip ppo-clip-EPSILON sapo none gipo gipo-SIGMA-NEGRATIO, any of them with -stored, -short or -lr-STEPSIZE, paper, paper-ppo"
-            echo "gipo_continuous.py --buffer-size $buffer $common --sigma ${BASH_REMATCH[1]} --sigma-neg-ratio ${BASH_REMATCH[2]}" ;;
-    esac
+    die "--regimes: '$1' is no $([ $table = vla ] && echo "regime: fresh, recent or stale" || echo "number of steps, such as 5120")"
 }
-
-vla_script() { # method, regime -> script and flags; a rollout of the tiny preset has 1,024 steps
-    local buffer
-    case $2 in
-        fresh) buffer=1024 ;; recent) buffer=10240 ;; stale) buffer=102400 ;; # stale keeps the whole run
-        *) die "--regimes: unknown regime '$2', choose from fresh recent stale" ;;
-    esac
-    case $1 in
-        gipo | ppo | sapo | none) echo "gipo_vla_libero.py --preset tiny --trust-weight $1 --buffer-size $buffer" ;;
-        gipo-*-*) echo "$(vla_script gipo "$2") --sigma $(cut -d- -f2 <<<"$1") --sigma-neg-ratio ${1##*-}" ;;
-        ppo-*) echo "$(vla_script ppo "$2") --clip-coef ${1#ppo-}" ;;
-        *) die "--methods: unknown method '$1', choose from gipo ppo sapo none gipo-SIGMA-NEGRATIO ppo-EPSILON" ;;
-    esac
-}
-
-graphgpo_flags() { # method -> flags of graphgpo_sokoban.py
-    local rest
-    case $1 in
-        grpo | gigpo | graphgpo) echo "--advantage $1" ;;
-        *-step) rest=$(graphgpo_flags "${1%-step}") || exit 2; echo "$rest --beta-episode 0" ;;
-        *-steps-norm) rest=$(graphgpo_flags "${1%-steps-norm}") || exit 2; echo "$rest --episode-norm steps" ;;
-        graphgpo-omega-*) echo "--advantage graphgpo --omega ${1#graphgpo-omega-}" ;;
-        *-entropy-*) rest=$(graphgpo_flags "${1%-entropy-*}") || exit 2; echo "$rest --ent-coef ${1##*-entropy-}" ;;
-        graphgpo-inf) echo "--advantage graphgpo --unreachable-distance inf" ;;
-        *) die "--methods: unknown method '$1', choose from grpo gigpo graphgpo, with -step, -steps-norm or -entropy-X, graphgpo-omega-X, graphgpo-inf" ;;
-    esac
-}
-
-run_dir="runs/benchmark-$steps" eval="--eval-every 0" overlap=" --no-overlap" # as many runs as cores: one process each
-[ "$suite" != popo ] || run_dir="runs/popo-$steps" eval="--eval-every 5120" overlap=""
-[ "$suite" != vla ] || run_dir="runs/vla-tiny" # without the steps: demonstrations and clones are shared
-commands=""
-if [ "$suite" = graphgpo ]; then
-    run_dir="runs/graphgpo-$steps" regimes=""
-    for seed in $seeds; do
+for regime in $regimes; do [ "$regime" = - ] || buffer_of "$regime" >/dev/null; done
+commands="" once=" " # methods without replay run once, whatever the regimes
+for regime in $regimes; do
+    for seed in $seeds; do # seeds before methods: every cell has a first number early
         for method in $methods; do
-            flags=$(graphgpo_flags "$method")
-            commands+="$quoted graphgpo_sokoban.py --env-id Sokoban $flags --seed $seed --exp-name $method"
-            commands+=" --total-episodes $steps --run-dir $run_dir"$'\n'
-        done
-    done
-    methods=""
-fi
-for seed in $seeds; do # seeds outside: every cell has a first number early
-    for method in $methods; do
-        if [ "$suite" = vla ]; then
-            for regime in $regimes; do
-                script=$(vla_script "$method" "$regime")
-                for task in $tasks; do
-                    commands+="$quoted $script --suite $task --seed $seed --exp-name ${method}_$regime"
-                    commands+=" --total-timesteps $steps --run-dir $run_dir $eval"$'\n'
-                done
-            done
-            continue
-        fi
-        for regime in $([ "$method" = ppo ] && echo on-policy || echo "$regimes"); do
-            script=$(script_of "$method" "$regime")
-            [ "$regime" != - ] || regime=""
+            line=$(awk -v table="$table" -v name="$method" '$1 == table && $2 == name { $1 = $2 = ""; print }' <<<"$METHODS")
+            [ -n "$line" ] || die "--methods: '$method' is no line of the table in benchmark.sh; there are: $(awk -v table="$table" '$1 == table { printf "%s ", $2 }' <<<"$METHODS")"
+            if [[ "$line" == *" replay"* ]]; then
+                size=$(buffer_of "$regime")
+                line=${line/ replay/ --buffer-size $size} name=${method}_$regime
+            else
+                [[ "$once" != *" $method $seed "* ]] || continue
+                once+=" $method $seed " name=$method
+                [ "$regime" = - ] || name+=_on-policy
+            fi
             for task in $tasks; do
-                commands+="$quoted $script --env-id $task --seed $seed --exp-name ${method}${regime:+_$regime} --total-timesteps $steps"
-                commands+=" --run-dir $run_dir $eval$overlap"$'\n'
+                commands+="$quoted$(printf ' %s' $line) $task_flag $task --seed $seed --exp-name $name $unit $steps --run-dir $run_dir${more:+ $more}"$'\n'
             done
         done
     done

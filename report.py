@@ -31,7 +31,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-REGIMES = ("on-policy", "fresh", "recent", "stale", "very-stale")
+REGIMES = ("on-policy", "fresh", "recent", "stale")  # besides numbers of steps; the last three are LIBERO's buffer sizes
+TUNING_SEEDS = range(1, 4)  # settings were chosen on them: they have a table of their own
+README_TASKS = "button-press-topdown door-open drawer-close drawer-open push reach window-close window-open".split()
+README_SEEDS = (4, 5, 6)  # its rows have all of these tasks and seeds
 SUITES = ("benchmark-*", "graphgpo-*", "popo-*", "vla-*")  # folders of benchmark.sh
 GRID_POINTS = 30  # of a collected curve
 CURVES = {  # name in the JSON -> TensorBoard tag
@@ -51,7 +54,6 @@ CURVES = {  # name in the JSON -> TensorBoard tag
 # Arguments that name the run or its machine, not its outcome.
 NOT_OUTCOME = set("run_dir resume overwrite evaluate eval_every checkpoint_every capture_video track wandb_project".split())
 NOT_OUTCOME |= {"torch_threads", "async_envs", "overlap", "wandb_id"}
-PAPER_METHODS = "ppo-clip sapo gipo-0.2-0.5 gipo gipo-0.5-0.5 gipo-0.5-1.0 gipo-1.0-0.5 gipo-1.0-1.0".split()  # gipo: 0.2-1.0
 POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours; the panel of the plots
     "grpo": "methods",
     "grpo-filter": "methods",
@@ -64,9 +66,8 @@ POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours;
     "popo-uncapped": "ablations",
 }
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#999999"]  # Okabe and Ito, 2008
-METHODS = ("gipo", "ppo-clip", "ppo", "sapo", "none", "ppo-clip-0.5")  # the main rows; each has one colour in all plots
-DEFAULTS = ("recent", "gipo-short")  # regime and method of gipo_continuous.py without flags: a main row, too
-LINES = {"on-policy": "solid", "fresh": "dotted", "recent": "solid", "stale": "dashed", "very-stale": "dashdot"}
+METHODS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5", "sapo", "none", "ppo")  # the main rows; each has one colour in all plots
+LINES = {"on-policy": "solid", "512": "dotted", "5120": "solid", "20000": "dashed", "100000": "dashdot"}
 
 
 @dataclass
@@ -391,6 +392,14 @@ def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, 
     return bootstrap_interval(pairs, lambda s: probability_of_improvement(s[: len(ours)], s[len(ours) :]), repetitions)
 
 
+def share_of_pairs(gaps: list[np.ndarray]):
+    """Share of the pairs with equal task and seed in which our run is better, ties counted half, mean over the tasks.
+
+    `gaps` has one array per task: ours less theirs; NaN if one is.
+    """
+    return np.mean([((gap > 0) + 0.5 * (gap == 0) + 0 * gap).mean(-1) for gap in gaps], axis=0)
+
+
 def filled_curve(run: dict, name: str) -> np.ndarray:
     """A training curve with the last value where a stretch saw no episode end; NaN before the first, or if it is missing."""
     missing = [None] * len(next(iter(run["curves"].values())))
@@ -418,43 +427,39 @@ def mean(scores) -> float:
     return float(np.mean(scores)) if len(scores) else math.nan
 
 
-def paper_score(returns: list[np.ndarray], num_tasks: int, method: int):
-    """The paper's score of one method: IQM of final training returns, min-max normalised per task by all methods' means.
-
-    `returns` has the tasks' arrays of the first method, then those of the second, and so on; `method` counts from 0.
-    """
-    means = np.array([task.mean(-1, keepdims=True) for task in returns])
-    means = means.reshape(-1, num_tasks, *means.shape[1:])
-    low, width = means.min(0), np.maximum(means.max(0) - means.min(0), 1e-12)
-    own = returns[method * num_tasks : (method + 1) * num_tasks]
-    return interquartile_mean([(task - low[i]) / width[i] for i, task in enumerate(own)])
-
-
 # -------------------- Tables --------------------
+def regime_order(regime: str) -> tuple:
+    """On-policy first, then replay sizes, then names."""
+    return (regime != "on-policy", not regime.isdigit(), int(regime) if regime.isdigit() else REGIMES.index(regime))
+
+
+def method_order(method: str) -> tuple:
+    """The main rows first."""
+    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+
+
 def method_and_regime(exp_name: str) -> dict[str, str]:
-    """Method and regime, which the benchmark writes into --exp-name as METHOD_REGIME; empty if it is another name."""
+    """Method and regime, which the benchmark writes into --exp-name as METHOD_REGIME; empty if it is another name.
+
+    A regime is on-policy or the steps of the replay buffer; LIBERO's are fresh, recent and stale.
+    """
     method, _, regime = exp_name.rpartition("_")
-    return {"method": method, "regime": regime} if method and regime in REGIMES else {}
+    return {"method": method, "regime": regime} if method and (regime.isdigit() or regime in REGIMES) else {}
 
 
 def labelled(runs: dict[Path, dict]) -> list[dict]:
     """Collected runs with their method and regime; ReportError for a name without."""
     for file, run in runs.items():
         if not method_and_regime(run["exp_name"]):
-            known = ", ".join(REGIMES)
-            raise ReportError(f"{file}: exp_name {run['exp_name']} is not METHOD_REGIME, of the regimes {known}: move it away")
+            raise ReportError(f"{file}: exp_name {run['exp_name']} is not METHOD_REGIME, as in gipo_5120: move it away")
     return [run | method_and_regime(run["exp_name"]) for run in runs.values()]
 
 
 def cells(runs: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     """{(regime, method): {task: runs}}, in a fixed order."""
     result = collections.defaultdict(lambda: collections.defaultdict(list))
-    methods = sorted({run["method"] for run in runs}, key=lambda m: (not m.startswith("ppo"), m not in ("sapo", "none"), m))
-    for regime in REGIMES:
-        for method in methods:
-            for run in sorted(runs, key=lambda r: (r["env_id"], r["seed"])):
-                if (run["regime"], run["method"]) == (regime, method):
-                    result[regime, method][run["env_id"]].append(run)
+    for run in sorted(runs, key=lambda r: (regime_order(r["regime"]), method_order(r["method"]), r["env_id"], r["seed"])):
+        result[run["regime"], run["method"]][run["env_id"]].append(run)
     return result
 
 
@@ -473,7 +478,23 @@ def span(value: float, interval: tuple[float, float], form: str = ".2f") -> str:
     return number(value, form) + ("" if math.isnan(interval[0]) else f" [{interval[0]:{form}}, {interval[1]:{form}}]")
 
 
-GAINS = "What each method gains when the buffer grows from one rollout of 512 steps (fresh) to 20,000 (stale):"
+EXPLANATION = (
+    "A row is a method with a replay buffer of so many steps. success: of the deterministic policy at the end, on the 50 "
+)
+EXPLANATION += (
+    "training goals. area: mean success in training over the whole run, so it is larger where a task is learned earlier. "
+)
+EXPLANATION += (
+    "IQM: mean of the middle half of all runs of a row. Brackets: 95 % interval of a bootstrap over the seeds of each task. "
+)
+EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
+TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds):"
+README_TABLE = (
+    "Eight Meta-World tasks, three seeds each, {steps:,} steps. Success at the end, and area: the mean success over the "
+)
+README_TABLE += (
+    "whole of training, larger where a task is learned earlier. Mean of the middle half of the 24 runs [95 % interval]."
+)
 DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
 DIAGNOSTICS += "mean of the first / last fifth of a run (the README explains them):"
 SCORES = {  # of a run: what the table compares
@@ -496,16 +517,18 @@ def matched(ours: dict[str, list[dict]], theirs: dict[str, list[dict]]) -> tuple
 
 
 def improvements(ours: dict[str, list[dict]], theirs: dict[str, list[dict]]) -> list[str]:
-    """P(better than theirs) by success, area and return, each with its interval, of two matched cells."""
-    keys = [SCORES[name] for name in ("success", "area", "return")]
-    pairs = [(values(ours, list(ours), key), values(theirs, list(theirs), key)) for key in keys]
-    return [span(probability_of_improvement(*pair), improvement_interval(*pair)) for pair in pairs]
+    """Share of the pairs in which ours is better by success, area and return, each with its interval; of matched cells."""
+    row = []
+    for name in ("success", "area", "return"):
+        gaps = [x - y for x, y in zip(*(values(cell, list(ours), SCORES[name]) for cell in (ours, theirs)), strict=True)]
+        row.append(span(share_of_pairs(gaps), bootstrap_interval(gaps, share_of_pairs)))
+    return row
 
 
 def aggregate_table(runs: list[dict]) -> str:
-    """One row per method and regime: IQM of final success and return and of the area; P(better than PPO on the same seeds)."""
-    rows = ["| regime | method | runs | success, IQM | area under success, IQM | return, IQM | P(success above PPO's) |"]
-    rows[0] += " P(area above) | P(return above) |"
+    """One row per method and replay size: IQM of final success, area and return; shares of pairs better than textbook PPO."""
+    rows = ["| replay | method | runs | success, IQM | area under success, IQM | return, IQM | success above ppo's |"]
+    rows[0] += " area above | return above |"
     rows.append("|---" * 9 + "|")
     table = cells(runs)
     baseline = table.get(("on-policy", "ppo"), {})
@@ -527,8 +550,8 @@ def has_success(run: dict) -> bool:
 
 
 def is_variant(run: dict) -> bool:
-    """Another sigma or clip, stored advantages, the paper's settings: compared with PPO-clip, not among the main rows."""
-    return run["method"] not in METHODS and (run["regime"], run["method"]) != DEFAULTS
+    """Another sigma, clip or step size than the main rows'."""
+    return run["method"] not in METHODS
 
 
 def comparable(runs: list[dict]) -> tuple[list[dict], str]:
@@ -555,29 +578,15 @@ def shared(runs: list[dict]) -> tuple[list[dict], str]:
 
 
 def same_replay_table(runs: list[dict]) -> str:
-    """One row per regime, method and PPO-clip it meets in the same regime, over the tasks and seeds both have; may be empty.
-
-    All methods meet `ppo-clip`; GIPO, SAPO and no clip also PPO-clip with another epsilon, those with stored advantages,
-    short segments or another step size the ones that have them too; the latter two also meet the same method without.
-    """
-
-    def ending(method):
-        return re.search(r"(-stored|-short|-lr-[^_]+)?$", method)[0]
-
-    rows = ["| regime | method | against | tasks | runs of each | success, IQM | area under success, IQM | P(success above) |"]
-    rows[0] += " P(area above) | P(return above) |"
+    """One row per replay size, method and PPO-clip of that size, over the tasks and seeds that both have; may be empty."""
+    rows = ["| replay | method | against | tasks | runs of each | success, IQM | area under success, IQM | success above |"]
+    rows[0] += " area above | return above |"
     rows.append("|---" * 10 + "|")
     table = cells(runs)
     for (regime, method), tasks in table.items():
-        clips = [m for r, m in table if r == regime and m.startswith("ppo-clip-") and ending(m) == ending(method)]
-        opponents = ["ppo-clip"] + ([] if method.startswith("ppo-clip") and not ending(method) else clips)
-        if ending(method) not in ("", "-stored"):
-            opponents.append(method.removesuffix(ending(method)))
-        if method.startswith("paper"):
-            opponents = ["paper-ppo"]
-        for opponent in opponents:
-            ours, theirs = matched(tasks, table.get((regime, opponent), {}))
-            if method == opponent or not ours:
+        for opponent in [other for size, other in table if size == regime and other.startswith("ppo-clip")]:
+            ours, theirs = matched(tasks, table[regime, opponent])
+            if method.startswith("ppo-clip") or not ours:
                 continue
             row = [regime, method, opponent, len(ours), sum(map(len, ours.values()))]
             for name in ("success", "area"):
@@ -587,31 +596,46 @@ def same_replay_table(runs: list[dict]) -> str:
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
-def gain_table(runs: list[dict]) -> str:
-    """What each method gains from old data: its IQM in the regime stale less that in fresh; then the gains less PPO-clip's.
+def tuning_table(runs: list[dict]) -> str:
+    """One row per replay size and method: means over all its runs, the largest area first."""
+    rows = []
+    for (regime, method), tasks in cells(runs).items():
+        found = [run for group in tasks.values() for run in group]
+        success, area, score = (mean([SCORES[name](run) for run in found]) for name in ("success", "area", "return"))
+        rows.append((-area, f"| {regime} | {method} | {len(found)} | {success:.2f} | {area:.3f} | {score:,.0f} |"))
+    return "\n".join(
+        ["| replay | method | runs | success | area | return |", "|---" * 6 + "|", *(row for _, row in sorted(rows))]
+    )
 
-    Over the tasks that all these cells have; seeds are resampled in every cell. May be empty.
-    """
+
+def readme_runs(runs: list[dict]) -> list[dict]:
+    """Of the runs on the README's tasks and seeds, those of rows that have all of them."""
+    wanted = {(f"{task}-v3", seed) for task in README_TASKS for seed in README_SEEDS}
+    runs = [run for run in runs if (run["env_id"], run["seed"]) in wanted]
+    rows = collections.Counter((run["regime"], run["method"]) for run in runs)
+    return [run for run in runs if rows[run["regime"], run["method"]] == len(wanted)]
+
+
+def readme_table(runs: list[dict]) -> str:
+    """One row per method, two columns per replay size: IQM of success and of the area with its interval."""
     table = cells(runs)
-    methods = [method for regime, method in table if regime == "fresh" and ("stale", method) in table]
-    tasks = sorted(set.intersection(*(set(table[r, m]) for m in methods for r in ("stale", "fresh"))) if methods else ())
-    if not tasks:
-        return ""
-
-    def gain(scores):  # of one method: its stale runs, then its fresh ones
-        return interquartile_mean(scores[: len(tasks)]) - interquartile_mean(scores[len(tasks) :])
-
-    def less(scores):  # of two methods
-        return gain(scores[: 2 * len(tasks)]) - gain(scores[2 * len(tasks) :])
-
-    rows = ["| from fresh to stale | success, IQM | area under success, IQM | return, IQM |", "|---" * 4 + "|"]
-    lines = [(method, [method], gain) for method in methods]
-    lines += [(f"{m} less ppo-clip", [m, "ppo-clip"], less) for m in methods if m != "ppo-clip" and "ppo-clip" in methods]
-    for name, compared, statistic in lines:
-        row = [name]
-        for key, form in (("success", "+.2f"), ("area", "+.2f"), ("return", "+,.0f")):
-            scores = [v for m in compared for r in ("stale", "fresh") for v in values(table[r, m], tasks, SCORES[key])]
-            row.append(span(statistic(scores), bootstrap_interval(scores, statistic), form))
+    sizes = list(dict.fromkeys(regime for regime, _ in table))
+    words = {regime: f"{int(regime):,} steps" if regime.isdigit() else regime for regime in sizes}
+    rows = ["| method | " + " | ".join(f"{words[size]}: success | area" for size in sizes) + " |"]
+    rows.append("|---" * (1 + 2 * len(sizes)) + "|")
+    for method in sorted({method for _, method in table}, key=method_order):
+        row = [f"`{method}`"]
+        for size in sizes:
+            tasks = table.get((size, method), {})
+            success, area = (values(tasks, sorted(tasks), SCORES[name]) for name in ("success", "area"))
+            row += (
+                [
+                    f"{interquartile_mean(success):.2f}",
+                    span(interquartile_mean(area), bootstrap_interval(area, interquartile_mean)),
+                ]
+                if tasks
+                else ["", ""]
+            )
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 
@@ -635,9 +659,9 @@ def task_table(runs: list[dict]) -> str:
 
 
 def diagnostics_table(runs: list[dict]) -> str:
-    """One row per regime and method: median minutes of a run, and diagnostics, means over the first and last fifth."""
+    """One row per replay size and method: median minutes of a run, and diagnostics, means over the first and last fifth."""
     shown = [name for name in CURVES if name not in ("return", "success")]
-    rows = ["| regime | method | minutes | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 3) + "|"]
+    rows = ["| replay | method | minutes | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 3) + "|"]
     for (regime, method), tasks in cells(runs).items():
         minutes = np.median([run["wall_seconds"] / 60 for group in tasks.values() for run in group])
         row = [regime, method, f"{minutes:.1f}"]
@@ -647,22 +671,6 @@ def diagnostics_table(runs: list[dict]) -> str:
             row.append(" / ".join(number(mean(fifth), ".2g") for fifth in fifths) if any(fifths) else "-")
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
-
-
-def paper_table(runs: list[dict]) -> str:
-    """The paper's normalised score, for every regime in which its eight methods ran on the same tasks; otherwise empty."""
-    rows = []
-    for regime in REGIMES:
-        table = {method: tasks for (r, method), tasks in cells(runs).items() if r == regime}
-        names = [set(table.get(method, ())) for method in PAPER_METHODS]
-        if all(names) and all(name == names[0] for name in names):
-            tasks, key = sorted(names[0]), lambda run: run["train_return_mean"]
-            returns = [task for method in PAPER_METHODS for task in values(table[method], tasks, key)]
-            for i, method in enumerate(PAPER_METHODS):
-                # All methods are resampled together, since best and worst of them set the scale.
-                score = functools.partial(paper_score, num_tasks=len(tasks), method=i)
-                rows.append(f"| {regime} | {method} | {span(score(returns), bootstrap_interval(returns, score))} |")
-    return "\n".join(["| regime | method | paper's score, IQM |", "|---|---|---|", *rows]) if rows else ""
 
 
 # -------------------- Plots --------------------
@@ -687,7 +695,7 @@ def plot_curves(runs: list[dict]):
             if found:
                 curves = np.array([filled_curve(run, "success") for run in found])
                 steps = np.array(found[0]["curves"]["steps"]) / 1000
-                line = {"color": style(method, methods)["color"], "linestyle": LINES[regime], "linewidth": 1.3}
+                line = {"color": style(method, methods)["color"], "linestyle": LINES.get(regime, "solid"), "linewidth": 1.3}
                 line["label"] = f"{method}, {regime}"
                 axis.plot(steps, curves.mean(0), **line)
                 axis.fill_between(steps, curves.min(0), curves.max(0), color=line["color"], alpha=0.15, linewidth=0)
@@ -697,7 +705,7 @@ def plot_curves(runs: list[dict]):
     for axis in np.ravel(axes)[len(names) :]:
         axis.axis("off")
     fig.supxlabel("thousand environment steps", fontsize=9)
-    fig.supylabel("success in training", fontsize=9)
+    fig.supylabel("success in training: mean, band from the worst to the best seed", fontsize=8)
     entries = {text: handle for axis in np.ravel(axes) for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     fig.legend(entries.values(), entries.keys(), loc="upper center", ncols=min(len(entries), 4), fontsize=8)
     fig.tight_layout(rect=(0, 0, 1, 1 - 0.25 / fig.get_figheight() * -(-len(table) // 4) - 0.02))
@@ -720,13 +728,11 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
         ticks = set()
         for i, method in enumerate(methods):
             points = []
-            for regime in REGIMES[1:]:
-                tasks = table.get((regime, method))
-                if tasks:
+            for (regime, name_of_row), tasks in table.items():
+                if name_of_row == method and regime.isdigit():
                     scores = values(tasks, sorted(tasks), key)
-                    args = next(iter(tasks.values()))[0]["args"]
-                    size = max(args["buffer_size"], args["num_envs"] * args["num_steps"])
-                    points.append((size, interquartile_mean(scores), *bootstrap_interval(scores, interquartile_mean, 500)))
+                    interval = bootstrap_interval(scores, interquartile_mean, 500)
+                    points.append((int(regime), interquartile_mean(scores), *interval))
             points = [point for point in points if not math.isnan(point[1])]
             if not points:
                 continue
@@ -1266,35 +1272,33 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
     for folder, text in (("graphgpo_sokoban", graphgpo_report(args, new)), ("vla_tiny", vla_report(args, new))):
         if text:
             write(results / folder / "tables.md", text)
-    readme_block, most = "", max(map(len, groups.values()), default=0)
+    readme_block = ""
     for (steps, version), runs in sorted(groups.items()):
         for (regime, method), tasks in cells(runs).items():
             refuse_mixture(f"{method} {regime}, {steps:,} steps", [run for found in tasks.values() for run in found])
         name = f"{steps}-v{version}"
+        tuning = [run for run in runs if run["seed"] in TUNING_SEEDS]
+        if len(tuning) == len(runs):  # a benchmark of somebody's own
+            tuning = []
+        runs = [run for run in runs if run not in tuning]
         seeds, tasks = len({run["seed"] for run in runs}), len({run["env_id"] for run in runs})
         heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
         scored = [run for run in runs if has_success(run)]
         main = [run for run in scored if not is_variant(run)] or scored
         common, scope = comparable(main) if main else ([], "No task with a success flag:")
-        totals = aggregate_table(common) if common else "none yet"
-        against = "Against PPO-clip on the same replay, on the tasks and seeds that both have"
-        table, gains = same_replay_table(scored), gain_table(common)
         machines = "; ".join(sorted({run["machine"] for run in runs}))
-        parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py."]
-        parts += [
-            scope,
-            totals,
-            *([f"{against}:", table] if table else []),
-            *([GAINS, gains] if gains else []),
-            "Mean success of the deterministic policy on the 50 training goals (mean return):",
-        ]
-        parts += [task_table(runs), paper_table(runs)]
+        parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py.", EXPLANATION]
+        parts += [scope, aggregate_table(common) if common else "none yet"]
+        table = same_replay_table(scored)
+        parts += ["Against PPO-clip on the same replay, on the tasks and seeds that both have:", table] if table else []
         every_row, shared_scope = shared(main) if main else ([], "")
         more_rows = len(cells(every_row)) > len(cells(common))
         if more_rows:
             parts += [shared_scope, aggregate_table(every_row), f"![scores against buffer size](buffer-all-rows-{name}.png)"]
+        parts += ["Mean success of the deterministic policy at the end (mean return), by task:", task_table(runs)]
+        parts += [TUNING, tuning_table(tuning)] if tuning else []
         parts += [DIAGNOSTICS, diagnostics_table(runs)]
-        write(results / f"benchmark-{name}.md", "\n\n".join(part for part in parts if part) + "\n")
+        write(results / f"benchmark-{name}.md", "\n\n".join(parts) + "\n")
         replayed = [run for run in common if run["regime"] != "on-policy"]
         if main and not args.check:
             draw(results / f"curves-{name}.png", plot_curves, common or main)
@@ -1305,19 +1309,13 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
                     draw(results / f"buffer-all-rows-{name}.png", plot_against_buffer, every_row, panels)
                 panels = {score: score for score in ("utilization", "effective sample size")}
                 draw(results / f"staleness-{name}.png", plot_against_buffer, replayed, panels)
-        if len(runs) < most:
-            continue
-        parts = [f"{heading} {scope}", totals]
-        table = same_replay_table(main)
-        if table:
-            parts += [f"{against} ([more variants, every task, diagnostics](results/benchmark-{name}.md)):", table]
-        parts += [GAINS, gains] if gains else []
-        parts.append(f"![success in training](results/curves-{name}.png)")
-        if replayed:
-            parts.append(f"![success, area and return against buffer size](results/buffer-{name}.png)")
-            if more_rows:
-                parts += [shared_scope, f"![the same, every method](results/buffer-all-rows-{name}.png)"]
-        readme_block = "\n\n".join(parts) + "\n"
+        complete = readme_runs(main)
+        if complete:
+            parts = [README_TABLE.format(steps=steps), readme_table(complete)]
+            parts += [f"![success in training](results/curves-readme-{name}.png)"]
+            readme_block = "\n\n".join([*parts, f"[All rows, every task, diagnostics](results/benchmark-{name}.md)."]) + "\n"
+            if not args.check:
+                draw(results / f"curves-readme-{name}.png", plot_curves, complete)
     write_popo_report(args, write, new)
     readme = Path(args.readme)
     if readme.exists() and readme_block:

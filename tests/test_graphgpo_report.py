@@ -96,7 +96,7 @@ def test_benchmark_lists_and_skips(finished, tmp_path):
     lines = process.stdout.splitlines()
     assert len(lines) == 9 and "9 of 9" in process.stderr
     flags = re.search(r"graphgpo_sokoban.py .*", lines[2])[0]
-    assert "--advantage graphgpo --seed 1 --exp-name graphgpo --total-episodes 384" in flags
+    assert "--advantage graphgpo --env-id Sokoban --seed 1 --exp-name graphgpo --total-episodes 384" in flags
     here = report.Args(runs=str(finished), results=str(tmp_path))
     same = f"python {flags} --max-solution 4 --eval-every 128"
     assert report.pending([same, lines[3], f"{same} --omega 0.5 --run-dir elsewhere"], here) == [

@@ -1,5 +1,7 @@
 """report.py and benchmark.sh: statistics against hand-computed cases, what counts as finished, failures and resuming."""
 
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -17,10 +19,17 @@ from conftest import ROOT, read_json
 from torch.utils.tensorboard import SummaryWriter
 
 import gipo_continuous
+import ppo_baseline
 import report
 
 PYTHON = {**os.environ, "PYTHON": sys.executable}
 VERSION = gipo_continuous.ALGORITHM_VERSION
+
+
+def sample(exp_name="gipo_20000", **changes):
+    """A stored run of version 1 under a name of today, when a regime is a number of steps; other entries as told."""
+    result = read_json(ROOT / "results" / "v1" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    return result | {"exp_name": exp_name, "args": result["args"] | {"exp_name": exp_name}} | changes
 
 
 # -------------------- Statistics --------------------
@@ -43,6 +52,19 @@ def test_probability_of_improvement():
     assert report.probability_of_improvement(theirs, ours) == pytest.approx(1 - (3.5 / 4 + 0) / 2)
 
 
+def test_share_of_pairs():
+    """A tie is half a win, tasks weigh the same whatever their number of pairs, and what is unknown is no defeat."""
+    gaps = [np.array([0.5, 0.0, -1.0, 2.0]), np.array([-3.0])]  # 2 wins and a tie of 4; a defeat
+    assert report.share_of_pairs(gaps) == pytest.approx((2.5 / 4 + 0) / 2)
+    assert report.share_of_pairs([-gap for gap in gaps]) == pytest.approx(1 - (2.5 / 4 + 0) / 2)
+    assert np.isnan(report.share_of_pairs([*gaps, np.array([1.0, np.nan])]))
+    draws = report.share_of_pairs([np.array([[1.0, 1.0], [1.0, -1.0], [0.0, -1.0]])])  # of a bootstrap: one share each
+    np.testing.assert_array_equal(draws, [1.0, 0.5, 0.25])
+    # Not every run with every run: 1 beats 0 and 3 beats 2 on their seeds, though 1 does not beat 2.
+    ours, theirs = np.array([1.0, 3.0]), np.array([0.0, 2.0])
+    assert report.share_of_pairs([ours - theirs]) == 1.0 and report.probability_of_improvement([ours], [theirs]) == 0.75
+
+
 def test_bootstrap_is_stratified_by_task():
     """Tasks that differ, but whose seeds are equal, have no uncertainty: seeds never move between tasks."""
     scores = [np.zeros(5), np.ones(5)]
@@ -62,7 +84,8 @@ def test_bootstrap_draws_are_those_of_a_loop():
     scores = [np.array([0.1, 0.5]), np.array([0.2, 0.9, 0.4, 0.7]), np.array([0.0, 0.3, 1.0])]
     rng = np.random.default_rng(0)
     draws = [[task[rng.integers(0, len(task), len(task))] for task in scores] for _ in range(2000)]
-    for statistic in (report.interquartile_mean, lambda s: report.probability_of_improvement(s[:1], s[1:2])):
+    improvement = lambda s: report.probability_of_improvement(s[:1], s[1:2])  # noqa: E731
+    for statistic in (report.interquartile_mean, improvement, lambda s: report.share_of_pairs([task - 0.4 for task in s])):
         expected = np.percentile([statistic(draw) for draw in draws], [2.5, 97.5])
         np.testing.assert_array_equal(report.bootstrap_interval(scores, statistic), expected)
 
@@ -73,36 +96,25 @@ def test_single_runs_have_no_interval():
     assert report.span(0.5, report.bootstrap_interval(single, report.interquartile_mean)) == "0.50"
     assert report.span(0.5, report.improvement_interval(single, double)) == "0.50"
     assert report.span(0.5, report.improvement_interval(double, single)) == "0.50"
+    assert report.span(0.5, report.bootstrap_interval(single, report.share_of_pairs)) == "0.50"
     assert "[" in report.span(0.5, report.bootstrap_interval(double, report.interquartile_mean))
+    assert "[" in report.span(0.5, report.bootstrap_interval(double, report.share_of_pairs))
     assert "[" in report.span(0.5, report.improvement_interval(double, double))
-
-
-def test_paper_score():
-    """Min and max of the method means, per task: task x has means 10 and 20, task y 100 and 300."""
-    a, b = [np.array([10.0]), np.array([300.0])], [np.array([15.0, 25.0]), np.array([100.0])]
-    assert report.paper_score([*a, *b], 2, 0) == pytest.approx((0.0 + 1.0) / 2)
-    assert report.paper_score([*a, *b], 2, 1) == pytest.approx(
-        (0.5 + 0.0) / 2
-    )  # of 0.5, 1.5, 0, 0 a quarter is cut on either side
-    # The worst method's interval has a width too: in other draws of the seeds it is not the worst.
-    returns = [np.array([10.0, 30.0]), np.array([15.0, 25.0])]
-    low, high = report.bootstrap_interval(returns, lambda draw: report.paper_score(draw, 1, 0))
-    assert high > low
 
 
 def test_cells_with_other_arguments_are_refused(tmp_path):
     """A fork's runs under the same name: the report names both and what differs."""
-    for source in (ROOT / "results" / "runs" / "300000").glob("*__gipo_stale__1.json"):
-        (tmp_path / "runs" / "300000").mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, tmp_path / "runs" / "300000")
+    folder = tmp_path / "runs" / "300000"
+    folder.mkdir(parents=True)
+    for task in ("push-v3", "reach-v3"):
+        (folder / f"{task}.json").write_text(json.dumps(sample(env_id=task)))
     command = [sys.executable, str(ROOT / "report.py"), "--runs", "none", "--readme", "none", "--results", str(tmp_path)]
     assert subprocess.run([*command], capture_output=True).returncode == 0
-    path = tmp_path / "runs" / "300000" / "reach-v3__gipo_stale__1.json"
-    run = read_json(path)
-    path.write_text(json.dumps(run | {"args": run["args"] | {"ent_coef": 0.01}}))
+    run = sample()
+    (folder / "reach-v3.json").write_text(json.dumps(run | {"args": run["args"] | {"ent_coef": 0.01}}))
     process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 2 and process.stderr.startswith("error: gipo stale, 300,000 steps: ")
-    assert "reach-v3 seed 1 differ in ent_coef" in process.stderr and process.stderr.count("\n") == 1
+    assert process.returncode == 2 and process.stderr.startswith("error: gipo 20000, 300,000 steps: ")
+    assert "push-v3 seed 1 and reach-v3 seed 1 differ in ent_coef" in process.stderr and process.stderr.count("\n") == 1
 
 
 def test_arguments_that_decide_the_outcome():
@@ -132,23 +144,22 @@ def test_area_fills_gaps():
 @pytest.mark.parametrize("missing", [{"success": [None] * 30}, {}])
 def test_a_missing_curve_is_missing(missing):
     """Not 0: neither its area, nor what it is compared with, nor its line in the plots."""
-    runs = [run("gipo", "stale", seed, 1.0, 10, 0.5) for seed in (1, 2)]
-    runs += [run("ppo-clip", "stale", seed, 0.5, 9, 0.2) for seed in (1, 2)]
+    runs = [run("gipo", "20000", seed, 1.0, 10, 0.5) for seed in (1, 2)]
+    runs += [run("ppo-clip-0.2", "20000", seed, 0.5, 9, 0.2) for seed in (1, 2)]
     for stored in runs:
         stored["curves"]["steps"] = list(range(30))
-        stored["args"] = {"buffer_size": 20_000, "num_envs": 8, "num_steps": 64}
     lost = runs[1]
     lost["curves"] = {"steps": lost["curves"]["steps"]} | missing
     assert np.isnan(report.area_under_curve(lost, "success"))
-    clip, gipo = [row.strip("| ").split(" | ") for row in report.aggregate_table(runs).splitlines()[2:]]
+    gipo, clip = [row.strip("| ").split(" | ") for row in report.aggregate_table(runs).splitlines()[2:]]
     assert clip[4] == "0.10 [0.10, 0.10]" and gipo[3:6] == ["1.00 [1.00, 1.00]", "-", "10"]
     (row,) = [row.strip("| ").split(" | ") for row in report.same_replay_table(runs).splitlines()[2:]]
     assert row[6] == "- against 0.10" and row[8] == "-" and row[9] == "1.00 [1.00, 1.00]"
     lines = report.plot_curves(runs).axes[0].lines
-    assert [list(line.get_ydata())[-1] for line in lines] == [0.2, 0.5]  # GIPO's is that of the run that has one
+    assert [list(line.get_ydata())[-1] for line in lines] == [0.5, 0.2]  # GIPO's is that of the run that has one
     areas = report.plot_against_buffer(runs, {"area": "area", "utilization": "utilization"}).axes
-    assert [text.get_text() for text in areas[0].get_legend().get_texts()] == ["ppo-clip"]
-    assert "| stale | gipo | 2.0 | - |" in report.diagnostics_table(runs)
+    assert [text.get_text() for text in areas[0].get_legend().get_texts()] == ["ppo-clip-0.2"]
+    assert "| 20000 | gipo | 2.0 | - |" in report.diagnostics_table(runs)
 
 
 def test_a_missing_curve_of_the_other_scripts():
@@ -185,97 +196,125 @@ def run(method, regime, seed, success, score, area, env_id="reach-v3"):
 
 
 def test_aggregate_table_by_hand():
-    """One task, two seeds each: success ties half, returns do not, and an area counts stretches without an episode as 0."""
-    ppo = [run("ppo", "on-policy", seed, 1.0, 4000 + seed, 0.5) for seed in (1, 2)]
-    gipo = [run("gipo", "stale", 1, 1.0, 3000, 1.0), run("gipo", "stale", 2, 0.5, 5000, 1.0)]
-    rows = report.aggregate_table(ppo + gipo).splitlines()
-    assert rows[2] == "| on-policy | ppo | 2 | 1.00 [1.00, 1.00] | 0.25 [0.25, 0.25] | 4,002 | - | - | - |"
-    cells = rows[3].strip("| ").split(" | ")
-    assert cells[:6] == ["stale", "gipo", "2", "0.75 [0.50, 1.00]", "0.50 [0.50, 0.50]", "4,000"]
-    assert [cell.split(" ")[0] for cell in cells[6:]] == ["0.25", "1.00", "0.50"]
-    more = [run("gipo", "stale", 3, 0.0, 0, 0.0)]  # counts in its own scores, but meets no PPO run of its seed
-    assert report.aggregate_table(ppo + gipo + more).splitlines()[3].split(" | ")[6:] == rows[3].split(" | ")[6:]
+    """One task, two seeds each. The shares are of pairs with equal seed, and a tie is half a win; an area counts stretches
+    without an episode as 0."""
+    ppo = [run("ppo", "on-policy", 1, 1.0, 2000, 0.4), run("ppo", "on-policy", 2, 1.0, 4000, 0.8)]
+    gipo = [run("gipo", "20000", 2, 0.5, 5000, 0.6), run("gipo", "20000", 1, 1.0, 3000, 0.6)]
+    _, _, ppo_row, gipo_row = report.aggregate_table(gipo + ppo).splitlines()
+    assert ppo_row == "| on-policy | ppo | 2 | 1.00 [1.00, 1.00] | 0.30 [0.20, 0.40] | 3,000 | - | - | - |"
+    cells = gipo_row.strip("| ").split(" | ")
+    assert cells[:6] == ["20000", "gipo", "2", "0.75 [0.50, 1.00]", "0.30 [0.30, 0.30]", "4,000"]
+    # Success: a tie and a defeat. Area: 0.3 against 0.2 and 0.4. Return: two wins, though 3,000 is less than 4,000.
+    assert cells[6:] == ["0.25 [0.00, 0.50]", "0.50 [0.00, 1.00]", "1.00 [1.00, 1.00]"]
+    more = [run("gipo", "20000", 3, 0.0, 0, 0.0)]  # counts in its own scores, but meets no PPO run of its seed
+    with_more = report.aggregate_table(ppo + gipo + more).splitlines()[3].strip("| ").split(" | ")
+    assert with_more[2] == "3" and with_more[6:] == cells[6:]
 
 
 def test_same_replay_table_by_hand():
-    """Only PPO-clip's regime, only the tasks and seeds that both have; on-policy PPO and other regimes have no row."""
-    clip = [run("ppo-clip", "stale", seed, 0.5, 1000, 0.2) for seed in (1, 2)]
-    gipo = [run("gipo", "stale", 1, 1.0, 2000, 0.6), run("gipo", "stale", 2, 0.5, 900, 0.4)]
-    others = [run("gipo", "stale", 1, 0.0, 0, 0.0, "push-v3"), run("gipo", "stale", 3, 0.0, 0, 0.0)]
-    others += [run("gipo", "stale", 1, 0.0, 0, 0.0, "door-open-v3"), run("ppo-clip", "stale", 2, 1.0, 9, 1.0, "door-open-v3")]
-    others += [run("gipo", "recent", 1, 1.0, 1, 1.0), run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
+    """Only PPO-clip's replay size, only the tasks and seeds that both have; on-policy PPO and other sizes have no row."""
+    clip = [run("ppo-clip-0.2", "20000", seed, 0.5, 1000 * seed, 0.2) for seed in (1, 2)]
+    gipo = [run("gipo", "20000", 2, 0.5, 2500, 0.4), run("gipo", "20000", 1, 1.0, 1500, 0.6)]
+    others = [run("gipo", "20000", 1, 0.0, 0, 0.0, "push-v3"), run("gipo", "20000", 3, 0.0, 0, 0.0)]
+    others += [run("gipo", "20000", 1, 0.0, 0, 0.0, "door-open-v3")]
+    others += [run("ppo-clip-0.2", "20000", 2, 1.0, 9, 1.0, "door-open-v3")]
+    others += [run("gipo", "5120", 1, 1.0, 1, 1.0), run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
     (row,) = report.same_replay_table(clip + gipo + others).splitlines()[2:]
     cells = row.strip("| ").split(" | ")
-    assert cells[:7] == ["stale", "gipo", "ppo-clip", "1", "2", "0.75 against 0.50", "0.25 against 0.10"]
-    assert [cell.split(" ")[0] for cell in cells[7:]] == ["0.75", "1.00", "0.50"]
-    others = [r for r in others if r["method"] != "ppo-clip"]
+    assert cells[:7] == ["20000", "gipo", "ppo-clip-0.2", "1", "2", "0.75 against 0.50", "0.25 against 0.10"]
+    # Success: a win and a tie. Return: two wins, though 1,500 is less than the other seed's 2,000.
+    assert cells[7:] == ["0.75 [0.50, 1.00]", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]"]
+    more = [run("gipo", "20000", 1, 0.0, 0, 0.1, "push-v3"), run("ppo-clip-0.2", "20000", 1, 0.5, 1, 0.1, "push-v3")]
+    (row,) = report.same_replay_table(clip + gipo + more).splitlines()[2:]  # a task with a single pair weighs the same
+    assert row.strip("| ").split(" | ")[3:5] + row.strip("| ").split(" | ")[7:] == ["2", "3", "0.38", "0.75", "0.50"]
+    others = [r for r in others if r["method"] != "ppo-clip-0.2"]
     assert report.same_replay_table(gipo + others) == report.same_replay_table(clip) == ""
 
 
-def test_gain_table_by_hand():
-    """One task, two seeds: stale less fresh, and GIPO's gain less PPO-clip's; methods that lack a regime have no row."""
-    runs = [run("gipo", "fresh", s, 0.2, 1000, 0.2) for s in (1, 2)] + [
-        run("gipo", "stale", s, 0.9, 3000, 0.6) for s in (1, 2)
+def test_tuning_table_by_hand():
+    """Means over all runs of a row, whatever its tasks; the largest area first."""
+    gipo = [run("gipo", "5120", 1, 1.0, 1000, 0.5), run("gipo", "5120", 2, 0.5, 2000, 1.0)]
+    gipo += [run("gipo", "5120", 1, 0.0, 0, 0.0, "push-v3")]
+    clips = [run("ppo-clip-0.2", "20000", 1, 0.25, 1234, 0.8), run("ppo-clip-0.5", "5120", 1, 0.75, 10, 0.2)]
+    assert report.tuning_table(gipo + clips).splitlines() == [
+        "| replay | method | runs | success | area | return |",
+        "|---|---|---|---|---|---|",
+        "| 20000 | ppo-clip-0.2 | 1 | 0.25 | 0.400 | 1,234 |",
+        "| 5120 | gipo | 3 | 0.50 | 0.250 | 1,000 |",
+        "| 5120 | ppo-clip-0.5 | 1 | 0.75 | 0.100 | 10 |",
     ]
-    runs += [run("ppo-clip", "fresh", s, 0.4, 2000, 0.4) for s in (1, 2)]
-    runs += [run("ppo-clip", "stale", 1, 0.4, 2500, 0.4), run("ppo-clip", "stale", 2, 0.8, 2500, 0.4)]
-    rows = [
-        row.strip("| ").split(" | ") for row in report.gain_table([*runs, run("ppo", "on-policy", 1, 1, 1, 1)]).splitlines()
-    ]
-    assert rows[2] == ["ppo-clip", "+0.20 [+0.00, +0.40]", "+0.00 [+0.00, +0.00]", "+500 [+500, +500]"]
-    assert rows[3] == ["gipo", "+0.70 [+0.70, +0.70]", "+0.20 [+0.20, +0.20]", "+2,000 [+2,000, +2,000]"]
-    assert rows[4][0] == "gipo less ppo-clip"
-    assert rows[4][1:] == ["+0.50 [+0.30, +0.70]", "+0.20 [+0.20, +0.20]", "+1,500 [+1,500, +1,500]"]
-    assert len(rows) == 5 and report.gain_table(runs[:2]) == ""
+
+
+def test_tuning_seeds_have_a_table_of_their_own(tmp_path):
+    """Seeds 1 to 3 are in no other table, unless the runs have no other seeds: then they are somebody's own benchmark."""
+    folder = tmp_path / "runs" / "300000"
+    folder.mkdir(parents=True)
+    args = report.Args(results=str(tmp_path), readme="none")
+    for seed in (1, 2, 3):
+        (folder / f"{seed}.json").write_text(json.dumps(sample(seed=seed, eval_success_rate=0.25)))
+    (folder / "sigma.json").write_text(json.dumps(sample("gipo-sigma-0.5_20000", seed=2, eval_success_rate=0.75)))
+    report.write_report(args)
+    text = (tmp_path / "benchmark-300000-v1.md").read_text()
+    assert "4 runs of 300,000 steps each: 1 tasks, up to 3 seeds" in text and report.TUNING not in text
+    assert "| 20000 | gipo | 3 | 0.25 [0.25, 0.25] |" in text and "\n| reach | 25% (" in text
+
+    for seed in (0, 4):
+        (folder / f"{seed}.json").write_text(json.dumps(sample(seed=seed, eval_success_rate=1.0)))
+    report.write_report(args)
+    head, tail = (tmp_path / "benchmark-300000-v1.md").read_text().split(report.TUNING)
+    assert "2 runs of 300,000 steps each: 1 tasks, up to 2 seeds" in head
+    assert "| 20000 | gipo | 2 | 1.00 [1.00, 1.00] |" in head and "\n| reach | 100% (" in head
+    table, diagnostics = tail.split(report.DIAGNOSTICS)
+    rows = [line.split(" | ")[:4] for line in table.splitlines() if line.startswith("| 20000 |")]
+    assert sorted(rows) == [["| 20000", "gipo", "3", "0.25"], ["| 20000", "gipo-sigma-0.5", "1", "0.75"]]
+    assert "sigma" not in head + diagnostics  # in no other table
 
 
 def test_tasks_without_a_success_flag_have_returns_only(tmp_path):
     """HalfCheetah in the benchmark: its cell shows the return, and the comparisons by success leave the task out."""
-    runs = [run("gipo", "stale", 1, 0.5, 2000, 0.5), run("gipo", "stale", 1, None, 3000, 0.0, "HalfCheetah-v5")]
+    runs = [run("gipo", "20000", 1, 0.5, 2000, 0.5), run("gipo", "20000", 1, None, 3000, 0.0, "HalfCheetah-v5")]
     rows = report.task_table(runs).splitlines()
     assert rows[2:] == ["| HalfCheetah-v5 | (3,000) |", "| reach | 50% (2,000) |"]
 
-    meta_world = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    meta_world = sample()
     cheetah = meta_world | {"env_id": "HalfCheetah-v5", "eval_success_rate": None}
     cheetah["curves"] = meta_world["curves"] | {"success": [None] * 30}
     folder = tmp_path / "runs" / "300000"
     folder.mkdir(parents=True)
     args = report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md"))
-    (folder / "HalfCheetah-v5__gipo_stale__1.json").write_text(json.dumps(cheetah))
+    (folder / "HalfCheetah-v5__gipo_20000__1.json").write_text(json.dumps(cheetah))
     report.write_report(args)
     assert "No task with a success flag" in (tmp_path / "benchmark-300000-v1.md").read_text()
-    (folder / "reach-v3__gipo_stale__1.json").write_text(json.dumps(meta_world))
+    (folder / "reach-v3__gipo_20000__1.json").write_text(json.dumps(meta_world))
     report.write_report(args)
     table = (tmp_path / "benchmark-300000-v1.md").read_text()
-    assert "| stale | gipo | 1 |" in table and f"| HalfCheetah-v5 | ({cheetah['eval_return_mean']:,.0f}) |" in table
+    assert "| 20000 | gipo | 1 |" in table and f"| HalfCheetah-v5 | ({cheetah['eval_return_mean']:,.0f}) |" in table
 
 
 def test_rows_that_lack_tasks_are_shown_on_what_all_have(tmp_path):
     """They have no place among the rows of all tasks, so a table and a plot of their own, on fewer tasks, show them."""
-    stored = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
     folder = tmp_path / "runs" / "300000"
     folder.mkdir(parents=True)
-    for task, name in [(task, name) for task in ("reach-v3", "push-v3") for name in ("ppo_on-policy", "gipo_stale")]:
-        (folder / f"{task}_{name}.json").write_text(json.dumps(stored | {"env_id": task, "exp_name": name}))
+    for task, name in [(task, name) for task in ("reach-v3", "push-v3") for name in ("ppo_on-policy", "gipo_20000")]:
+        (folder / f"{task}_{name}.json").write_text(json.dumps(sample(name, env_id=task)))
     args = report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md"))
     report.write_report(args)
     assert "Over 2 tasks:" in (tmp_path / "benchmark-300000-v1.md").read_text()
     assert "every row has" not in (tmp_path / "benchmark-300000-v1.md").read_text()
-    (folder / "recent.json").write_text(json.dumps(stored | {"exp_name": "gipo_recent"}))
+    (folder / "5120.json").write_text(json.dumps(sample("gipo_5120")))
     report.write_report(args)
     text = (tmp_path / "benchmark-300000-v1.md").read_text()
     every_row = text[text.index("Over the 1 tasks that every row has (reach):") :]
-    assert text.index("without the rows that lack some of them (gipo recent):") < text.index(every_row)
-    assert "| recent | gipo | 1 |" in every_row and "| stale | gipo | 1 |" in every_row
+    assert text.index("without the rows that lack some of them (gipo 5120):") < text.index(every_row)
+    assert "| 5120 | gipo | 1 |" in every_row and "| 20000 | gipo | 1 |" in every_row
     assert (tmp_path / "buffer-all-rows-300000-v1.png").stat().st_size > 10_000
 
 
 def test_plots_are_drawn_again_only_for_other_data(tmp_path):
     """Also those that somebody damaged."""
-    stored = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
-    file = tmp_path / "runs" / "300000" / "reach-v3__gipo_stale__1.json"
+    file = tmp_path / "runs" / "300000" / "reach-v3__gipo_20000__1.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(stored))
+    file.write_text(json.dumps(sample()))
     args = report.Args(results=str(tmp_path), readme="none")
     plots = [tmp_path / f"{name}-300000-v1.png" for name in ("curves", "buffer", "staleness")]
 
@@ -287,27 +326,116 @@ def test_plots_are_drawn_again_only_for_other_data(tmp_path):
     assert drawn() == [True] * 3 and drawn() == [False] * 3
     plots[0].write_bytes(b"half a file")
     assert drawn() == [True, False, False]
-    file.write_text(json.dumps(stored | {"eval_return_mean": 1.0}))
+    file.write_text(json.dumps(sample(eval_return_mean=1.0)))
     assert drawn() == [True] * 3 and drawn() == [False] * 3
 
 
-def test_readme_shows_the_largest_set_of_runs(tmp_path):
-    """A few runs of another length have their own tables, and leave the README's block as it is."""
-    result = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
-    (tmp_path / "README.md").write_text("<!-- benchmark -->\n<!-- /benchmark -->\n")
-    for steps, seeds in (("300000", (1, 2)), ("2000000", (1,))):
-        (tmp_path / "runs" / steps).mkdir(parents=True)
-        for seed in seeds:
-            args = result["args"] | {"total_timesteps": int(steps)}
-            (tmp_path / "runs" / steps / f"{seed}.json").write_text(json.dumps(result | {"seed": seed, "args": args}))
-    report.write_report(report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md")))
-    assert "2 runs of 300,000 steps" in (tmp_path / "README.md").read_text()
-    assert (tmp_path / "benchmark-2000000-v1.md").exists()
+def test_scores_against_the_buffer_by_hand():
+    """A point per replay size, which the regime is, from the smallest on; on-policy PPO is a line."""
+    runs = [run("gipo", size, 1, success, 1, 1.0) for size, success in (("20000", 1.0), ("5120", 0.5), ("512", 0.75))]
+    runs += [run("ppo", "on-policy", 1, 0.25, 1, 1.0)]
+    (axis,) = report.plot_against_buffer(runs, {"success rate": "success"}).axes
+    ((points, *_),) = [container.lines for container in axis.containers]
+    assert points.get_xydata().tolist() == [[512, 0.75], [5120, 0.5], [20000, 1.0]]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["512", "5,120", "20,000"]
+    (level,) = [line for line in axis.lines if line.get_label() == "ppo, on-policy"]
+    assert {*level.get_ydata()} == {0.25}
+
+
+def test_lines_of_the_curves():
+    """A method has one colour at all replay sizes, a size one kind of line for all methods; other sizes are solid."""
+    names = [("gipo", "5120"), ("gipo", "20000"), ("sapo", "20000"), ("gipo", "777"), ("ppo", "on-policy")]
+    runs = [run(*name, 1, 1.0, 1, 0.5) for name in names]
+    for stored in runs:
+        stored["curves"]["steps"] = list(range(30))
+    lines = {line.get_label(): line for line in report.plot_curves(runs).axes[0].lines}
+    assert {label: line.get_linestyle() for label, line in lines.items()} == {
+        "ppo, on-policy": "-",
+        "gipo, 777": "-",
+        "gipo, 5120": "-",
+        "gipo, 20000": "--",
+        "sapo, 20000": "--",
+    }
+    assert len({lines[f"gipo, {size}"].get_color() for size in (777, 5120, 20000)}) == 1
+    assert len({line.get_color() for line in lines.values()}) == 3
+
+
+# -------------------- The README's block --------------------
+def every_readme_run(method, regime, scores):
+    """A run of every task and seed of the README; scores(task's place, seed) -> success and curve's level."""
+    cells = [(i, seed) for i in range(8) for seed in (4, 5, 6)]
+    return [run(method, regime, seed, *scores(i, seed), f"{report.README_TASKS[i]}-v3") for i, seed in cells]
+
+
+def test_readme_table_by_hand():
+    """Interquartile means of 24 runs: six are cut from either side. A row without a replay size has nothing there."""
+    # Success 0, 0.1, ... 0.7 by task: the middle is 0.2 to 0.5. Areas, half of the curve's level: the two lowest tasks and the
+    # two highest are cut, three have 0.2, and one has 0, 0.2, 0.4: three draws of it move the mean of twelve by 0.05 at most.
+    level = [0.0, 0.0, 0.4, 0.4, 0.4, 0.4, 1.0, 1.0]
+    gipo = every_readme_run("gipo", "5120", lambda i, seed: (i / 10, 1, 0.4 * (seed - 4) if i == 5 else level[i]))
+    ppo = every_readme_run("ppo", "on-policy", lambda i, seed: (1.0, 1, 0.5))
+    sapo = every_readme_run("sapo", "20000", lambda i, seed: (0.5, 1, 0.3))
+    assert report.readme_table(sapo + ppo + gipo).splitlines() == [
+        "| method | on-policy: success | area | 5,120 steps: success | area | 20,000 steps: success | area |",
+        "|---|---|---|---|---|---|---|",
+        "| `gipo` |  |  | 0.35 | 0.20 [0.15, 0.25] |  |  |",
+        "| `sapo` |  |  |  |  | 0.50 | 0.15 [0.15, 0.15] |",
+        "| `ppo` | 1.00 | 0.25 [0.25, 0.25] |  |  |  |  |",
+    ]
+
+
+def test_readme_shows_complete_rows_only():
+    """A row that lacks one run is not shown, nor does a run of another task or seed stand in for it or count beside it."""
+    gipo = every_readme_run("gipo", "5120", lambda i, seed: (1.0, 1, 0.5))
+    others = [run("gipo", "5120", 7, 0.0, 1, 0.0, "push-v3"), run("gipo", "5120", 4, 0.0, 1, 0.0, "pick-place-v3")]
+    assert report.readme_runs(gipo + others) == gipo
+    for i in (0, 13, 23):
+        lacking = [run | {"regime": "20000"} for run in gipo[:i] + gipo[i + 1 :] + others]
+        assert report.readme_runs(lacking) == [] and report.readme_runs(lacking + gipo + others) == gipo
+
+
+def test_readme_block(tmp_path):
+    """It is replaced once a main row is complete; what stands around it, and until then the block itself, stays."""
+    before, old, after = "before\n<!-- benchmark -->\n", "old\n", "<!-- /benchmark -->\nafter\n"
+    readme, folder, longer = tmp_path / "README.md", tmp_path / "runs" / "300000", tmp_path / "runs" / "2000000"
+    readme.write_text(before + old + after)
+    folder.mkdir(parents=True)
+    longer.mkdir()
+    runs = {
+        (task, name, seed): sample(name, seed=seed, env_id=f"{task}-v3", eval_success_rate=success)
+        for name, success in (("gipo_5120", 0.75), ("ppo_on-policy", 0.5), ("none_5120", 0.25), ("gipo-sigma-0.5_5120", 1.0))
+        for task in report.README_TASKS
+        for seed in (4, 5, 6)
+    }
+    lacking = {("push", "gipo_5120", 5), ("reach", "none_5120", 6), ("window-open", "ppo_on-policy", 4)}
+    for (task, name, seed), run in runs.items():
+        if (task, name, seed) not in lacking:
+            (folder / f"{task}__{name}__{seed}.json").write_text(json.dumps(run))
+    args = report.Args(results=str(tmp_path), readme=str(readme))
+    assert report.write_report(args) == [str(tmp_path / "benchmark-300000-v1.md")]
+    assert readme.read_text() == before + old + after and not [*tmp_path.glob("curves-readme-*")]
+
+    for task, name, seed in sorted(lacking)[::2]:  # GIPO's and PPO's
+        (folder / f"{task}__{name}__{seed}.json").write_text(json.dumps(runs[task, name, seed]))
+    few = sample("gipo_5120", seed=4)  # of another length: a table of its own, no place in the block
+    few["args"]["total_timesteps"] = 2_000_000
+    (longer / "few.json").write_text(json.dumps(few))
+    changed = report.write_report(args)
+    assert changed == [str(tmp_path / f"benchmark-{steps}-v1.md") for steps in (300000, 2000000)] + [str(readme)]
+    text = readme.read_text()
+    assert text.startswith(before) and text.endswith(after)
+    first, _, header, _, *rows, _, plot, _, link = text.removeprefix(before).removesuffix(after).splitlines()
+    assert first.startswith("Eight Meta-World tasks, three seeds each, 300,000 steps.") and "24 runs" in first
+    assert header == "| method | on-policy: success | area | 5,120 steps: success | area |"
+    assert [row.split(" [")[0].rsplit(" | ", 1)[0] for row in rows] == ["| `gipo` |  |  | 0.75", "| `ppo` | 0.50"]
+    assert plot == "![success in training](results/curves-readme-300000-v1.png)" and "(results/benchmark-300000-v1.md)" in link
+    assert (tmp_path / "curves-readme-300000-v1.png").stat().st_size > 10_000
+    assert report.write_report(args) == []
 
 
 def test_a_newer_version_is_not_overwritten(tmp_path):
     """Other arguments are, and so is an older version."""
-    result = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    result = sample()
     assert not report.is_stored(result, tmp_path / "x.json")
     for version, gamma, stored in [(1, 0.99, True), (1, 0.5, False), (0, 0.99, False), (2, 0.99, True)]:
         file = result | {"args": result["args"] | {"gamma": gamma}, "versions": {"algorithm": version}}
@@ -321,7 +449,7 @@ def finished_run(run_dir, exp_name, seed=1, last=512, env_id="reach-v3", **args)
 
     Its scores follow from the seed. Meta-World's tasks have a success, and its curve rises in a line to 1.
     """
-    result = read_json(ROOT / "results" / "runs" / "300000" / "reach-v3__gipo_stale__1.json")
+    result = sample()
     del result["curves"], result["machine"]
     result |= {"env_id": env_id, "exp_name": exp_name, "seed": seed, "total_timesteps": 512, "sps": 1000.0 * seed}
     result |= {"eval_success_rate": 0.25 * seed, "eval_return_mean": 100.0 * seed, "train_return_mean": 10.0 * seed}
@@ -342,7 +470,7 @@ def finished_run(run_dir, exp_name, seed=1, last=512, env_id="reach-v3", **args)
 @pytest.fixture
 def place(tmp_path):
     """Arguments of report.py with folders of their own, and one good run."""
-    finished_run(tmp_path / "runs" / "benchmark-512", "gipo_stale")
+    finished_run(tmp_path / "runs" / "benchmark-512", "gipo_20000")
     (tmp_path / "results").mkdir()
     return report.Args(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), readme="none")
 
@@ -374,14 +502,17 @@ def test_a_damaged_result_is_named_and_nothing_is_stored(place, text, said):
     assert stored(place) == []
     shutil.rmtree(file.parent)
     report.main(place)
-    assert "runs/512/reach-v3__gipo_stale__1.json" in stored(place)
+    assert "runs/512/reach-v3__gipo_20000__1.json" in stored(place)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"exp_name": "mykernel"}, "exp_name mykernel is not METHOD_REGIME"),
-        ({"exp_name": "gipo_old"}, "exp_name gipo_old is not METHOD_REGIME"),
+        ({"exp_name": "gipo_old"}, "exp_name gipo_old is not METHOD_REGIME, as in gipo_5120: move it away"),
+        ({"exp_name": "gipo_very-stale"}, "exp_name gipo_very-stale is not METHOD_REGIME"),
+        ({"exp_name": "gipo_5e3"}, "exp_name gipo_5e3 is not METHOD_REGIME"),
+        ({"exp_name": "_5120"}, "exp_name _5120 is not METHOD_REGIME"),
         ({"curves": {"success": [0.5] * 30}}, "has no curves.steps.0"),
         ({"curves": {"steps": [*range(30)], "success": [0.5] * 40}}, "its curves differ in length"),
         ({"curves": {"steps": [*range(30)], "success": ["0.5"] * 30}}, "must be a number or null, not '0.5'"),
@@ -389,14 +520,14 @@ def test_a_damaged_result_is_named_and_nothing_is_stored(place, text, said):
 )
 def test_a_damaged_file_of_the_results_is_named(place, change, said):
     report.main(place)
-    file = Path(place.results) / "runs" / "512" / "reach-v3__gipo_stale__1.json"
+    file = Path(place.results) / "runs" / "512" / "reach-v3__gipo_20000__1.json"
     file.write_text(json.dumps(read_json(file) | change))
     with pytest.raises(report.ReportError, match=f"^{re.escape(str(file))}.*{re.escape(said)}"):
         report.write_report(place)
 
 
 def test_errors_are_one_sentence_and_exit_code_2(place):
-    file = Path(place.runs) / "benchmark-512" / "reach-v3__gipo_stale__1" / "result.json"
+    file = Path(place.runs) / "benchmark-512" / "reach-v3__gipo_20000__1" / "result.json"
     file.write_text("")
     command = [sys.executable, str(ROOT / "report.py"), "--runs", place.runs, "--results", place.results, "--readme", "none"]
     for flags in ([], ["--pending"]):
@@ -417,11 +548,11 @@ def test_runs_of_ones_own_do_not_get_into_the_results(place, capsys):
     report.main(place)
     before = stored(place)
     own = finished_run(Path(place.runs) / "benchmark-512", "mykernel")
-    shutil.copytree(Path(place.runs) / "benchmark-512" / "reach-v3__gipo_stale__1", own.with_name("copy"))
+    shutil.copytree(Path(place.runs) / "benchmark-512" / "reach-v3__gipo_20000__1", own.with_name("copy"))
     capsys.readouterr()
     report.main(place)
     copied, named, current = capsys.readouterr().out.splitlines()
-    assert copied.startswith(f"not collected: {own.with_name('copy')} (it holds the run reach-v3__gipo_stale__1)")
+    assert copied.startswith(f"not collected: {own.with_name('copy')} (it holds the run reach-v3__gipo_20000__1)")
     assert named.startswith(f"not collected: {own} (its exp-name is not METHOD_REGIME") and current == "report is current"
     assert stored(place) == before
     shutil.rmtree(Path(place.runs))
@@ -433,7 +564,7 @@ def test_a_mixture_is_refused_before_it_is_stored(place):
     """A run of one's own under a method's name: the report works again once it is moved away."""
     report.main(place)
     before = stored(place)
-    own = finished_run(Path(place.runs) / "benchmark-512", "gipo_stale", seed=2, gamma=0.5)
+    own = finished_run(Path(place.runs) / "benchmark-512", "gipo_20000", seed=2, gamma=0.5)
     with pytest.raises(report.ReportError, match="reach-v3 seed 1 and reach-v3 seed 2 differ in gamma"):
         report.main(place)
     assert stored(place) == before
@@ -444,11 +575,32 @@ def test_a_mixture_is_refused_before_it_is_stored(place):
 
 def test_a_later_version_leaves_the_earlier_ones_runs(place):
     report.main(place)
-    file = Path(place.runs) / "benchmark-512" / "reach-v3__gipo_stale__1" / "result.json"
+    file = Path(place.runs) / "benchmark-512" / "reach-v3__gipo_20000__1" / "result.json"
     file.write_text(json.dumps(read_json(file) | {"versions": {"algorithm": 2}}))
     report.main(place)
-    assert {"runs/512/reach-v3__gipo_stale__1.json", "runs/512-v2/reach-v3__gipo_stale__1.json"} <= {*stored(place)}
+    assert {"runs/512/reach-v3__gipo_20000__1.json", "runs/512-v2/reach-v3__gipo_20000__1.json"} <= {*stored(place)}
     assert {"benchmark-512-v1.md", "benchmark-512-v2.md"} <= {*stored(place)}
+
+
+def test_check_names_what_is_not_current_and_writes_nothing(place):
+    """A table that somebody changed, one that is missing, and runs that no table has yet."""
+    check = dataclasses.replace(place, check=True)
+    report.main(place)
+    table, plots = Path(place.results) / "benchmark-512-v1.md", [*Path(place.results).glob("*.png")]
+    written = table.read_text()
+    report.main(check)
+    for plot in plots:  # they need no check: their digest says what they show
+        plot.unlink()
+    for text in (written.replace("gipo", "GIPO"), None):
+        table.unlink()
+        if text:
+            table.write_text(text)
+        with pytest.raises(SystemExit, match=f"^not current: {re.escape(str(table))}; run python report.py$"):
+            report.main(check)
+        assert (table.read_text() if text else table.exists()) == (text or False)
+    assert len(plots) == 3 and not [*Path(place.results).glob("*.png")]
+    report.main(place)
+    assert table.read_text() == written and {*Path(place.results).glob("*.png")} == {*plots}
 
 
 # -------------------- Any runs --------------------
@@ -501,7 +653,7 @@ def test_runs_without_a_benchmark_are_compared(place, capsys):
     finished_run(Path(place.runs), "gipo")
     report.main(place)
     assert f"report.py --compare {place.runs} shows them" in capsys.readouterr().out
-    assert "runs/512/reach-v3__gipo_stale__1.json" in stored(place) and not (Path(place.runs) / "compare.md").exists()
+    assert "runs/512/reach-v3__gipo_20000__1.json" in stored(place) and not (Path(place.runs) / "compare.md").exists()
 
 
 def test_runs_with_other_arguments_are_not_averaged(tmp_path, capsys):
@@ -559,35 +711,65 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     assert not (tmp_path / "compare.md").exists()
 
 
-def test_variants_meet_their_counterparts():
-    """Stored advantages against PPO-clip with fresh and with stored ones, the paper's settings against PPO's under them,
-    GIPO with any sigma also against PPO-clip with another epsilon, short segments and other step sizes also the usual."""
-    names = ["ppo-clip", "gipo", "ppo-clip-stored", "gipo-stored", "paper", "paper-ppo", "ppo-clip-0.5", "gipo-1.0-1.0"]
-    names += ["gipo-short", "ppo-clip-0.5-short", "gipo-lr-6e-4"]
-    runs = [run(name, "stale", 1, 1.0, 1, 1.0) for name in names]
-    pairs = {tuple(row.strip("| ").split(" | ")[1:3]) for row in report.same_replay_table(runs).splitlines()[2:]}
-    assert pairs == {(name, "ppo-clip") for name in names if not name.startswith("paper") and name != "ppo-clip"} | {
-        ("gipo-stored", "ppo-clip-stored"),
-        ("gipo", "ppo-clip-0.5"),
-        ("gipo-1.0-1.0", "ppo-clip-0.5"),
-        ("paper", "paper-ppo"),
-        ("gipo-short", "gipo"),
-        ("gipo-lr-6e-4", "gipo"),
-        ("gipo-short", "ppo-clip-0.5-short"),
-        ("ppo-clip-0.5-short", "ppo-clip-0.5"),
-    }
-    assert [run["method"] for run in runs if not report.is_variant(run)] == [*names[:2], "ppo-clip-0.5"]
+def test_every_method_meets_every_ppo_clip_of_its_replay():
+    """Whatever its clip and step size, but none of another replay size, and no PPO-clip another one."""
+    clips = ["ppo-clip-0.2", "ppo-clip-0.5", "ppo-clip-0.2-lr-6e-4"]
+    others = ["gipo", "sapo", "none", "gipo-sigma-0.5-lr-6e-4"]
+    names = [("20000", method) for method in reversed(clips + others)]
+    names += [("5120", "ppo-clip-0.1"), ("5120", "sapo"), ("512", "gipo"), ("100000", "ppo-clip-0.2"), ("on-policy", "ppo")]
+    runs = [run(method, regime, 1, 1.0, 1, 1.0) for regime, method in names]
+    rows = [tuple(row.strip("| ").split(" | ")[:3]) for row in report.same_replay_table(runs).splitlines()[2:]]
+    assert rows == [("5120", "sapo", "ppo-clip-0.1")] + [("20000", method, clip) for method in others for clip in clips]
+
+
+def test_main_rows_and_variants():
+    """The six methods of the main rows at any replay size; all that has another sigma, clip or step size is a variant."""
+    assert report.METHODS == ("gipo", "ppo-clip-0.2", "ppo-clip-0.5", "sapo", "none", "ppo")
+    assert not any(report.is_variant({"method": method, "regime": "777"}) for method in report.METHODS)
+    for method in ("gipo-sigma-0.5", "ppo-clip-0.1", "ppo-clip-0.2-lr-6e-4", "ppo-clip", "mykernel"):
+        assert report.is_variant({"method": method, "regime": "5120"})
+
+
+def test_order_of_the_rows():
+    """On-policy, replay sizes from the smallest on, LIBERO's names; the main rows, then others by name; tasks and seeds."""
+    regimes = ["on-policy", "512", "5120", "20000", "100000", "fresh", "recent", "stale"]
+    methods = [*report.METHODS, "a-kernel", "ppo-clip-0.1", "z-kernel"]
+    runs = [run(method, regime, 1, 1.0, 1, 1.0) for regime in sorted(regimes) for method in sorted(methods)]
+    runs += [run("gipo", "512", seed, 1.0, 1, 1.0, task) for task in ("reach-v3", "push-v3") for seed in (10, 9)]
+    table = report.cells(runs)
+    assert [*table] == [(regime, method) for regime in regimes for method in methods]
+    assert [*table["512", "gipo"]] == ["push-v3", "reach-v3"]
+    assert [run["seed"] for run in table["512", "gipo"]["reach-v3"]] == [1, 9, 10]
+    assert [line.split(" | ")[:2] for line in report.aggregate_table(runs).splitlines()[2:]] == [
+        [f"| {regime}", method] for regime, method in table
+    ]
+
+
+@pytest.mark.parametrize(
+    ("exp_name", "method", "regime"),
+    [
+        ("gipo_5120", "gipo", "5120"),
+        ("ppo-clip-0.2-lr-6e-4_20000", "ppo-clip-0.2-lr-6e-4", "20000"),
+        ("my_kernel_512", "my_kernel", "512"),
+        ("ppo_on-policy", "ppo", "on-policy"),
+        ("gipo_stale", "gipo", "stale"),
+        *[(name, None, None) for name in ("gipo", "5120", "_5120", "gipo_", "gipo_5120_", "gipo_-512", "gipo_5k", "gipo_0.5")],
+        *[(name, None, None) for name in ("gipo_very-stale", "gipo-5120", "gipo_5120-", "gipo_5 120")],
+    ],
+)
+def test_method_and_regime_of_a_name(exp_name, method, regime):
+    assert report.method_and_regime(exp_name) == ({"method": method, "regime": regime} if method else {})
 
 
 def test_only_rows_with_the_same_tasks_are_compared():
     """All tasks, without the rows that lack some, once on-policy PPO has them all; until then the tasks that all rows have."""
     ppo = [run("ppo", "on-policy", 1, 1.0, 1, 1.0, task) for task in ("reach-v3", "push-v3")]
-    gipo = [run("gipo", "stale", 1, 1.0, 1, 1.0, task) for task in ("reach-v3", "push-v3")]
-    part = run("gipo", "recent", 1, 1.0, 1, 1.0)
+    gipo = [run("gipo", "20000", 1, 1.0, 1, 1.0, task) for task in ("reach-v3", "push-v3")]
+    part = run("gipo", "5120", 1, 1.0, 1, 1.0)
     runs, scope = report.comparable([*ppo, *gipo, part])
-    assert runs == [*ppo, *gipo] and scope == "Over 2 tasks; without the rows that lack some of them (gipo recent):"
+    assert runs == [*ppo, *gipo] and scope == "Over 2 tasks; without the rows that lack some of them (gipo 5120):"
     assert report.comparable([*ppo, *gipo]) == ([*ppo, *gipo], "Over 2 tasks:")
-    clip = [r | {"method": "ppo-clip"} for r in gipo]
+    clip = [r | {"method": "ppo-clip-0.2"} for r in gipo]
     runs, scope = report.comparable([ppo[0], *gipo, *clip, part])
     assert runs == [ppo[0], gipo[0], clip[0], part] and scope == "Over the 1 tasks that every row has (reach):"
     assert report.comparable([ppo[0], gipo[1]]) == ([], "Over the 0 tasks that every row has (none):")
@@ -595,7 +777,7 @@ def test_only_rows_with_the_same_tasks_are_compared():
 
 def test_diagnostics_table_by_hand():
     """First and last fifth of 30 stretches; empty stretches and curves that an old file lacks are left out."""
-    runs = [run("gipo", "stale", seed, 1.0, 1, 1.0) for seed in (1, 2)] + [run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
+    runs = [run("gipo", "20000", seed, 1.0, 1, 1.0) for seed in (1, 2)] + [run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
     runs[0]["curves"]["entropy"] = [None, 20.0, 20.0, 20.0, 20.0, 20.0] + [99.0] * 18 + [6.0] * 6
     runs[1]["curves"]["entropy"] = [10.0] * 6 + [99.0] * 18 + [8.0] * 6
     runs[1]["wall_seconds"] = 180.0
@@ -619,74 +801,209 @@ def checkout(tmp_path):
     return tmp_path
 
 
-SMALL = ["--tasks", "reach-v3", "--seeds", "1", "--methods", "gipo ppo", "--regimes", "fresh", "--steps", "512"]
+SMALL = ["--tasks", "reach-v3", "--seeds", "1", "--methods", "gipo ppo", "--regimes", "512", "--steps", "512"]
+
+
+def commands(*flags, cwd=ROOT):
+    """The commands that a dry run prints."""
+    process = benchmark(*flags, "--dry-run", cwd=cwd)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+def arguments(command):
+    """Script of a command, and its arguments as that script parses them."""
+    _, script, *flags = shlex.split(command)
+    module = importlib.import_module(script.removesuffix(".py"))
+    return script, vars(module.parse_args(flags) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=flags))
+
+
+def table_of_methods():
+    """(suite, name, script and flags) of every line of benchmark.sh's table."""
+    table = re.search(r'^METHODS="\n(.*?)^"$', (ROOT / "benchmark.sh").read_text(), re.DOTALL | re.MULTILINE)[1]
+    return [line.split(maxsplit=2) for line in table.splitlines()]
+
+
+SUITES_OF_THE_TABLE = {"core": "quick", "graphgpo": "graphgpo", "popo": "popo", "vla": "vla"}
+
+
+@pytest.fixture(scope="module")
+def every_line():
+    """{suite: {name: (exp_name, script, arguments)}} of the whole table: one seed, one task, one replay size."""
+    found = {}
+    for table, suite in SUITES_OF_THE_TABLE.items():
+        names = [name for of, name, _ in table_of_methods() if of == table]
+        flags = ["--methods", " ".join(names), "--seeds", "77", "--steps", "10240"]  # no stored run has this seed
+        flags += {"core": ["--tasks", "push-v3", "--regimes", "5120"], "vla": ["--regimes", "recent"]}.get(table, [])
+        lines = commands(suite, *flags)
+        assert len(lines) == len(names)
+        rows = [arguments(line) for line in lines]
+        found[table] = {name: (row[1]["exp_name"], *row) for name, row in zip(names, rows, strict=True)}
+    return found
+
+
+def changed(args, default):
+    """What two sets of arguments differ in, of those that both have."""
+    return {name: args[name] for name in args.keys() & default.keys() if args[name] != default[name]}
+
+
+def test_every_line_of_the_table_is_another_method(every_line):
+    """Each is accepted by its script, none is there twice, and none differs from another by its name only."""
+    keys = [(suite, name) for suite, name, _ in table_of_methods()]
+    assert len(keys) == len({*keys}) and {suite for suite, _ in keys} == {*SUITES_OF_THE_TABLE}
+    assert [*every_line["core"]][:1] == ["gipo"] and {*report.METHODS} < {*every_line["core"]}
+    for rows in every_line.values():
+        outcomes = [json.dumps([script, args | {"exp_name": ""}], sort_keys=True) for _, script, args in rows.values()]
+        assert len(outcomes) == len({*outcomes})
+    names = {table: {name: exp_name for name, (exp_name, _, _) in rows.items()} for table, rows in every_line.items()}
+    assert all(exp_name == name for table in ("graphgpo", "popo") for name, exp_name in names[table].items())
+    assert all(exp_name == f"{name}_recent" for name, exp_name in names["vla"].items())
+    assert names["core"].pop("ppo") == "ppo_on-policy"
+    assert all(exp_name == f"{name}_5120" for name, exp_name in names["core"].items())
+    assert all(report.method_and_regime(exp_name)["method"] == name for name, exp_name in names["core"].items())
+
+
+def test_the_rows_of_the_scripts_themselves(checkout):
+    """`gipo` at 5,120 steps and `ppo` are the two scripts without flags, but for where and when they write."""
+    flags = ["--methods", "gipo ppo", "--tasks", "reach-v3", "--seeds", "1", "--regimes", "5120"]
+    rows = [arguments(command) for command in commands("main", *flags, cwd=checkout)]
+    named = {"run_dir": "runs/benchmark-300000", "eval_every": 0, "overlap": False}
+    for (script, args), module, name in zip(
+        rows, (gipo_continuous, ppo_baseline), ("gipo_5120", "ppo_on-policy"), strict=True
+    ):
+        assert script == f"{module.__name__}.py" and args.keys() == vars(module.Args()).keys()
+        assert changed(args, vars(module.Args())) == named | {"exp_name": name}
+
+
+def test_the_rows_differ_from_gipo_as_their_names_say(every_line):
+    """PPO-clip in its objective, clip and step size only: the replay, its segments and minibatches, head and ratio, entropy
+    bonus and the rest are GIPO's. The other rows of gipo_continuous.py in one argument or two."""
+    _, _, gipo = every_line["core"]["gipo"]
+    own = ppo_baseline.Args.__dataclass_fields__.keys() - gipo.keys()
+    assert own == {"clip_coef", "update_epochs"}
+    clips = {}
+    for name, (exp_name, script, args) in every_line["core"].items():
+        if name == "ppo":
+            continue
+        rest, _, rate = name.partition("-lr-")
+        expected = ({} if name == "gipo" else {"exp_name": exp_name}) | ({"learning_rate": float(rate)} if rate else {})
+        if rest.startswith("ppo-clip-"):
+            assert script == "ppo_baseline.py" and args["clip_coef"] == float(rest.removeprefix("ppo-clip-"))
+            assert args["update_epochs"] == ppo_baseline.Args.update_epochs
+            clips.setdefault(rate, []).append(args["clip_coef"])
+        else:
+            assert script == "gipo_continuous.py"
+            if rest.startswith("gipo-sigma-"):
+                expected["sigma"] = float(rest.removeprefix("gipo-sigma-"))
+            elif rest != "gipo":
+                expected["trust_weight"] = {"sapo": "sapo", "none": "none"}[rest]
+        assert changed(args, gipo) == expected, name
+        assert args["buffer_size"] == 5120
+    assert clips == {"": [0.1, 0.2, 0.3, 0.5], "6e-4": [0.1, 0.2, 0.3, 0.5]}  # the same for both step sizes
 
 
 def test_dry_run_prints_exact_commands(checkout):
     process = benchmark("main", "--dry-run", cwd=checkout)
-    commands = process.stdout.splitlines()
-    # 10 tasks x 5 seeds: PPO on-policy once, nine other methods in four regimes. None differs from another by its name only.
-    assert process.returncode == 0 and len(commands) == 10 * 5 * (1 + 9 * 4)
-    assert len({re.sub(r"--exp-name \S+", "", command) for command in commands}) == len(commands)
-    assert {m for m in report.PAPER_METHODS if not any(f"--exp-name {m}_stale" in command for command in commands)} == set()
-    assert all("--total-timesteps 300000" in command for command in commands)
-    (stale,) = (c for c in commands if "reach-v3 --seed 2 --exp-name ppo-clip_stale" in c)
-    assert "ppo_baseline.py --buffer-size 20000 --num-steps 64 --minibatch-size 512 --policy-head categorical" in stale
-    assert "--ratio per-dim --ent-coef 0.001 --updates-per-iteration 10" in stale
-    (sigma,) = (c for c in commands if "reach-v3 --seed 2 --exp-name gipo-0.2-0.5_very-stale" in c)
-    assert "--buffer-size 100000 --num-steps 64 --minibatch-size 512 --sigma 0.2 --sigma-neg-ratio 0.5" in sigma
+    lines = process.stdout.splitlines()
+    # Eight tasks, three seeds: PPO on-policy once, five other methods with two replay sizes. None differs from another by its
+    # name only.
+    assert process.returncode == 0 and len(lines) == 8 * 3 * (1 + 5 * 2) == 264
+    assert process.stderr == "# 264 of 264 runs are left\n"
+    assert len({re.sub(r"--exp-name \S+", "", line) for line in lines}) == len(lines)
+    (clip,) = (line for line in lines if "reach-v3 --seed 5 --exp-name ppo-clip-0.2_20000" in line)
+    expected = "ppo_baseline.py --buffer-size 20000 --num-steps 16 --minibatch-size 128 --policy-head categorical"
+    expected += " --ratio per-dim --ent-coef 0.001 --clip-coef 0.2 --env-id reach-v3 --seed 5 --exp-name ppo-clip-0.2_20000"
+    end = "--total-timesteps 300000 --run-dir runs/benchmark-300000 --eval-every 0 --no-overlap"
+    assert clip == f"{shlex.quote(sys.executable)} {expected} {end}"
+    assert all(line.endswith(f" {end}") for line in lines)
     assert not (checkout / "runs").exists()
 
+    # These are the runs that the README's table has; the tuning's seeds are not among them.
+    words = [line.split() for line in lines]
+    rows = {}
+    for line in words:
+        task, seed, name = (line[line.index(flag) + 1] for flag in ("--env-id", "--seed", "--exp-name"))
+        rows.setdefault(name, []).append((task, int(seed)))
+    names = {f"{method}_{size}" for method in report.METHODS if method != "ppo" for size in (5120, 20000)}
+    assert rows.keys() == {"ppo_on-policy", *names}
+    wanted = sorted((f"{task}-v3", seed) for task in report.README_TASKS for seed in report.README_SEEDS)
+    assert all(sorted(row) == wanted for row in rows.values())
+    assert not {*report.README_SEEDS} & {*report.TUNING_SEEDS}
 
-def test_the_row_of_the_defaults_has_the_defaults(checkout):
-    """The row that the documents call the defaults runs gipo_continuous.py as it is."""
-    regime, method = report.DEFAULTS
-    flags = ["--methods", method, "--regimes", regime, "--seeds", "1", "--tasks", "reach-v3"]
-    command = benchmark("main", *flags, "--dry-run", cwd=checkout).stdout.split()
-    assert command[1] == "gipo_continuous.py"
-    args, default = vars(tyro.cli(gipo_continuous.Args, args=command[2:])), vars(gipo_continuous.Args())
-    assert {name for name in args if args[name] != default[name]} == {"exp_name", "run_dir", "eval_every", "overlap"}
-    run = {"method": method, "regime": regime}
-    assert not report.is_variant(run) and report.is_variant(run | {"regime": "stale"})
-    assert report.is_variant(run | {"method": "gipo-1.0-1.0"}) and not report.is_variant(run | {"method": "gipo"})
+
+@pytest.mark.parametrize(
+    ("suite", "runs", "seeds"),
+    [
+        ("quick", 2 * 4, {1}),
+        ("age", 5 * 3 * (1 + 5 * 2), {4, 5, 6}),
+        ("authors", 10 * 3, {4}),
+        ("tune", 2 * 2 * (6 + 8), {1, 2}),
+        ("gymnasium", 5 * 3 * 3, {4, 5, 6}),
+    ],
+)
+def test_runs_of_the_other_suites(checkout, suite, runs, seeds):
+    """As many as the usage says; only `tune`, and the small `quick`, have the seeds of the tuning's table."""
+    lines = [line.split() for line in commands(suite, cwd=checkout)]
+    assert len(lines) == runs and len({tuple(line) for line in lines}) == runs
+    assert {int(line[line.index("--seed") + 1]) for line in lines} == seeds
+    if suite == "tune":
+        names = {line[line.index("--exp-name") + 1] for line in lines}
+        assert names == {f"{name}_5120" for of, name, _ in table_of_methods() if of == "core" and name[:4] in ("gipo", "ppo-")}
 
 
-def test_other_methods(checkout):
-    """Stored advantages, the paper's own settings, and variants; every printed command is accepted by its script."""
-    methods = "gipo-stored ppo-clip-stored gipo-0.5-1.0-stored paper paper-ppo ppo-clip-0.5"
-    methods += " gipo-short ppo-clip-0.5-short ppo-clip-0.5-lr-6e-4"
-    process = benchmark("quick", "--methods", methods, "--seeds", "1", "--tasks", "reach-v3", "--dry-run", cwd=checkout)
-    commands = process.stdout.splitlines()
-    assert process.returncode == 0 and len(commands) == 9
-    assert ["--no-recompute-advantages" in command for command in commands] == [True] * 5 + [False] * 4
-    assert "--sigma 0.5 --sigma-neg-ratio 1.0" in commands[2] and "--policy-head categorical" in commands[3]
-    assert "--ent-coef 0 " in commands[3] and "--num-bins 256" in commands[3] and "--sigma 1 " in commands[3]
-    assert "ppo_baseline.py" in commands[4] and "--num-steps 64" in commands[4]
-    assert "ppo_baseline.py" in commands[5] and "--clip-coef 0.5" in commands[5]
-    for command in commands[6:8]:
-        assert command.count("--num-steps") == 1 and "--num-steps 16 --minibatch-size 128 " in command
-        assert command.count("--minibatch-size") == 1
-    assert "--clip-coef 0.5 --learning-rate 6e-4" in commands[8]
-    process = benchmark("quick", "--methods", "paper-ppo", "--regimes", "fresh", "--dry-run", cwd=checkout)
-    assert all("--update-epochs 5" in command for command in process.stdout.splitlines()) and process.returncode == 0
+def test_methods_without_replay_run_once(checkout):
+    """Whatever the regimes, which are the sizes of the others' buffers; seeds come before methods, so rows fill evenly."""
+    flags = ["--methods", "ppo gipo none", "--regimes", "20000 512", "--seeds", "4 9", "--tasks", "reach-v3 push-v3"]
+    rows = [arguments(line)[1] for line in commands("quick", *flags, cwd=checkout)]
+    first = ["ppo_on-policy", "gipo_20000", "none_20000"]
+    expected = [(name, seed) for seed in (4, 9) for name in first]
+    expected += [(name, seed) for seed in (4, 9) for name in ("gipo_512", "none_512")]
+    assert [(a["exp_name"], a["seed"], a["env_id"]) for a in rows] == [
+        (*pair, task) for pair in expected for task in ("reach-v3", "push-v3")
+    ]
+    sizes = [0 if a["exp_name"] == "ppo_on-policy" else int(a["exp_name"].rpartition("_")[2]) for a in rows]
+    assert [a["buffer_size"] for a in rows] == sizes
+
+
+def test_commands_that_a_script_refuses():
+    """A line that somebody adds to the table: what is wrong with its flags shows before a run starts."""
+    args = report.Args(runs="none", results="none")
+    with pytest.raises(report.ReportError, match=r"^gipo_continuous\.py does not take the flags --sigma wide$"):
+        report.pending(["python gipo_continuous.py --sigma wide"], args)
+    with pytest.raises(report.ReportError, match=r"^ppo_baseline\.py does not take the flags --sigma 0\.2$"):
+        report.pending(["python ppo_baseline.py --sigma 0.2"], args)
+    with pytest.raises(report.ReportError, match=r"^gipo_continuous\.py: --sigma 0\.0 must be positive"):
+        report.pending(["python gipo_continuous.py --sigma 0"], args)
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["all"], "suite"),
+        (["all"], "unknown suite 'all': quick, main, age, authors, tune, gymnasium, graphgpo, popo, vla or throughput"),
+        (["sweep"], "unknown suite 'sweep'"),
         (["quick", "--method", "gipo"], "--method"),
-        (["quick", "--methods", "dqn"], "dqn"),
-        (["quick", "--regimes", "old"], "old"),
+        (["quick", "--methods", "dqn"], "'dqn' is no line of the table in benchmark.sh; there are: gipo gipo-sigma-0.1 "),
+        (["quick", "--regimes", "old"], "'old' is no number of steps, such as 5120"),
+        (["quick", "--regimes", "5120 stale"], "'stale' is no number of steps"),
+        (["quick", "--regimes", "0"], "'0' is no number of steps"),
+        (["quick", "--regimes", "05120"], "'05120' is no number of steps"),
+        (["quick", "--regimes", "5e3"], "'5e3' is no number of steps"),
+        (["quick", "--regimes", "-512"], "'-512' is no number of steps"),
+        (["quick", "--regimes", "on-policy", "--methods", "ppo"], "'on-policy' is no number of steps"),
+        (["quick", "--regimes", ""], "--regimes ''"),
+        (["quick", "--regimes", "100"], "--buffer-size 100 must be 0 or at least num_envs * num_steps = 128"),
+        (["vla", "--regimes", "5120"], "'5120' is no regime: fresh, recent or stale"),
+        (["vla", "--regimes", "very-stale"], "'very-stale' is no regime: fresh, recent or stale"),
         (["quick", "--seeds"], "--seeds"),
-        (["quick", "--methods", "gipo-0.5-1-outward"], "unknown method 'gipo-0.5-1-outward'"),
-        (["quick", "--methods", "gipo-adaptive-0.7"], "unknown method 'gipo-adaptive-0.7'"),
-        (["quick", "--methods", "ppo-clip-wide"], "unknown method 'ppo-clip-wide'"),
-        (["quick", "--methods", "ppo-stored"], "ppo-stored"),
-        (["quick", "--methods", "ppo-short"], "ppo-short"),
-        (["quick", "--methods", "ppo-lr-1e-3"], "ppo-lr-1e-3"),
-        (["quick", "--methods", "gipo-lr-"], "gipo-lr-"),
-        (["quick", "--methods", "dqn-stored"], "unknown method 'dqn'"),
+        (["quick", "--methods", "gipo-0.5-1"], "'gipo-0.5-1' is no line of the table"),
+        (["quick", "--methods", "gipo ppo-clip"], "'ppo-clip' is no line of the table"),
+        (["quick", "--methods", "ppo-clip-wide"], "'ppo-clip-wide' is no line of the table"),
+        (["quick", "--methods", "ppo-clip-0.2-lr-"], "'ppo-clip-0.2-lr-' is no line of the table"),
+        (["quick", "--methods", "ppo-stored"], "'ppo-stored' is no line of the table"),
+        (["quick", "--methods", "gipo-short"], "'gipo-short' is no line of the table"),
+        (["quick", "--methods", "gip."], "'gip.' is no line of the table"),
+        (["quick", "--methods", "core"], "'core' is no line of the table"),
+        (["quick", "--methods", "popo"], "'popo' is no line of the table"),
         (["quick", "--workers", "0"], "--workers 0"),
         (["quick", "--steps", "-5"], "--steps -5 must be a positive integer"),
         (["quick", "--steps", "0"], "--steps 0"),
@@ -700,18 +1017,27 @@ def test_other_methods(checkout):
         (["quick", "--tasks", "reach-v3 push"], "--tasks push is unknown; try push-v3"),
         (["popo", "--tasks", "countdown3"], "--tasks countdown3 is unknown; try countdown-3"),
         (["vla", "--tasks", "libero_spatia"], "--tasks libero_spatia is unknown; try libero_spatial"),
-        (["quick", "--methods", "gipo-0-1"], "--sigma 0.0 must be positive"),
-        (["quick", "--methods", "gipo-lr-fast"], "does not take the flags --buffer-size 5120"),
-        (["graphgpo", "--methods", "gigop-step"], "unknown method 'gigop'"),
+        (["quick", "--seeds", "5000000"], "--seed 5000000 must be between 0 and 4,000,000"),
+        (["graphgpo", "--methods", "gigop-step"], "'gigop-step' is no line of the table in benchmark.sh; there are: grpo "),
+        (["popo", "--methods", "gigpo"], "'gigpo' is no line of the table in benchmark.sh; there are: grpo grpo-filter"),
+        (["vla", "--methods", "gipo-0.2-1"], "'gipo-0.2-1' is no line of the table in benchmark.sh; there are: gipo ppo"),
         (["graphgpo", "--tasks", "Sokoban"], "--tasks means nothing for graphgpo"),
         (["popo", "--regimes", "stale"], "--regimes means nothing for popo"),
+        (["throughput", "--methods", "gipo"], "--methods means nothing for throughput"),
     ],
 )
 def test_bad_options(flags, named):
     process = benchmark(flags[0], "--dry-run", *flags[1:])  # so that a mistake starts no benchmark
     assert process.returncode == 2 and named in process.stderr and process.stderr.startswith("error: ")
     assert process.stderr.count("\n") == 1
-    assert not process.stdout or named == "suite"  # there the usage
+    assert bool(process.stdout) == named.startswith("unknown suite")  # there the usage
+
+
+def test_usage_names_every_suite():
+    process = benchmark()
+    assert process.returncode == 0 and not process.stderr
+    listed = re.findall(r"^  ./benchmark.sh (\S+)   ", process.stdout, re.MULTILINE)
+    assert listed == "quick main age authors tune gymnasium graphgpo popo vla throughput".split()
 
 
 def test_python_in_a_folder_with_a_space(tmp_path):
@@ -730,7 +1056,7 @@ def test_python_in_a_folder_with_a_space(tmp_path):
     process = subprocess.run(["bash", "-c", f"{command} --help"], cwd=project, capture_output=True, text=True)
     assert process.returncode == 0 and "--buffer-size" in process.stdout
     process = benchmark("quick", *flags, cwd=project, PYTHON=str(python))
-    folder = project / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1"
+    folder = project / "runs" / "benchmark-512" / "reach-v3__gipo_512__1"
     assert process.returncode == 0 and (folder / "result.json").exists(), process.stdout + process.stderr
     shutil.rmtree(folder)
     shutil.rmtree(project / "results")
@@ -744,13 +1070,13 @@ def test_python_in_a_folder_with_a_space(tmp_path):
 def test_runs_skips_resumes_and_reports(checkout):
     process = benchmark("quick", *SMALL, cwd=checkout)
     assert process.returncode == 0, process.stdout + process.stderr
-    folders = [checkout / "runs" / "benchmark-512" / f"reach-v3__{name}__1" for name in ("gipo_fresh", "ppo_on-policy")]
+    folders = [checkout / "runs" / "benchmark-512" / f"reach-v3__{name}__1" for name in ("gipo_512", "ppo_on-policy")]
     assert all((folder / "result.json").exists() for folder in folders) and "2 of 2 runs" in process.stdout
     steps = f"512-v{VERSION}"
     stored = [read_json(checkout / "results" / "runs" / steps / f"{folder.name}.json") for folder in folders]
     assert all(run["machine"] and len(run["curves"]["steps"]) == 30 for run in stored)
     table = (checkout / "results" / f"benchmark-512-v{VERSION}.md").read_text()
-    assert "| fresh | gipo | 1 |" in table and "| on-policy | ppo | 1 |" in table
+    assert "| 512 | gipo | 1 |" in table and "| on-policy | ppo | 1 |" in table
     assert {path.name for path in (checkout / "results").glob("*.png")} == {
         f"{name}-512-v{VERSION}.png" for name in ("curves", "buffer", "staleness")
     }
@@ -782,7 +1108,7 @@ def test_runs_skips_resumes_and_reports(checkout):
     stored[0]["versions"]["algorithm"] = 0
     path.write_text(json.dumps(stored[0]))
     left = benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout
-    assert "gipo_fresh" in left and "ppo_on-policy" not in left
+    assert "gipo_512" in left and "ppo_on-policy" not in left
 
 
 def test_interrupted_runs_are_resumed_and_failures_listed(checkout):
@@ -790,19 +1116,19 @@ def test_interrupted_runs_are_resumed_and_failures_listed(checkout):
     run_dir = checkout / "runs" / "benchmark-512"
     assert benchmark("quick", *SMALL, cwd=checkout).returncode == 0
     shutil.rmtree(checkout / "results")
-    folders = {name: run_dir / f"reach-v3__{name}__1" for name in ("gipo_fresh", "ppo_on-policy")}
+    folders = {name: run_dir / f"reach-v3__{name}__1" for name in ("gipo_512", "ppo_on-policy")}
     for folder in folders.values():
         (folder / "result.json").unlink()
     (folders["ppo_on-policy"] / "checkpoint.pt").write_bytes(b"half a file")
     process = benchmark("quick", *SMALL, cwd=checkout)
     assert process.returncode == 1
     assert "1 runs failed" in process.stderr and "ppo_on-policy__1.log (exit code 2)" in process.stderr
-    assert "from step 512" in (run_dir / "reach-v3__gipo_fresh__1.log").read_text()
-    assert (folders["gipo_fresh"] / "result.json").exists()
+    assert "from step 512" in (run_dir / "reach-v3__gipo_512__1.log").read_text()
+    assert (folders["gipo_512"] / "result.json").exists()
 
 
 def test_folder_of_another_run_is_refused(checkout):
-    folder = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1"
+    folder = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_512__1"
     folder.mkdir(parents=True)
     (folder / "args.json").write_text("{}")
     process = benchmark("quick", *SMALL, cwd=checkout)
@@ -816,16 +1142,16 @@ def test_two_invocations_do_not_share_a_run(checkout):
     command = ["./benchmark.sh", "quick", *SMALL, "--methods", "gipo"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": checkout, "env": PYTHON}
     outputs = [process.communicate(timeout=600)[0] for process in [subprocess.Popen(command, **pipes) for _ in range(2)]]
-    log = (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1.log").read_text()
+    log = (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_512__1.log").read_text()
     assert log.count("finished in") == 1 and "exists" not in log
     assert any("another invocation has it" in output or "0 of 1 runs" in output for output in outputs), outputs
 
 
 def test_a_lock_that_fails_is_a_failure(checkout):
     """Not "another invocation has it": that would skip every run and end with 0."""
-    (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1.lock").mkdir(parents=True)
+    (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_512__1.lock").mkdir(parents=True)
     process = benchmark("quick", *SMALL, "--methods", "gipo", cwd=checkout)
-    assert process.returncode == 1 and "reach-v3__gipo_fresh__1.lock cannot be locked" in process.stderr
+    assert process.returncode == 1 and "reach-v3__gipo_512__1.lock cannot be locked" in process.stderr
     assert not [*(checkout / "runs").rglob("result.json")]
 
 
@@ -845,13 +1171,13 @@ def test_nothing_starts_after_benchmark_was_killed(checkout):
         "--methods",
         "gipo",
         "--regimes",
-        "fresh",
+        "512",
         "--steps",
         "512",
     ]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": checkout, "env": PYTHON}
     process = subprocess.Popen(["./benchmark.sh", "quick", *flags, "--workers", "1"], start_new_session=True, **pipes)
-    log = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1.log"
+    log = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_512__1.log"
     wait_for(log.exists)
     process.terminate()
     assert process.wait(60) != 0
@@ -862,20 +1188,19 @@ def test_nothing_starts_after_benchmark_was_killed(checkout):
 
 def test_slurm_array_of_many_runs(checkout):
     """At most 1,000 jobs, which share the runs; the commands are in the script that sbatch copies, not in a file beside it."""
-    process = benchmark("main", "--slurm", cwd=checkout)
-    assert process.returncode == 0 and "1850 runs" in process.stdout
+    process = benchmark("main", "--slurm", "--seeds", " ".join(map(str, range(4, 25))), cwd=checkout)
+    assert process.returncode == 0 and "1848 runs" in process.stdout  # 88 of each seed
     script = (checkout / "runs" / "benchmark-300000" / "array.sbatch").read_text()
-    assert "#SBATCH --array=1-1000\n" in script and script.count("--exp-name") > 1850
+    assert "#SBATCH --array=1-1000\n" in script and script.count("--exp-name") > 1848
     lines = re.search(r"cat <<'COMMANDS'\n(.*?)\nCOMMANDS", script, re.DOTALL)[1].splitlines()
     shares = [lines[job::1000] for job in range(1000)]
-    assert len(lines) == 1850 and {len(share) for share in shares} == {1, 2}
+    assert len(lines) == len({*lines}) == 1848 and {len(share) for share in shares} == {1, 2}
     fake = script.split("cd ")[0] + "\n" + script[script.index("commands=") :].replace('run "$(sed', 'echo "$left" "$(sed')
     (checkout / "fake.sh").write_text(fake)
-    environment = {**PYTHON, "SLURM_ARRAY_TASK_ID": "850"}
-    output = subprocess.run(
-        ["bash", checkout / "fake.sh"], env=environment, capture_output=True, text=True
-    ).stdout.splitlines()
-    assert output == [f"2 {line}" for line in shares[849]]
+    for job, count in ((1, 2), (848, 2), (849, 1), (1000, 1)):
+        environment = {**PYTHON, "SLURM_ARRAY_TASK_ID": str(job)}
+        output = subprocess.run(["bash", checkout / "fake.sh"], env=environment, capture_output=True, text=True)
+        assert output.stdout.splitlines() == [f"{count} {line}" for line in shares[job - 1]]
 
 
 def test_slurm_script(checkout):
@@ -884,24 +1209,30 @@ def test_slurm_script(checkout):
     script = checkout / "runs" / "benchmark-512" / "array.sbatch"
     environment = {**PYTHON, "SLURM_ARRAY_TASK_ID": "1"}
     subprocess.run(["bash", script], cwd=checkout, env=environment, check=True, capture_output=True)
-    folder = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_fresh__1"
+    folder = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_512__1"
     assert (folder / "result.json").exists()
     (folder / "args.json").unlink()
     (folder / "result.json").unlink()
     (folder / "checkpoint.pt").write_bytes(b"half a file")
     process = subprocess.run(["bash", script], cwd=checkout, env=environment, capture_output=True, text=True)
     assert "0 of" not in process.stdout
-    assert process.returncode == 1 and "gipo_fresh__1.log (exit code 2)" in process.stdout  # so that sbatch shows it as failed
+    assert process.returncode == 1 and "gipo_512__1.log (exit code 2)" in process.stdout  # so that sbatch shows it as failed
 
 
 # -------------------- What is committed --------------------
 def test_committed_report_is_current():
-    assert len([*(ROOT / "results" / "runs").glob("*/*.json")]) >= 18
+    """The tables and the README's block are those of the stored runs, and the names of these are of today."""
     # 2 s; with a bootstrap in a Python loop 81 s
     process = subprocess.run([sys.executable, "report.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=40)
-    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.returncode == 0 and process.stdout == "report is current\n", process.stdout + process.stderr
 
 
 def test_committed_plots_exist_for_every_table():
-    for table in Path(ROOT / "results").glob("benchmark-*.md"):
-        assert (ROOT / "results" / f"curves-{table.stem.removeprefix('benchmark-')}.png").stat().st_size > 10_000
+    """Those of a table's name, and those that it or the README shows. Version 1 has two tables."""
+    tables = [*(ROOT / "results").glob("benchmark-*.md"), *(ROOT / "results" / "v1").glob("benchmark-*.md")]
+    assert len(tables) >= 2
+    for table in tables:
+        assert table.with_name(f"curves-{table.stem.removeprefix('benchmark-')}.png").stat().st_size > 10_000
+    for file in [*tables, ROOT / "README.md"]:
+        shown = [path for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", file.read_text()) if "://" not in path]
+        assert all((file.parent / path).stat().st_size > 10_000 for path in shown), file

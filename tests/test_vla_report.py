@@ -88,14 +88,19 @@ def test_matrix_and_what_is_finished(tmp_path):
     assert report.pending(stock, report.Args(runs=str(tmp_path), results=str(tmp_path))) == []
 
 
-def test_width_in_the_methods_name():
-    command = ["./benchmark.sh", "vla", "--dry-run", "--seeds", "7", "--regimes", "fresh"]
-    command += ["--methods", "gipo-0.2-1 gipo-0.5-0.5 ppo-0.5"]
+def test_rows_of_the_objectives():
+    """The four methods differ in the objective only, at buffers of one rollout, of ten, and of the whole run."""
+    command = ["./benchmark.sh", "vla", "--dry-run", "--seeds", "7", "--regimes", "fresh recent stale"]
+    command += ["--methods", "gipo ppo sapo none"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
-    runs = [vla.parse_args(line.split()[2:]) for line in process.stdout.splitlines()]
-    assert [(a.trust_weight, a.sigma, a.sigma_neg_ratio) for a in runs[:2]] == [("gipo", 0.2, 1.0), ("gipo", 0.5, 0.5)]
-    assert (runs[2].trust_weight, runs[2].clip_coef) == ("ppo", 0.5)
-    assert [a.exp_name for a in runs] == ["gipo-0.2-1_fresh", "gipo-0.5-0.5_fresh", "ppo-0.5_fresh"]
+    assert process.returncode == 0, process.stderr
+    runs = [vars(vla.parse_args(line.split()[2:])) for line in process.stdout.splitlines()]
+    methods, sizes = ("gipo", "ppo", "sapo", "none"), {"fresh": 1024, "recent": 10_240, "stale": 102_400}
+    cells = [(method, regime) for regime in sizes for method in methods]
+    assert [run["exp_name"] for run in runs] == [f"{method}_{regime}" for method, regime in cells]
+    expected = [runs[0] | {"trust_weight": m, "buffer_size": sizes[r], "exp_name": f"{m}_{r}"} for m, r in cells]
+    assert runs == expected
+    assert (runs[0]["num_envs"] * runs[0]["num_steps"] * 8, runs[0]["total_timesteps"]) == (1024, 102_400)  # chunks of 8
 
 
 RESULTS = sorted((ROOT / "results" / "vla_tiny" / "runs").glob("*/*.json"))
