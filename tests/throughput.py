@@ -4,7 +4,12 @@
 
 Every figure is of a process of its own on the cores that it is given, and every round runs all contenders once, so that ratios
 within a round hold on a noisy machine. Version 1 comes from this repository's history. stable-baselines3 is measured where it
-is installed. Prints JSON.
+is installed, cleanrl where its script is given:
+
+    pip install --no-deps --target old gymnasium==0.29.1
+    python tests/throughput.py --cleanrl ppo_continuous_action.py --cleanrl-path old
+
+Prints JSON.
 """
 
 import json
@@ -22,14 +27,17 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION_1 = "5a39e45"  # its last commit
-SAME = "--num-envs 8 --num-steps 16 --hidden-size 64"  # as the other libraries: 10 updates of 128 per 128 steps, 64 units
+EQUAL = "--num-envs 8 --num-steps 16 --minibatch-size 128 --hidden-size 64"  # 10 updates of 128 per 128 steps, as the others
 CONTENDERS = {  # name -> cores, script of version 1 or 2, flags
     "gipo, version 1": (1, "v1/gipo_continuous.py", ""),
     "gipo": (1, "v2/gipo_continuous.py", ""),
     "gipo, two cores": (2, "v2/gipo_continuous.py", ""),
     "ppo, version 1": (1, "v1/ppo_baseline.py", ""),
     "ppo": (1, "v2/ppo_baseline.py", ""),
+    "HalfCheetah: ppo": (1, "v2/ppo_baseline.py", f"--env-id HalfCheetah-v5 {EQUAL}"),
+    "HalfCheetah: gipo": (1, "v2/gipo_continuous.py", f"--env-id HalfCheetah-v5 {EQUAL} --policy-head gaussian --ratio joint"),
 }
+CLEANRL = "--num-envs 8 --num-steps 16 --num-minibatches 1 --update-epochs 10"
 LIMIT = """
 import time, torch
 torch.set_num_threads(1)
@@ -79,22 +87,26 @@ class Args:
     """environment steps of each run"""
     rounds: int = 5
     """how often every contender runs"""
+    cleanrl: str | None = None
+    """cleanrl's ppo_continuous_action.py, to be measured beside the others"""
+    cleanrl_path: str = ""
+    """PYTHONPATH for it: its script needs gymnasium 0.29"""
     output: str | None = None
     """JSON file to write"""
 
 
-def run(command: list[str], cores: int, folder: Path) -> str:
-    """Run a command on so many cores: -> what it prints."""
+def run(command: list[str], cores: int, folder: Path, **variables: str) -> str:
+    """Run a command on so many cores, with these environment variables: -> what it prints."""
     taskset = ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
     process = subprocess.run([*taskset, *command], cwd=folder, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     return process.stdout
 
 
-def training_speed(folder: Path, script: str, flags: str, cores: int, env_id: str, steps: int) -> float:
+def training_speed(folder: Path, script: str, flags: str, cores: int, args: Args) -> float:
     """Steps per second of a run without evaluation."""
-    flags = f"--env-id {env_id} --total-timesteps {steps} --eval-episodes 0 --run-dir runs --overwrite {flags}"
+    flags = f"--env-id {args.env_id} --total-timesteps {args.steps} --eval-episodes 0 --run-dir runs --overwrite {flags}"
     run([sys.executable, script, *flags.split()], cores, folder)
     (result,) = (folder / "runs").glob("*/result.json")
     speed = json.loads(result.read_text())["sps"]
@@ -118,18 +130,16 @@ def main(args: Args) -> dict:
             figures = {"stock environment": float(run([sys.executable, "-c", STOCK.format(env_id=args.env_id)], 1, folder))}
             figures["matrix products of the updates alone"] = 128 / (10 * seconds)
             for contender, (cores, script, flags) in CONTENDERS.items():
-                figures[contender] = training_speed(folder, script, flags, cores, args.env_id, args.steps)
-            same = f"{SAME} --minibatch-size 128"
-            figures["HalfCheetah: ppo"] = training_speed(folder, "v2/ppo_baseline.py", same, 1, "HalfCheetah-v5", args.steps)
-            same += " --trust-weight none --policy-head gaussian --ratio joint"
-            figures["HalfCheetah: gipo"] = training_speed(
-                folder, "v2/gipo_continuous.py", same, 1, "HalfCheetah-v5", args.steps
-            )
+                figures[contender] = training_speed(folder, script, flags, cores, args)
+            steps = args.steps // 128 * 128
             if subprocess.run([sys.executable, "-c", "import stable_baselines3"], capture_output=True).returncode == 0:
-                steps = args.steps // 128 * 128
-                figures["HalfCheetah: stable-baselines3"] = float(
-                    run([sys.executable, "-c", SB3.format(steps=steps)], 1, folder).split()[-1]
-                )
+                printed = run([sys.executable, "-c", SB3.format(steps=steps)], 1, folder)
+                figures["HalfCheetah: stable-baselines3"] = float(printed.split()[-1])
+            if args.cleanrl:
+                flags = f"--env-id HalfCheetah-v4 --no-cuda --total-timesteps {steps} {CLEANRL}"
+                command = [sys.executable, os.path.abspath(args.cleanrl), *flags.split()]
+                printed = run(command, 1, folder, PYTHONPATH=os.path.abspath(args.cleanrl_path))
+                figures["HalfCheetah: cleanrl"] = float(printed.split("SPS:")[-1].split()[0])
             rounds.append({key: round(value, 1) for key, value in figures.items()})
             print(rounds[-1], file=sys.stderr, flush=True)
 
@@ -140,7 +150,7 @@ def main(args: Args) -> dict:
     pairs = [(name, "gipo, version 1") for name in CONTENDERS if name.startswith("gipo") and name != "gipo, version 1"]
     pairs += [("ppo", "ppo, version 1"), *((name, "stock environment") for name in ("gipo", "gipo, two cores"))]
     pairs += [(name, "matrix products of the updates alone") for name in ("gipo", "gipo, two cores")]
-    pairs += [("HalfCheetah: ppo", "HalfCheetah: stable-baselines3")]
+    pairs += [("HalfCheetah: ppo", f"HalfCheetah: {other}") for other in ("stable-baselines3", "cleanrl")]
     return {
         "command": "python tests/throughput.py " + " ".join(sys.argv[1:]),
         "env_id": args.env_id,
