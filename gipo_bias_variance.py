@@ -18,6 +18,22 @@ batch, and the tail of the mean need sampling. What differs from PPO is c alone:
 Docs: docs/gipo_bias_variance.md.  Method: https://arxiv.org/abs/2603.03955
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "metaworld==3.1.1",
+#     "mujoco==3.3.0",
+#     "packaging==26.3",
+#     "numpy==2.4.6",
+#     "scipy==1.17.1",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+
 import json
 import math
 import sys

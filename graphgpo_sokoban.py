@@ -22,6 +22,23 @@ Other policies: --model Qwen/Qwen2.5-0.5B-Instruct --cuda trains a chat model on
 Docs: docs/graphgpo_sokoban.md.  Method: https://arxiv.org/abs/2605.26684
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "metaworld==3.1.1",
+#     "mujoco==3.3.0",
+#     "packaging==26.3",
+#     "numpy==2.4.6",
+#     "scipy==1.17.1",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "matplotlib==3.11.2",
+#     "minigrid==3.2.0",
+# ]
+# ///
+
 import collections
 import copy
 import dataclasses

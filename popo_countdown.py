@@ -23,6 +23,22 @@ POPO's paper was not read in full, only its abstract and second-hand texts: the 
 Docs: docs/popo_countdown.md.  Method: https://arxiv.org/abs/2606.01281
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "metaworld==3.1.1",
+#     "mujoco==3.3.0",
+#     "packaging==26.3",
+#     "numpy==2.4.6",
+#     "scipy==1.17.1",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+
 import ast
 import collections
 import dataclasses
