@@ -5,6 +5,7 @@
 
     python gipo_bias_variance.py
     -> tables, plots and numbers in results/bias_variance/, in about 15 seconds on one CPU core
+    python gipo_bias_variance.py --protocol authors     # the paper's own cases, for several batch sizes
 
 A tabular softmax policy pi on a small MDP is updated with samples of an older policy mu. All expectations are finite sums
 over 3 x 4 state-action pairs, so bias and variance of every trust weight are exact; only M2PO, whose mask depends on the whole
@@ -34,11 +35,13 @@ Docs: docs/gipo_bias_variance.md.  Method: https://arxiv.org/abs/2603.03955
 # ]
 # ///
 
+import itertools
 import json
 import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -52,6 +55,8 @@ MAX_LOG_COEF = 20.0
 
 @dataclass
 class Args:
+    protocol: Literal["ours", "authors"] = "ours"
+    """ours: paths of policies, the whole gradient; authors: the cases of the GIPO authors' script, one parameter"""
     out_dir: str = "results/bias_variance"
     """folder of the tables, plots and numbers"""
     seed: int = 1
@@ -146,7 +151,8 @@ def coefficient(method: str, logratio, advantage, args: Args, proximal=None):
     """c of `c * A * grad log pi` for one sample; 1 on-policy for every method. Sources beside each.
 
     `proximal` is log(pi_prox / mu) for decoupled PPO. Names with a number: gipo-SIGMA, laplacian-SIGMA, cauchy-SIGMA,
-    outward-SIGMA (omega = 1 where the policy moved against the advantage, this project's ablation), truncated-CAP.
+    outward-SIGMA (omega = 1 where the policy moved against the advantage, this project's ablation), truncated-CAP,
+    sapo-TAU_NEG.
     """
     ratio = np.exp(np.minimum(logratio, MAX_LOG_COEF))
     name, _, number = method.partition("-")
@@ -162,7 +168,7 @@ def coefficient(method: str, logratio, advantage, args: Args, proximal=None):
         inside = np.where(advantage > 0, ratio <= 1 + args.clip_coef, ratio >= 1 - args.clip_coef)
         return ratio * inside
     if name == "sapo":  # arXiv 2511.20347, temperatures 1 and 1.05
-        tau = np.where(advantage > 0, 1.0, 1.05)
+        tau = np.where(advantage > 0, 1.0, float(number or 1.05))
         gate = 1.0 / (1.0 + np.exp(-np.clip(tau * (ratio - 1.0), -700, 700)))
         return 4.0 * gate * (1.0 - gate) * ratio
     if name == "truncated":  # arXiv 1802.01561; also CISPO's gradient (arXiv 2506.13585), which has no lower cap either
@@ -395,17 +401,89 @@ def best_sigma(level: dict, batch_size: int, target: str = "at_data") -> float:
     return {FINE_SIGMAS[0]: 0.0, FINE_SIGMAS[-1]: math.inf}.get(sigma, sigma)
 
 
+# -------------------- The authors' cases --------------------
+# From the public history of AcceRL (rl/plot/bias_variance_analysis_bold.py): reward -1 per step, no slip, gamma 0.9.
+# Probabilities of up, down, left, right; of the target policies in the three cells, of the behaviour policies in the first.
+TARGET_POLICIES = {
+    "mild": [[0.20, 0.30, 0.20, 0.30], [0.15, 0.45, 0.25, 0.15], [0.15, 0.15, 0.25, 0.45]],
+    "better": [[0.10, 0.40, 0.10, 0.40], [0.10, 0.60, 0.20, 0.10], [0.10, 0.10, 0.20, 0.60]],
+    "near-optimal": [[0.05, 0.45, 0.05, 0.45], [0.05, 0.75, 0.10, 0.10], [0.05, 0.10, 0.10, 0.75]],
+}
+PARTS = {
+    "random": [0.25, 0.25, 0.25, 0.25],
+    "right": softmax(np.array([0.0, 0.0, 0.0, 1.0])),
+    "down": softmax(np.array([0.0, 1.0, 0.0, 0.0])),
+    "normal 1": [0.30, 0.20, 0.30, 0.20],
+    "normal 2": [0.25, 0.30, 0.20, 0.25],
+    "normal 3": [0.20, 0.35, 0.20, 0.25],
+    "normal 4": [0.32, 0.18, 0.28, 0.22],
+    "normal 5": [0.12, 0.38, 0.12, 0.38],
+}
+BEHAVIOUR_POLICIES = {  # mixtures; the seventh case, mu = pi, is not stale
+    "A": {"random": 1.0},
+    "B": {"random": 0.4, "right": 0.3, "down": 0.3},
+    "C": {"random": 0.2, "right": 0.4, "down": 0.4},
+    "E": {"normal 1": 0.45, "normal 4": 0.35, "random": 0.2},
+    "F": {"normal 2": 0.45, "normal 5": 0.35, "random": 0.2},
+    "G": {"normal 3": 0.4, "normal 4": 0.3, "normal 5": 0.3},
+}
+AUTHORS_METHODS = ("gipo-0.1", "gipo-0.3", "gipo-0.5", "gipo-1", "gipo-2", "ppo", "sapo-2", "noclip")
+
+
+def authors_errors(target: list, behaviour: dict, args: Args) -> dict[str, tuple[float, float]]:
+    """{method: (squared bias, variance of one sample)} of the gradient of the start cell's parameter `right`.
+
+    As in the authors' script, bias is against the importance sampling estimate, and a method whose gradient is zero for
+    every action is left out.
+    """
+    world = grid_world(slip=0.0)[0], np.full((NUM_STATES, NUM_ACTIONS), -1.0)
+    pi = np.array(target)
+    mu = sum(weight * np.array(PARTS[name]) for name, weight in behaviour.items())
+    advantage, logratio = advantages(pi, world, args.gamma)[0], np.log(pi[0] / mu)
+    gradient = np.eye(NUM_ACTIONS)[3] - pi[0, 3]
+    found = {}
+    for method in (*AUTHORS_METHODS, "truncated-1"):
+        values = coefficient(method, logratio, advantage, args) * advantage * gradient
+        if np.abs(values).max() > 1e-12:
+            mean = mu @ values
+            bias = mean - mu @ (np.exp(logratio) * advantage * gradient)
+            found[method] = bias**2, mu @ (values - mean) ** 2
+    return found
+
+
+def authors_wins(args: Args) -> dict[str, dict[int, dict[str, int]]]:
+    """{title: {N: {method: in how many of the 18 stale cases it has the least squared bias + variance / N}}}."""
+    cases = [authors_errors(pi, mu, args) for pi in TARGET_POLICIES.values() for mu in BEHAVIOUR_POLICIES.values()]
+    wins = {}
+    for title, methods in (("The authors' methods", AUTHORS_METHODS), ("With min(rho, 1)", (*AUTHORS_METHODS, "truncated-1"))):
+        wins[title] = {size: dict.fromkeys(methods, 0) for size in (1, *args.batch_sizes)}
+        for size, case in itertools.product(wins[title], cases):
+            errors = {method: case[method][0] + case[method][1] / size for method in methods if method in case}
+            wins[title][size][min(errors, key=errors.get)] += 1
+    return wins
+
+
+def authors_table(wins: dict) -> str:
+    """Markdown of authors_wins."""
+    lines = ["# The GIPO authors' cases", "", "Written by `python gipo_bias_variance.py --protocol authors`."]
+    lines += [
+        "In how many of the 18 stale cases does a method have the least mean squared error, squared bias + variance / N?"
+    ]
+    lines += ["N = 1 is the authors' choice.", ""]
+    for title, by_size in wins.items():
+        methods = list(next(iter(by_size.values())))
+        lines += [f"## {title}", "", "| N | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
+        lines += [f"| {size} | " + " | ".join(map(str, counts.values())) + " |" for size, counts in by_size.items()] + [""]
+    return "\n".join(lines)
+
+
 # -------------------- Report --------------------
-COLORS = {"gipo": "#0072B2", "laplacian": "#56B4E9", "cauchy": "#009E73", "outward": "#CC79A7"}
-MARKERS = {
-    "noclip": "o",
-    "ppo": "s",
-    "sapo": "^",
-    "truncated-1": "v",
-    "truncated-2": "<",
-    "vespo": "D",
-    "decoupled": "P",
-    "m2po": "*",
+MARKERS = {  # of the plot: rival -> marker and name
+    "ppo": ("s", "PPO, clip 0.2"),
+    "sapo": ("^", "SAPO"),
+    "truncated-1": ("v", "min(rho, 1)"),
+    "m2po": ("*", "M2PO"),
+    "noclip": ("o", "no clip"),
 }
 TARGETS = {"at_data": "gradient at the data's states", "policy_gradient": "policy gradient of pi"}
 
@@ -508,48 +586,39 @@ def tables(result: dict) -> str:
 
 
 def plot_pareto(result: dict, path: Path) -> None:
-    """Squared bias against variance at three staleness levels per path and target; curves over sigma, points for the rest."""
+    """Squared bias against variance at a KL divergence near 0.2: GIPO's curve over sigma, points for its rivals."""
     import matplotlib.pyplot as plt
 
-    rows = [("training", "at_data"), ("training", "policy_gradient"), ("random", "at_data")]
-    fig, axes = plt.subplots(3, 3, figsize=(11, 9.5))
-    for axis_row, (name, target) in zip(axes, rows, strict=True):
-        for axis, level in zip(axis_row, three_levels(result["levels"][name]), strict=True):
-            for kernel, color in COLORS.items():
-                rows = [level["methods"][f"{kernel}-{s:g}"] for s in SIGMAS]
-                axis.plot(
-                    [r["variance"] for r in rows], [r[f"bias2_{target}"] for r in rows], ".-", color=color, lw=1, label=kernel
-                )
-                if kernel == "gipo":
-                    for s, row in zip(SIGMAS, rows, strict=True):
-                        if s in (0.2, 0.5, 1.0, 2.0):
-                            axis.annotate(f"{s:g}", (row["variance"], row[f"bias2_{target}"]), fontsize=7, color=color)
-            for method, marker in MARKERS.items():
-                row = (
-                    level.get("m2po", {}).get(str(shown_size(result["args"])))
-                    if method == "m2po"
-                    else level["methods"][method]
-                )
-                if row is None or row["variance"] < 1e-7:
-                    continue
-                if row[f"bias2_{target}"] > 1e-12:
-                    axis.plot(row["variance"], row[f"bias2_{target}"], marker, color="black", ms=6, mfc="none", label=method)
-                else:
-                    axis.axvline(row["variance"], color="black", lw=0.8, ls=":", label=f"{method} (unbiased)")
-            axis.set_xscale("log")
-            axis.set_yscale("log")
-            axis.set_xlim(left=max(axis.get_xlim()[0], 1e-6))
-            axis.set_title(f"{name} path, KL {level['kl']:.2g}: {TARGETS[target]}", fontsize=8)
-            axis.minorticks_off()
-            axis.tick_params(labelsize=7)
-    for axis in axes[-1]:
+    panels = [("training", "at_data"), ("random", "at_data"), ("training", "policy_gradient")]
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    for axis, (name, target) in zip(axes, panels, strict=True):
+        level = three_levels(result["levels"][name])[1]
+        rows = {sigma: level["methods"][f"gipo-{sigma:g}"] for sigma in SIGMAS}
+        variances, biases = ([row[key] for row in rows.values()] for key in ("variance", f"bias2_{target}"))
+        axis.plot(variances, biases, ".-", color="#0072B2", lw=1.3, label="GIPO, sigma 0.05 to 5")
+        for sigma in (0.2, 0.5, 1.0, 2.0):
+            place = rows[sigma]["variance"], rows[sigma][f"bias2_{target}"]
+            axis.annotate(f"{sigma:g}", place, (-4, -10), textcoords="offset points", fontsize=8, color="#0072B2", ha="right")
+        rivals = {method: level["methods"][method] for method in MARKERS if method != "m2po"}
+        rivals |= {"m2po": level["m2po"][str(shown_size(result["args"]))]} if "m2po" in level else {}
+        for method, row in rivals.items():
+            marker, label = MARKERS[method]
+            if row[f"bias2_{target}"] < 1e-12:  # unbiased: nowhere on a logarithmic axis
+                axis.axvline(row["variance"], color="black", lw=0.9, ls=":", label=f"{label} (unbiased)")
+            elif row["variance"] > 1e-7:  # else it makes no update
+                axis.plot(row["variance"], row[f"bias2_{target}"], marker, color="black", ms=7, mfc="none", label=label)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlim(left=max(axis.get_xlim()[0], 1e-5))
+        axis.set_title(f"{name} path, KL {level['kl']:.2g}:\n{TARGETS[target]}", fontsize=9)
         axis.set_xlabel("variance of one sample", fontsize=9)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("squared bias", fontsize=9)
-    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=7, fontsize=8)
-    fig.tight_layout(rect=(0, 0.08, 1, 1))
-    fig.savefig(path, dpi=130, metadata={"Software": None})
+        axis.minorticks_off()
+        axis.tick_params(labelsize=8)
+    axes[0].set_ylabel("squared bias", fontsize=9)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
+    fig.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(fig)
 
 
@@ -618,6 +687,11 @@ def main(args: Args) -> dict:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out-dir {out_dir} cannot be made ({error.strerror}): name another folder") from error
+    if args.protocol == "authors":
+        result = authors_wins(args)
+        (out_dir / "authors.md").write_text(authors_table(result))
+        print(authors_table(result) + f"file: {out_dir / 'authors.md'}")
+        return result
     result = study(args)
     text = tables(result)
     (out_dir / "numbers.json").write_text(json.dumps(rounded(result)) + "\n")

@@ -329,3 +329,39 @@ def test_bad_arguments(fields, tmp_path):
 def test_a_path_that_goes_nowhere(fields, flag, tmp_path):
     with pytest.raises(ValueError, match=flag):
         study.main(study.Args(out_dir=str(tmp_path), samples=100, **fields))
+
+
+# -------------------- The authors' cases --------------------
+def test_an_authors_case_against_sampling_and_by_hand():
+    """Bias and variance of the start cell's parameter `right`, from values solved by hand and 200,000 sampled actions."""
+    pi, mu = np.array(study.TARGET_POLICIES["better"]), np.full(4, 0.25)
+    errors = study.authors_errors(study.TARGET_POLICIES["better"], study.BEHAVIOUR_POLICIES["A"], ARGS)
+    # In cells 1 and 2 two actions stay, one goes back to the start and one to the goal, whose value is 0.
+    stay_1, back_1 = pi[1, 0] + pi[1, 3], pi[1, 2]
+    stay_2, back_2 = pi[2, 1] + pi[2, 2], pi[2, 0]
+    matrix = np.array(
+        [[1 - 0.9 * 0.2, -0.9 * 0.4, -0.9 * 0.4], [-0.9 * back_1, 1 - 0.9 * stay_1, 0], [-0.9 * back_2, 0, 1 - 0.9 * stay_2]]
+    )
+    v, right, down = np.linalg.solve(matrix, [-1, -1, -1])
+    advantage = np.array([-1 + 0.9 * v, -1 + 0.9 * down, -1 + 0.9 * v, -1 + 0.9 * right]) - v
+    ratio = pi[0] / mu
+    value = {"noclip": ratio * advantage * np.array([-0.4, -0.4, -0.4, 0.6])}
+    value["gipo-0.5"] = value["noclip"] * np.exp(-((np.log(ratio) / 0.5) ** 2) / 2)
+    value["truncated-1"] = value["noclip"] * np.minimum(ratio, 1) / ratio
+    value["ppo"] = value["noclip"] * np.where(advantage > 0, ratio <= 1.2, ratio >= 0.8)
+    assert "ppo" not in errors and not value["ppo"].any()  # fully clipped: left out of the ranking
+    actions = np.random.default_rng(1).integers(0, 4, 200_000)
+    for method in ("noclip", "gipo-0.5", "truncated-1"):
+        drawn = value[method][actions]
+        bias = drawn.mean() - (mu * value["noclip"]).sum()
+        assert errors[method][1] == pytest.approx(drawn.var(), rel=0.02), method
+        assert errors[method][0] == pytest.approx(bias**2, rel=0.05, abs=1e-5), method
+
+
+def test_the_authors_choice_of_one_sample_decides_the_ranking(tmp_path):
+    """N = 1: a narrow GIPO has the least error in all 18 cases, as published; with large batches no clip has it most often."""
+    wins = study.main(study.Args(protocol="authors", out_dir=str(tmp_path)))["The authors' methods"]
+    assert wins[1]["gipo-0.1"] == 16 and wins[1]["gipo-0.3"] == 2
+    assert all(sum(counts.values()) == 18 for counts in wins.values())
+    assert max(wins[512], key=wins[512].get) == "noclip"
+    assert (tmp_path / "authors.md").read_text() == (ROOT / "results" / "bias_variance" / "authors.md").read_text()
