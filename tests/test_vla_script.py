@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_script, start_script
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import gipo_vla_libero as vla
 
@@ -24,12 +25,20 @@ SMALL = """--preset tiny --seed 1 --num-envs 2 --num-steps 2 --minibatch-size 32
 
 
 def require_assets():
-    try:
-        available = vla.find_assets() is not None
-    except ValueError:
-        available = False
-    if not available and not os.environ.get("GIPO_REQUIRE_ALL"):
-        pytest.skip("LIBERO's assets are not here: set LIBERO_ASSETS")
+    if vla.find_assets() is None and not os.environ.get("GIPO_REQUIRE_ALL"):
+        pytest.skip(f"LIBERO's assets are not here: {vla.ASSETS_HINT}")
+
+
+def checkpoint_of(folder) -> dict:
+    """Everything that a run's last checkpoint holds, but the time it took."""
+    last = read_pt(folder / "checkpoint.pt")
+    folder = folder / f"checkpoint-{last['iteration']}"
+    dcp_to_torch_save(folder / "weights", folder / "weights.pt")
+    content = {path.name: read_pt(path) for path in sorted(folder.glob("*.pt"))}
+    (folder / "weights.pt").unlink()
+    for name in content.keys() - {"weights.pt"}:
+        content[name]["progress"]["seconds"] = None
+    return content | last
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,9 @@ def finished(tmp_path_factory):
 
 def test_run_folder_and_result(finished):
     _, folder, output = finished
-    assert {"args.json", "checkpoint.pt", "checkpoint-0-6.pt", "model", "best_model", "result.json"} <= set(os.listdir(folder))
+    assert {"args.json", "checkpoint.pt", "checkpoint-6", "model", "best_model", "result.json", "evaluation.json"} <= set(
+        os.listdir(folder)
+    )
     result = read_json(folder / "result.json")
     keys = "env_id exp_name seed total_timesteps eval_success_rate eval_return_mean eval_episodes train_return_mean sps"
     keys += " train_success_rate wall_seconds peak_memory_mb git_commit versions args"
@@ -76,12 +87,8 @@ def resume_and_compare(folder, run_dir, flags):
     again, _ = run_script(NAME, run_dir, *flags, "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
     resumed = run_dir / f"libero_spatial__{flags[-1]}__1"
-    for name in ("checkpoint.pt", "checkpoint-0-6.pt"):
-        one, two = read_pt(folder / name), read_pt(resumed / name)
-        for state in (one, two):
-            state.pop("seconds", None)
-        assert differences(one, two) == []
-    assert sorted(p.name for p in resumed.glob("checkpoint*")) == ["checkpoint-0-6.pt", "checkpoint.pt"]
+    assert differences(checkpoint_of(folder), checkpoint_of(resumed)) == []
+    assert sorted(p.name for p in resumed.glob("checkpoint*")) == ["checkpoint-6", "checkpoint.pt"]
 
 
 def test_interrupted_run_continues_exactly(finished):
@@ -124,9 +131,9 @@ if __name__ == "__main__":
     command = [sys.executable, str(run_dir / "dies.py"), *flags, "--run-dir", str(run_dir)]
     assert subprocess.run(command, timeout=600).returncode == 9
     died = run_dir / "libero_spatial__died__1"
-    files = ["checkpoint-0-2.pt", "checkpoint-0-4.pt", "checkpoint.pt"]
-    assert sorted(p.name for p in died.glob("checkpoint*")) == files
-    (died / "checkpoint-0-5.tmp").write_text("an even earlier death")
+    assert sorted(p.name for p in died.glob("checkpoint*")) == ["checkpoint-2", "checkpoint-4", "checkpoint.pt"]
+    (died / "checkpoint-5").mkdir()
+    (died / "checkpoint-5" / "process-0.tmp").write_text("an even earlier death")
     resume_and_compare(folder, run_dir, flags)
 
 
@@ -160,7 +167,7 @@ def test_runs_side_by_side_wait_for_the_one_that_clones(tmp_path, monkeypatch, c
 
 def test_saved_model_evaluates_as_in_the_run(finished):
     run_dir, folder, _ = finished
-    process, _ = run_script(NAME, run_dir, *SMALL, "--evaluate", folder / "model")
+    process, _ = run_script(NAME, run_dir, "--evaluate", folder / "model", "--no-cuda", "--num-envs", 2, "--eval-episodes", 2)
     assert process.returncode == 0, process.stdout + process.stderr
 
     printed = json.loads(process.stdout[process.stdout.index("{") :])
@@ -168,6 +175,11 @@ def test_saved_model_evaluates_as_in_the_run(finished):
     assert printed["success_rate"] == result["eval_success_rate"]
     assert printed["settings"]["max_steps"] == 80
     assert printed["settings"]["unnorm_key"] == "libero_spatial"
+    assert printed["versions"]["mujoco"] == vla.TESTED_VERSIONS["mujoco"]
+    (kept,) = read_json(next(run_dir.glob("*evaluation*/evaluation.json")))["evaluations"]
+    assert kept["successes"] == result["evaluations"][-1]["successes"] and kept["settings"] == printed["settings"]
+    record = read_json(folder / "evaluation.json")
+    assert record["evaluations"] == result["evaluations"] and record["settings"]["camera_size"] == 42
 
 
 def test_existing_folder_needs_a_decision(finished):
@@ -223,13 +235,20 @@ def test_two_processes_train_together(finished, tmp_path):
     assert process.returncode == 0, process.stdout + process.stderr
     folder = Path(run_dir) / "libero_spatial__pair__1"
     assert read_json(folder / "result.json")["eval_episodes"] == 2
-    one, two = (read_pt(folder / f"checkpoint-{rank}-6.pt") for rank in (0, 1))
-    assert one["iteration"] == two["iteration"] == 6
+    one, two = (read_pt(folder / "checkpoint-6" / f"process-{rank}.pt") for rank in (0, 1))
+    assert one["progress"]["iteration"] == two["progress"]["iteration"] == 6
     assert not (one["replay"]["tokens"] == two["replay"]["tokens"]).all()
+    assert process.stdout.count("tensors loaded") == 1
 
-    (folder / "result.json").unlink()  # as if the run had to go on
-    alone, _ = run_script(NAME, run_dir, *command[command.index("--preset") :], "--resume")
-    assert alone.returncode == 2 and "was run by 2 processes, not 1" in alone.stderr
+    # As if the run had to go on, and one of the two machines was gone.
+    (folder / "result.json").unlink()
+    saved = read_json(folder / "args.json") | {"total_timesteps": 256}
+    (folder / "args.json").write_text(json.dumps(saved))
+    alone, _ = run_script(NAME, run_dir, "--resume", folder)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    last = read_pt(folder / "checkpoint-10" / "process-0.pt")
+    assert last["progress"]["global_step"] == 256 and last["progress"]["filled"] == 2
+    assert (last["replay"]["versions"][0].sort().values.tolist()) == [9, 10]
 
 
 def test_env_id_is_another_name_of_suite():

@@ -97,13 +97,24 @@ def sharpen(agent, inputs: dict, entropy: float) -> float:
     return reached
 
 
+def flops_per_chunk(config, num_images: int, seq: int) -> float:
+    """Floating-point operations of one forward pass for a sequence of `seq` tokens (7B, one image, 345 tokens: 4.9e12)."""
+    total = seq * config.layers * (2 * (4 * config.hidden**2 + 3 * config.hidden * config.ffn) + 4 * seq * config.hidden)
+    for c in (config.dino, config.siglip):
+        n = config.patches + c.prefix_tokens
+        total += num_images * n * (c.depth - 1) * (2 * (4 * c.width**2 + 2 * c.width * c.mlp) + 4 * n * c.width)
+    features, d = config.dino.width + config.siglip.width, config.hidden
+    total += 2 * num_images * config.patches * (4 * features**2 + 4 * features * d + d**2)
+    return float(total + 2 * config.action_tokens * d * config.bins)
+
+
 def save(args: Args) -> None:
     """Write the random policy to the folder args.save; its actions have the statistics of no data set, -1 to 1."""
     config = vla.PolicyConfig() if args.size == "7b" else vla.tiny_config(64)
     script = vla.Args(cuda=args.device == "cuda", dtype="bfloat16" if args.device == "cuda" else "float32")
     agent = vla.init_random(config, script, torch.device(args.device))
     words = [vla.instruction("libero_spatial", task) for task in range(vla.num_tasks("libero_spatial"))]
-    vla.save_policy(args.save, agent, vla.build_word_tokenizer(words), {"libero_spatial": STATISTICS})
+    vla.save_policy(args.save, agent, vla.build_word_tokenizer(words), {"libero_spatial": STATISTICS}, script)
 
 
 def log_ratios(agent, draw, batches, micro_batch: int) -> dict:
@@ -155,7 +166,7 @@ def measure(args: Args) -> dict:
         return interface.inputs(images.contiguous(), torch.zeros(batch, 8), torch.zeros(batch, dtype=torch.long))
 
     sequence = agent.prefix + 36 + config.action_tokens + agent.append_stop
-    tflop = vla.flops_per_chunk(config, args.num_images, sequence) / 1e12
+    tflop = flops_per_chunk(config, args.num_images, sequence) / 1e12
     result = {"settings": dataclasses.asdict(args), "tflop_per_chunk": tflop, "sequence": sequence}
     result["entropy"] = sharpen(agent, draw(8), args.entropy)
     vla.self_check(agent, draw(2))
@@ -171,7 +182,7 @@ def measure(args: Args) -> dict:
         result["rollout"].append(row | {"memory_gib": peak_gib(device)})
 
     micro_batch = vla.find_micro_batch(agent, interface, script) if args.micro_batch == "auto" else int(args.micro_batch)
-    optimizer = torch.optim.AdamW(vla.parameter_groups(agent), lr=1e-6, weight_decay=0.0, fused=script.cuda)
+    optimizer = torch.optim.AdamW(vla.optimizer_parameters(agent), lr=1e-6, weight_decay=0.0, fused=script.cuda)
     inputs = draw(micro_batch)
     tokens = agent.get_action_and_logprob(**inputs)[0]
     peak_gib(device)
@@ -191,7 +202,7 @@ def measure(args: Args) -> dict:
     # vision towers are frozen and nothing before them trains: one forward, no more.
     passes, speed = 2 + (args.train == "full") + args.gradient_checkpointing, micro_batch / seconds
     towers = {name: dataclasses.replace(getattr(config, name), depth=1) for name in ("dino", "siglip")}
-    vision = tflop - vla.flops_per_chunk(dataclasses.replace(config, **towers), args.num_images, sequence) / 1e12
+    vision = tflop - flops_per_chunk(dataclasses.replace(config, **towers), args.num_images, sequence) / 1e12
     per_sample = passes * tflop - (passes - 1) * vision * (args.train == "full")
     row = {"micro_batch": micro_batch, "samples_per_second": speed, "tflop_per_sample": per_sample}
     row["share"] = speed * per_sample / args.limit_tflops

@@ -1,0 +1,429 @@
+"""gipo_vla_libero.py: what would cost its user days is one sentence that names the flag or the file. No simulator here."""
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_vla_learning import gradients_after, random_minibatch, tiny_agent, tiny_args
+from test_vla_policy import DATA, GOLDEN, PUBLIC_CONFIG, check_batch, golden_agent, inputs, make_args, write_checkpoint
+from test_vla_policy import weights as weights
+
+import gipo_vla_libero as vla
+
+
+@pytest.fixture(scope="module")
+def public(weights, tmp_path_factory):
+    return Path(write_checkpoint(tmp_path_factory.mktemp("public") / "checkpoint", weights))
+
+
+@pytest.fixture
+def folder(public, tmp_path):
+    """A copy of a good checkpoint, to be damaged."""
+    return Path(shutil.copytree(public, tmp_path / "checkpoint"))
+
+
+def saved_by_us(public, folder, **changes):
+    """A policy with LoRA as this script saves it."""
+    args = make_args(**changes)
+    agent, tokenizer, norm_stats = vla.load_policy(str(public), args, "cpu")
+    torch.manual_seed(0)
+    for p in agent.parameters():
+        if p.requires_grad:
+            p.data.add_(0.02 * torch.randn_like(p))
+    vla.save_policy(folder, agent, tokenizer, norm_stats, args)
+    return agent
+
+
+# -------------------- Files that cannot be used --------------------
+SHARD = "model-00002-of-00003.safetensors"
+
+
+def truncated(name):
+    def change(folder):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return change
+
+
+def written(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def config_with(**changes):
+    def change(folder):
+        content = {**json.loads((folder / "config.json").read_text()), **changes}
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return change
+
+
+def tensors(key, change):
+    def damage(folder):
+        for path in folder.glob("*.safetensors"):
+            content = load_file(path)
+            if key in content:
+                content[key] = change(content[key])
+                save_file(content, path, metadata={"format": "pt"})
+
+    return damage
+
+
+DAMAGES = {
+    "truncated shard": (truncated(SHARD), SHARD),
+    "random shard": (written(SHARD, "random" * 100), SHARD),
+    "empty shard": (written(SHARD, ""), SHARD),
+    "missing shard": (removed(SHARD), SHARD),
+    "broken index": (written("model.safetensors.index.json", "{"), "model.safetensors.index.json"),
+    "missing tokenizer": (removed("tokenizer.json"), "tokenizer.json"),
+    "broken tokenizer": (written("tokenizer.json", '{"version": '), "tokenizer.json"),
+    "broken config": (written("config.json", "{"), "config.json"),
+    "config that is a list": (written("config.json", "[]"), "config.json"),
+    "config without text_config": (config_with(policy_config=None, text_config=None), "text_config"),
+    "text_config of something else": (config_with(policy_config=None, text_config={"hidden_size": "big"}), "text_config"),
+    "unknown policy_config key": (
+        config_with(policy_config=dataclasses.asdict(GOLDEN) | {"colour": 1}),
+        "policy_config.*colour",
+    ),
+    "broken statistics": (written("dataset_statistics.json", "nonsense"), "dataset_statistics.json"),
+    "damaged value head": (written("value_head.pt", "nonsense"), "value_head.pt"),
+    "value head of another size": (
+        lambda folder: torch.save(vla.ValueHead(5, 5).state_dict(), folder / "value_head.pt"),
+        "value_head.pt",
+    ),
+    "damaged adapters": (written("lora.pt", "nonsense"), "lora.pt"),
+    "adapters of something else": (lambda folder: torch.save({"base": "x"}, folder / "lora.pt"), "lora.pt"),
+    "NaN": (tensors("projector.fc1.weight", lambda w: w * math.nan), "projector.fc1.weight holds NaN"),
+    "zero head": (tensors("language_model.lm_head.weight", torch.zeros_like), "lm_head.*zero"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_are_named(folder, name):
+    damage, words = DAMAGES[name]
+    damage(folder)
+    with pytest.raises(vla.ArgumentError, match=f"(?s){words}") as error:
+        vla.load_policy(str(folder), make_args(), "cpu")
+    assert "\n" not in str(error.value)
+
+
+STATISTICS = {
+    "no q01": {"action": {"q99": [1.0] * 7}},
+    "too few": {"action": {"q01": [0.0] * 6, "q99": [1.0] * 7}},
+    "NaN": {"action": {"q01": [math.nan] * 7, "q99": [1.0] * 7}},
+    "no numbers": {"action": {"q01": "low", "q99": [1.0] * 7}},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_without_quantiles(name):
+    agent, _ = tiny_agent(tiny_args())
+    tokenizer = vla.build_word_tokenizer(["pick up the bowl"])
+    with pytest.raises(vla.ArgumentError, match=r"libero_spatial.*action needs 7 finite numbers q01"):
+        vla.make_interface(agent, tokenizer, {"libero_spatial": STATISTICS[name]}, tiny_args(), torch.device("cpu"))
+
+
+def test_base_of_an_adapter_that_has_moved(public, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    layer = "base_model.model.projector.fc1"
+    pair = {f"{layer}.lora_A.weight": torch.ones(2, 80), f"{layer}.lora_B.weight": torch.ones(320, 2)}
+    save_file(pair, adapter / "adapter_model.safetensors")
+    settings = {"base_model_name_or_path": "/nowhere/base", "r": 2, "lora_alpha": 1}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(vla.ArgumentError, match=r"base /nowhere/base of .*adapter.*--base"):
+        vla.load_policy(str(adapter), make_args(), "cpu")
+    vla.load_policy(str(adapter), make_args(base=str(public)), "cpu")
+    for bad in ({**settings, "r": None}, {"r": 2}):
+        (adapter / "adapter_config.json").write_text(json.dumps(bad))
+        with pytest.raises(vla.ArgumentError):
+            vla.load_policy(str(adapter), make_args(base=str(public)), "cpu")
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    for damage in ({f"{layer}.lora_A.weight": torch.ones(2, 80)}, {**pair, f"{layer}.lora_B.weight": torch.ones(7, 2)}):
+        save_file(damage, adapter / "adapter_model.safetensors")
+        with pytest.raises(vla.ArgumentError, match="lacks a half or has another shape"):
+            vla.load_policy(str(adapter), make_args(base=str(public)), "cpu")
+
+
+def test_own_adapters_remember_the_hub(public, tmp_path, monkeypatch):
+    """The folder on the cache's disk may go; the hub id, with the commit, brings it back, and so does --base."""
+    import huggingface_hub
+
+    commit = tmp_path / "snapshots" / "c0ffee"
+    shutil.copytree(public, commit)
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(commit)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    saved_by_us("owner/name", tmp_path / "saved")
+    lora = vla.load_checkpoint(tmp_path / "saved" / "lora.pt")
+    assert (lora["hub_id"], lora["revision"], lora["base"]) == ("owner/name", "c0ffee", str(commit))
+    moved = commit.rename(tmp_path / "moved")
+    asked.clear()
+
+    def download_again(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(moved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download_again)
+    one = vla.load_policy(str(tmp_path / "saved"), make_args(), "cpu")[0]
+    assert set(asked) == {("owner/name", "c0ffee")}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("no download"))
+    two = vla.load_policy(str(tmp_path / "saved"), make_args(base=str(moved)), "cpu")[0]
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_adapters_in_pefts_format(public, tmp_path):
+    """lora_adapter/ alone, on its base, is the policy."""
+    agent = saved_by_us(public, tmp_path / "saved")
+    adapter = tmp_path / "saved" / "lora_adapter"
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA" and settings["base_model_name_or_path"] == str(public)
+    assert (settings["r"], settings["lora_alpha"], settings["modules_to_save"]) == (4, 2, ["lm_head"])
+    keys = set(load_file(adapter / "adapter_model.safetensors"))
+    names = {f"base_model.model.{name}.lora_{x}.weight" for name in settings["target_modules"] for x in "AB"}
+    assert keys == names | {"base_model.model.language_model.lm_head.weight"}
+    again = vla.load_policy(str(adapter), make_args(), "cpu")[0]
+    expected = agent(*inputs())[0]
+    assert (again(*inputs())[0] - expected).abs().max() < 0.02 * expected.abs().max()  # lm_head is in bfloat16 there
+
+
+# -------------------- Arguments --------------------
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--preset", "huge"], "--preset huge must be one of none, tiny"),
+        (["--preset=huge"], "--preset huge must be one of none, tiny"),
+        (["--preset", "tiny", "--noop-gripper", "2"], "--noop-gripper 2.0 must be between -1 and 1"),
+        (["--preset", "tiny", "--eval-temperature", "-1"], "--eval-temperature"),
+        (["--preset", "tiny", "--demo-timeout", "0"], "--demo-timeout"),
+        (["--preset", "tiny", "--revision", "main"], "--revision"),
+        (["--preset", "tiny", "--exp-name", "a/b"], "--exp-name"),
+        (["--no-cuda", "--evaluate", ""], "--model is missing"),
+    ],
+)
+def test_bad_arguments(flags, words):
+    with pytest.raises(vla.ArgumentError, match=words):
+        vla.main(vla.parse_args(flags))
+
+
+def test_run_dir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(vla.ArgumentError, match=r"--run-dir.*Not a directory"):
+        vla.main(vla.parse_args(["--preset", "tiny", "--run-dir", str(tmp_path / "file")]))
+
+
+def test_a_run_folder_has_one_owner(tmp_path):
+    args = vla.parse_args(["--preset", "tiny", "--run-dir", str(tmp_path)])
+    with vla.lock_folder(vla.run_folder_of(args)), pytest.raises(vla.ArgumentError, match="in use by a run"):
+        vla.main(args)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"algorithm_version": 3}', None])
+def test_broken_args_json(tmp_path, content):
+    run = tmp_path / "libero_spatial__gipo__1"
+    run.mkdir()
+    if content is not None:
+        (run / "args.json").write_text(content)
+    with pytest.raises(vla.ArgumentError, match=r"args.json|another script's or version's run"):
+        vla.parse_args(["--resume", str(run)])
+
+
+def test_resume_takes_the_folder_and_refuses_what_contradicts_it(tmp_path):
+    args = vla.parse_args(["--preset", "tiny", "--sigma", "0.3", "--tasks", "1", "2", "--run-dir", str(tmp_path)])
+    run = vla.run_folder_of(args)
+    run.mkdir()
+    vla.write_json(run / "args.json", vars(args) | {"algorithm_version": vla.ALGORITHM_VERSION, "wandb_id": None})
+    resumed = vla.parse_args(["--resume", str(run)])
+    assert resumed == dataclasses.replace(args, resume=str(run)) and resumed.tasks == (1, 2)
+    machine = vla.parse_args(["--resume", str(run), "--env-timeout", "9", "--checkpoint-every", "7"])
+    vla.refuse_contradictions(machine, vars(vla.saved_args(run)), "the run")
+    with pytest.raises(vla.ArgumentError, match=r"--sigma 1.0 contradicts the run to resume, which has 0.3: drop the flag"):
+        vla.main(vla.parse_args(["--resume", str(run), "--sigma", "1"]))
+    content = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(content | {"sigma": "wide"}))
+    with pytest.raises(vla.ArgumentError, match=r"args.json: sigma is 'wide'"):
+        vla.parse_args(["--resume", str(run)])
+
+
+def test_a_bad_egl_device_is_named(monkeypatch):
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")
+    vla.render_variables.cache_clear()
+    with pytest.raises(vla.ArgumentError, match=r"--render egl.*device 99.*unset MUJOCO_EGL_DEVICE_ID"):
+        vla.render_variables("egl")
+    vla.render_variables.cache_clear()
+
+
+# -------------------- Memory --------------------
+def gpu_of(monkeypatch, gib):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30))
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch):
+    gpu_of(monkeypatch, 80)
+    full = vla.Args(model="x/y", train="full", gradient_checkpointing=True)
+    with pytest.raises(
+        vla.ArgumentError, match=r"--train full .* needs about 99 GiB, the GPU has 80.*--train lora \(1\d GiB\)"
+    ):
+        vla.check_memory(vla.PolicyConfig(), full, "cuda")
+    vla.check_memory(vla.PolicyConfig(), dataclasses.replace(full, evaluate="x/y"), "cuda")
+    vla.check_memory(vla.PolicyConfig(), vla.Args(model="x/y"), "cuda")
+    with pytest.raises(vla.ArgumentError, match="--micro-batch 1 "):
+        vla.check_memory(vla.PolicyConfig(), vla.Args(model="x/y", micro_batch="64"), "cuda")
+    gpu_of(monkeypatch, 139)
+    vla.check_memory(vla.PolicyConfig(), full, "cuda")
+    gpu_of(monkeypatch, 8)
+    with pytest.raises(vla.ArgumentError, match="nothing, take a GPU with more memory"):
+        vla.check_memory(vla.PolicyConfig(), vla.Args(model="x/y"), "cuda")
+
+
+def test_the_memory_check_comes_before_the_weights(folder, monkeypatch):
+    gpu_of(monkeypatch, 0.0001)
+    monkeypatch.setattr(vla, "load_weights", lambda *a: pytest.fail("loaded"))
+    args = dataclasses.replace(tiny_args(), model=str(folder), preset="none")
+    with pytest.raises(vla.ArgumentError, match="what would fit"):
+        vla.load_policy(str(folder), args, torch.device("cuda"))
+
+
+def test_no_chunk_fits(monkeypatch):
+    """The measured size of a pass, not one as a last resort."""
+    gpu_of(monkeypatch, 1)
+    args = dataclasses.replace(tiny_args(), cuda=True)
+    agent, interface = tiny_agent(tiny_args())
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**31)
+    with pytest.raises(vla.ArgumentError, match="not even one chunk per pass fits"):
+        vla.find_micro_batch(agent, interface, args)
+
+
+# -------------------- What a policy was trained with --------------------
+def test_a_saved_policy_knows_its_interface(public, tmp_path):
+    settings = {"append_stop": False, "preprocess": "rlinf", "jpeg": False, "noop_steps": 15, "noop_gripper": 0.0}
+    settings |= {"temperature": 1.6, "dtype": "float32", "camera_size": 128, "max_steps": 512, "suite": "libero_goal"}
+    saved_by_us(public, tmp_path / "saved", **settings)
+    args = vla.parse_args(["--no-cuda", "--evaluate", str(tmp_path / "saved")])
+    assert {name: getattr(args, name) for name in settings} == settings
+    changed = vla.parse_args(
+        ["--no-cuda", "--evaluate", str(tmp_path / "saved"), "--suite", "libero_spatial", "--max-steps", "9"]
+    )
+    assert (changed.suite, changed.max_steps, changed.preprocess) == ("libero_spatial", 9, "rlinf")
+    for kind in ("--evaluate", "--model"):
+        flags = ["--no-cuda", kind, str(tmp_path / "saved"), "--preprocess", "oft", "--run-dir", str(tmp_path)]
+        with pytest.raises(vla.ArgumentError, match=r"--preprocess oft contradicts .*saved, which has rlinf: drop the flag"):
+            vla.main(vla.parse_args(flags))
+    (tmp_path / "saved" / "interface.json").write_text('{"jpeg": "yes"}')
+    with pytest.raises(vla.ArgumentError, match=r"interface.json: jpeg is 'yes'"):
+        vla.parse_args(["--no-cuda", "--evaluate", str(tmp_path / "saved")])
+
+
+# -------------------- Versions, warnings --------------------
+def test_another_simulator_is_said_in_one_line(monkeypatch):
+    assert vla.version_warning() is None
+    found = vla.TESTED_VERSIONS | {"mujoco": "3.3.7"}
+    monkeypatch.setattr(vla.importlib.metadata, "version", lambda name: found[name])
+    line = vla.version_warning()
+    assert "\n" not in line and all(word in line for word in ("mujoco 3.3.7", "3.3.0", "libero_object", "36 grey levels"))
+
+
+def test_a_head_that_was_never_trained_is_noticed(weights, capsys):
+    agent = golden_agent(weights)
+    vla.self_check(agent, check_batch())
+    assert "WARNING" not in capsys.readouterr().out
+    with torch.no_grad():
+        agent.language_model["lm_head"].weight *= 1e-3
+    vla.self_check(agent, check_batch())
+    assert "WARNING: the actions are nearly uniform" in (output := capsys.readouterr().out) and "L1 regression" in output
+
+
+def test_an_evaluation_without_success_is_a_warning():
+    args = vla.Args(train_init_states=40)
+    result = {"success_rate": 0.5, "episodes": 2, "successes": [[0, 0, 1.0], [0, 45, 0.0]]}
+    assert vla.describe(result, args) == "success 50.0% of 2 episodes (greedy; 1 begin as RL's own episodes do)"
+    assert "WARNING: no episode succeeded" in vla.describe(result | {"success_rate": 0.0}, args)
+    assert "sampled at temperature 1.6" in vla.describe(result, dataclasses.replace(args, eval_temperature=1.6))
+
+
+def test_one_process_speaks(monkeypatch, capsys):
+    vla.say("from the first")
+    monkeypatch.setenv("RANK", "1")
+    vla.say("from the second")
+    assert capsys.readouterr().out == "from the first\n"
+
+
+# -------------------- Small ones --------------------
+def test_padding_and_truncation_of_a_tokenizer_are_switched_off(tmp_path):
+    tokenizer = vla.build_word_tokenizer(["pick up the bowl"])
+    config = vla.tiny_config(tokenizer.get_vocab_size())
+    expected = vla.encode_prompt(tokenizer, "pick up the bowl", config)
+    tokenizer.enable_padding(length=40)
+    tokenizer.enable_truncation(max_length=6)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert vla.encode_prompt(vla.load_tokenizer(tmp_path / "tokenizer.json"), "pick up the bowl", config) == expected
+
+
+@pytest.mark.parametrize("ratio", ["action", "chunk"])
+def test_the_entropy_bonus_is_per_token_whatever_the_ratio(ratio):
+    results = []
+    for unit in ("token", ratio):
+        args = tiny_args(ratio=unit, ent_coef=1.0, reward_scale=1e-6, adv_std_floor=1.0, max_grad_norm=1e9, vf_coef=0.0)
+        agent, interface = tiny_agent(args)
+        mb = random_minibatch(agent, interface, args)
+        mb["rewards"] *= 0
+        results.append(gradients_after(agent, mb, interface, args))
+    assert results[0][1]["losses/entropy"] == pytest.approx(results[1][1]["losses/entropy"], rel=1e-5)
+    assert 0 < results[0][1]["losses/entropy"] < math.log(256)
+
+
+def test_full_size_defaults_are_the_tiny_presets_where_they_can_be():
+    full, tiny = vla.Args(), vla.parse_args(["--preset", "tiny"])
+    names = "sigma critic_warmup adv_std_floor gamma gae_lambda ratio kernel"
+    assert all(getattr(full, name) == getattr(tiny, name) for name in names.split())
+    rollouts = [a.buffer_size / (a.num_envs * a.num_steps * vla.CHUNK) for a in (full, tiny)]
+    assert rollouts == [10, 10]
+
+
+def test_a_stopped_reader_does_not_stop_the_run():
+    code = "import gipo_vla_libero as vla\nfor i in range(3): vla.say('x' * 100_000)\nopen('/dev/stderr', 'w').write('end')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read().endswith(b"end") and process.wait(60) == 0
+
+
+@pytest.mark.parametrize("kind", ["missing", "damaged"])
+def test_a_checkpoint_of_a_run_that_cannot_be_read(tmp_path, kind):
+    agent, _ = tiny_agent(tiny_args())
+    optimizer = torch.optim.AdamW(vla.optimizer_parameters(agent), lr=1e-3)
+    if kind == "damaged":
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights" / ".metadata").write_bytes(b"nonsense")
+    with pytest.raises(vla.ArgumentError, match=r"cannot read .*weights.*--overwrite"):
+        vla.load_training_state(tmp_path / "weights", agent, optimizer)
+
+
+def test_damaged_demonstrations_are_named(tmp_path):
+    (tmp_path / "demos.npz").write_bytes(b"nonsense")
+    with pytest.raises(vla.ArgumentError, match=r"demos.npz is damaged .*delete it"):
+        vla.collect_demonstrations(None, tmp_path / "demos.npz", (0,), range(1), 1)
+
+
+def test_public_statistics_stay_usable():
+    vla.check_statistics(DATA, "x", True)
+    assert PUBLIC_CONFIG["n_action_bins"] == 256
