@@ -18,10 +18,20 @@ SCRIPTS = ("gipo_continuous", "ppo_baseline")
 TIMING = {"sps", "wall_seconds", "peak_memory_mb", "git_commit"}  # of result.json; the commit may change while the tests run
 TINY = "--num-envs 2 --num-steps 32 --buffer-size 256 --minibatch-size 64 --hidden-size 32".split()
 
+# Files whose tests start scripts or the LIBERO simulator: `pytest -m "not slow"` leaves them out.
+SLOW = "cli cuda graphgpo_cli graphgpo_model learning odd_environments ownership popo_cli popo_model popo_smollm2 report"
+SLOW = [f"test_{name}" for name in f"{SLOW} resume vla_environment vla_learning vla_script".split()]
+
 STARTED = []  # processes of start_command
 
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads per process would only fight over the cores
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
