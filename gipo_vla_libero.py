@@ -6,8 +6,8 @@
     python gipo_vla_libero.py --preset tiny                                # a small policy on a CPU, from nothing
     -> clones a scripted expert (28 % of 50 initial states), then RL takes it to 84 % (seed 1); two hours on 2 cores
     python gipo_vla_libero.py --model <folder or hub id>                   # one GPU: a public 7B checkpoint, LoRA
-    torchrun --nproc-per-node 8 gipo_vla_libero.py --model ...             # several GPUs
-    python gipo_vla_libero.py --model ... --evaluate ... --eval-episodes 50
+    torchrun --nproc-per-node 8 gipo_vla_libero.py --model ...             # several GPUs; --train full is sharded over them
+    python gipo_vla_libero.py --evaluate <folder or hub id>
 
 What differs from PPO, which is --trust-weight ppo here:
 1. A smooth trust weight replaces the hard clip: no token is cut off, its gradient fades with |log ratio| and is bounded.
@@ -15,7 +15,13 @@ What differs from PPO, which is --trust-weight ppo here:
 3. Values and advantages of a segment are recomputed with the current critic in every update.
 4. The ratio is one per action token, step or chunk (--ratio); each has a sigma of its own.
 
-Policy: 8 x 7 action tokens in one forward pass with attention in both directions, 256 bins each; see `Agent`.
+Where to look:
+main -> train       the loop, under banners: EVAL, ROLLOUT, UPDATE, LOG, CHECKPOINT
+update              one gradient step on replayed segments; `policy_objective` is where a new objective goes
+Agent               the policy: 8 x 7 action tokens in one forward pass with attention in both directions, 256 bins each
+Simulators          episodes in flight; VectorEnv: a process per simulator; LiberoEnv: one simulator
+load_policy         checkpoint folders, public and our own; save_run, restore_run: checkpoints of a run
+scripted_expert     at the end, with `clone`: what the tiny preset has in place of a checkpoint
 Docs: docs/gipo_vla_libero.md.  Method: https://arxiv.org/abs/2603.03955
 """
 
@@ -73,6 +79,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from PIL import Image
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 ALGORITHM_VERSION = 3  # raised whenever equal arguments give other results; the benchmark never mixes versions
@@ -153,7 +161,7 @@ class Args:
     tasks: tuple[int, ...] = ()
     """numbers of the tasks to train and evaluate on (none: all of the suite)"""
     num_envs: int = 16
-    """N: simulators of this process (each is a process of its own with 1.2 GB of memory)"""
+    """N: simulators of this process (each is a process of its own with 2 GB of memory)"""
     env_groups: int = 2
     """groups that take turns: one simulates while the policy acts for the other"""
     train_init_states: int = 50
@@ -422,14 +430,9 @@ def libero_root() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "libero"
 
 
-def simulator_versions() -> dict[str, str | None]:
-    """Installed versions of what makes the pictures."""
-    return {name: importlib.metadata.version(name) for name in TESTED_VERSIONS}
-
-
 def version_warning() -> str | None:
     """One line if the simulator is not the tested one: another version draws other pictures without a word."""
-    found = simulator_versions()
+    found = {name: importlib.metadata.version(name) for name in TESTED_VERSIONS}
     others = [f"{name} {found[name]} (tested: {tested})" for name, tested in TESTED_VERSIONS.items() if found[name] != tested]
     if not others:
         return None
@@ -542,7 +545,7 @@ def evaluate_dynamics_once(world) -> None:
 
 
 class LiberoEnv:
-    """One LIBERO simulator in this process: 1.2 GB, 20 control steps per simulated second.
+    """One LIBERO simulator in this process: 2 GB, 20 control steps per simulated second.
 
     Observations are {"images": uint8 (num_images, H, W, 3), turned by 180 degrees as OpenVLA has them (a mirror image of
     the truth, but what checkpoints know), "proprio": float32 (8,): gripper position (m), axis-angle, two finger joints}.
@@ -1444,23 +1447,58 @@ def prepare_training(agent: Agent, args) -> None:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+def shard_training(agent: Agent, args) -> None:
+    """Cut masters, gradients and Adam's averages of full training up over the processes of torchrun; each computes with all.
+
+    The ranks make different numbers of passes, so no pass may communicate: weights are gathered once after each step
+    (`gather_weights`), and gradients are summed in the last piece of an update only.
+    """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing writes into it
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
+    for layer in layers_to_shard(agent):
+        frozen = {p for p in layer.parameters() if not p.requires_grad}
+        fully_shard(layer, reshard_after_forward=False, mp_policy=policy, ignored_params=frozen)
+        layer.set_gradient_divide_factor(1.0)  # the loss is divided by the samples of all ranks already
+        layer.set_force_sum_reduction_for_comms(True)  # gloo has no other sum
+
+
+def layers_to_shard(agent: Agent) -> list[nn.Module]:
+    return [agent.projector, *agent.language_model["model"].layers]
+
+
+def sharded_layers(agent: Agent) -> list[FSDPModule]:
+    return [layer for layer in layers_to_shard(agent) if isinstance(layer, FSDPModule)]
+
+
+def gather_weights(agent: Agent) -> None:
+    """Give every rank all weights, at the same moment on all of them."""
+    for layer in sharded_layers(agent):
+        layer.unshard()
+
+
+@contextlib.contextmanager
+def as_shards(agent: Agent):
+    """Inside, the agent's parameters are the shards that the optimizer knows; afterwards they are gathered."""
+    for layer in sharded_layers(agent):
+        layer.reshard()
+    yield
+    gather_weights(agent)
+
+
 def optimizer_parameters(agent: Agent) -> list[dict]:
-    """AdamW's groups: what trains of the policy, and the value head."""
-    trained = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
-    return [{"params": [p for n, p in trained if n.startswith("value_head") == value]} for value in (False, True)]
+    """AdamW's parameter groups: what trains of the policy and is whole, the value head, and what is sharded."""
+    with as_shards(agent):
+        groups = [[], [], []]
+        for name, p in agent.named_parameters():
+            if p.requires_grad:
+                groups[1 if name.startswith("value_head") else 2 * isinstance(p, DTensor)].append(p)
+    return [{"params": group} for group in groups if group]
 
 
 def trained_state(agent: Agent) -> dict:
     """Tensors that a checkpoint needs on top of the frozen weights."""
     trained = {name for name, p in agent.named_parameters() if p.requires_grad} | {"adv_std_peak"}
     return {name: value for name, value in agent.state_dict().items() if name in trained}
-
-
-def load_trained(agent: Agent, state: dict) -> None:
-    """Put back what `trained_state` took; ArgumentError if it comes from other settings."""
-    if state.keys() != trained_state(agent).keys():
-        raise ArgumentError("the checkpoint trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
-    agent.load_state_dict(state, strict=False)
 
 
 # -------------------- Policy folders --------------------
@@ -1634,7 +1672,7 @@ def find_start(lora: dict, args) -> Path | None:
 def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, dict]:
     """Folder or hub id -> agent ready to train as args.train says, tokenizer, norm_stats {data set: {action, proprio}}."""
     what = f"--{'evaluate' if args.evaluate else 'model'} {name}"
-    folder = start = find_folder(name, what, revision=args.revision, weights=False)
+    folder = find_folder(name, what, revision=args.revision, weights=False)
     if (folder / "config.json").exists():  # else an adapter alone
         check_memory(config_from_folder(folder), args, device)
     folder = start = find_folder(name, what, revision=args.revision)
@@ -1835,14 +1873,21 @@ def memory_plan(config: PolicyConfig, args, micro_batch: int, world: int = 1, pr
     seq = agent.prefix + prompt_length + config.action_tokens + agent.append_stop
     weights = sum(p.nbytes for p in agent.parameters())
     trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    cut = sum(p.numel() for part in layers_to_shard(agent) for p in part.parameters() if p.requires_grad)
+    cut *= args.train == "full" and world > 1
+    trained -= cut
     layer = width * seq * (11 * config.hidden + 3 * config.ffn)  # what the backward pass of one layer keeps
     tokens = [(c, (c.depth - 1) * (config.patches + c.prefix_tokens)) for c in (config.dino, config.siglip)]
     if args.gradient_checkpointing:
         activations = config.layers * width * seq * config.hidden + layer
     else:
         activations = config.layers * layer + args.num_images * width * sum(n * (8 * c.width + 2 * c.mlp) for c, n in tokens)
-    parts = {"weights": weights, "gradients and Adam": 12 * trained, f"{micro_batch} chunks": micro_batch * activations}
-    if args.train == "full" and args.dtype == "bfloat16" and not args.gradient_checkpointing:
+    weights += 4 * cut / world - 4 * cut
+    parts = {"weights": weights, "gradients and Adam": 12 * (trained + cut / world)}
+    parts[f"{micro_batch} chunks"] = micro_batch * activations
+    if cut:
+        parts |= {"gathered weights": width * cut, "their gradients until they are summed": 4 * cut}
+    elif args.train == "full" and args.dtype == "bfloat16" and not args.gradient_checkpointing:
         parts["masters in bfloat16"] = 2 * trained  # kept for the backward pass
     if args.evaluate:
         parts = {"weights": weights}
@@ -1861,9 +1906,12 @@ def check_memory(config: PolicyConfig, args, device) -> None:
     checkpointing = {"gradient_checkpointing": True}
     options = {"--micro-batch 1": {"micro_batch": "1"}, "--gradient-checkpointing": checkpointing}
     options |= {"--train lora": {"train": "lora"}, "--train lora --gradient-checkpointing": {"train": "lora"} | checkpointing}
+    options = {flags: (changes, world) for flags, changes in options.items()}
+    options |= {f"{n} GPUs (torchrun --nproc-per-node {n})": ({}, n) for n in (2, 4, 8) if args.train == "full" and n > world}
+    options |= {f"{n} GPUs and --gradient-checkpointing": (checkpointing, n) for n in (2, 4, 8) if args.train == "full"}
     fitting = []
-    for flags, changes in options.items():
-        size = sum(memory_plan(config, dataclasses.replace(args, **changes), 1, world).values())
+    for flags, (changes, processes) in options.items():
+        size = sum(memory_plan(config, dataclasses.replace(args, **changes), 1, processes).values())
         if size < gib:
             fitting.append(f"{flags} ({size:.0f} GiB)")
     what = f"--train {args.train} with {micro_batch} chunks per pass needs about {needed:.0f} GiB, the GPU has {gib:.0f}"
@@ -1950,7 +1998,17 @@ def sum_gradients(parameters) -> None:
     if dist.is_initialized():
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
+            if not isinstance(p, DTensor):  # else it is this process's share of the sum already
+                dist.all_reduce(p.grad)
+
+
+def clip_gradients(groups: list[list], limit: float) -> float:
+    """Limit the joint gradient norm of lists of parameters that are either all whole or all sharded; -> the norm before."""
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for group in groups:
+        nn.utils.clip_grads_with_norm_(group, limit, norm)
+    return norm.item()
 
 
 # -------------------- Policy and simulators together --------------------
@@ -2179,7 +2237,11 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
 
     statistics = Statistics(rows, units, tokens, device)
     optimizer.zero_grad()
-    for piece in index.split(micro_batch):
+    pieces = index.split(micro_batch)
+    for number, piece in enumerate(pieces, 1):
+        for layer in sharded_layers(agent):
+            layer.set_requires_gradient_sync(number == len(pieces))
+            layer.set_reshard_after_backward(number == len(pieces))
         chosen, behavior, executed = (flat[key][piece].to(device) for key in ("tokens", "logprobs", "executed"))
         _, newlogprob, entropy, newvalue, _ = agent.get_action_and_logprob(
             **inputs(piece), tokens=chosen, temperature=args.temperature, train_policy=train_policy
@@ -2197,13 +2259,14 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
         loss.backward()
         losses = {"policy_loss": pg_loss, "entropy": entropy_loss, "value_loss": v_loss}
         statistics.add(losses, logratio[mask], trust[mask], newvalue, returns[piece].to(device), flat["lag"][piece])
-    grad_norms = []
-    for i, group in enumerate(optimizer.param_groups):
-        if train_policy or i > 0:  # a gradient of zeros would not be none: it would move Adam's averages
-            sum_gradients(group["params"])
-        grad_norms.append(nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm).item())
+    policy, critic, *sharded = (group["params"] for group in optimizer.param_groups)
+    for p in [critic, *([policy, *sharded] if train_policy else [])]:  # a gradient of zeros would move Adam's averages
+        sum_gradients(p)
+    clip_gradients([critic], args.max_grad_norm)
+    grad_norm = clip_gradients([policy, *sharded], args.max_grad_norm)
     optimizer.step()
-    return statistics.scalars() | {"losses/grad_norm": grad_norms[0]}
+    gather_weights(agent)
+    return statistics.scalars() | {"losses/grad_norm": grad_norm}
 
 
 class Statistics:
@@ -2287,6 +2350,9 @@ def find_micro_batch(agent, interface, args) -> int:
         return 64
     image_shape = (args.num_images, agent.config.image_size, agent.config.image_size, 3)
     limit = 0.9 * torch.cuda.get_device_properties(interface.device).total_memory
+    if sharded_layers(agent):  # planned, not tried: ranks that fail at other sizes would wait for each other's gradients
+        plans = {2**k: memory_plan(agent.config, args, 2**k, dist.get_world_size()) for k in range(10)}
+        return max(size for size, plan in plans.items() if size == 1 or sum(plan.values()) * 2**30 < limit)
     trained = [p for p in agent.parameters() if p.requires_grad]
     limit -= 8 * sum(p.numel() for p in trained)
     for p in trained:  # they are there during every pass of an update but the first
@@ -2496,6 +2562,12 @@ class Progress:
             values.append(value)
             del values[:-100]
 
+    def recent_means(self, device) -> tuple:
+        """Success and length of the last 100 training episodes of every process; None where there are none."""
+        sums = torch.tensor([len(self.returns), sum(self.returns), sum(self.lengths)], dtype=torch.float64)
+        episodes, returns, lengths = sum_over_ranks(sums.to(device))[0].tolist()
+        return (returns / episodes, lengths / episodes) if episodes else (None, None)
+
 
 def training_state(agent: Agent, optimizer) -> dict[str, torch.Tensor]:
     """Trained weights and AdamW's averages and step counts, under the names of the parameters."""
@@ -2524,7 +2596,7 @@ def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, s
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
     save_checkpoint(folder / f"process-{rank}.pt", own)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process writes alone
+    with as_shards(agent), warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process writes alone
         dcp.save(training_state(agent, optimizer), checkpoint_id=folder / "weights", no_dist=not dist.is_initialized())
     if dist.is_initialized():
         dist.barrier()
@@ -2539,7 +2611,8 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     last = load_checkpoint(run_folder / "checkpoint.pt")
     folder = run_folder / f"checkpoint-{last['iteration']}"
-    load_training_state(folder / "weights", agent, optimizer)
+    with as_shards(agent):
+        load_training_state(folder / "weights", agent, optimizer)
     same = last["world_size"] == world
     states = [load_checkpoint(folder / f"process-{r}.pt") for r in ([rank] if same else range(last["world_size"]))]
     own = states[rank % len(states)]
@@ -2639,6 +2712,8 @@ def start(args, at_exit):
     if world > 1:  # the first process may have cloned, so that its adapters and heads are drawn from other random numbers
         for p in [p for p in agent.parameters() if p.requires_grad]:
             dist.broadcast(p.data, 0)
+        if args.train == "full" and not args.evaluate:
+            shard_training(agent, args)
     return rank, world, agent, tokenizer, norm_stats, make_interface(agent, tokenizer, norm_stats, args, device)
 
 
@@ -2845,7 +2920,8 @@ def train(args: Args, at_exit) -> dict:
         iteration, iteration_start = progress.iteration, time.perf_counter()
         share = lr_share(args.lr_schedule, step / total_steps, 0.0)
         ramp = min((iteration - args.critic_warmup) / max(args.lr_warmup * total_steps / rollout_size, 1e-9), 1.0)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * share * max(ramp, 0.0)
+        for group in optimizer.param_groups[0::2]:
+            group["lr"] = args.learning_rate * share * max(ramp, 0.0)
         optimizer.param_groups[1]["lr"] = args.critic_learning_rate * share
 
         # ==================== ROLLOUT ====================
@@ -2918,17 +2994,16 @@ def train(args: Args, at_exit) -> dict:
         scalars |= {"charts/chunks_per_second": sps / chunk, "charts/updates_per_second": updates}
         scalars["gipo/log_ratio_max"] = log_ratio_max
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
-        recent = torch.tensor([len(progress.returns), sum(progress.returns), sum(progress.lengths)], dtype=torch.float64)
-        episodes, returns, lengths = sum_over_ranks(recent.to(device))[0].tolist()  # the last 100 of every process
-        if episodes:
-            scalars["charts/episodic_return"] = scalars["charts/episodic_success"] = returns / episodes
-            scalars["charts/episodic_length"] = lengths / episodes
+        success, episode_length = progress.recent_means(device)
+        if success is not None:
+            scalars["charts/episodic_return"] = scalars["charts/episodic_success"] = success
+            scalars["charts/episodic_length"] = episode_length
         for name, value in scalars.items() if writer else ():
             writer.add_scalar(name, value, step)
         if tty or time.time() - last_print > 10 or step >= total_steps:
             left = (total_steps - step) / sps
-            success = f"{returns / episodes:4.0%}" if episodes else "   -"
-            line = f"step {step:>9,}  success {success}  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s"
+            shown = "   -" if success is None else f"{success:4.0%}"
+            line = f"step {step:>9,}  success {shown}  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s"
             line += f"  left {left // 60:.0f}m{left % 60:02.0f}s"
             say(f"\r{line} " if tty else line, end="" if tty else "\n")
             last_print = time.time()
@@ -2949,6 +3024,7 @@ def train(args: Args, at_exit) -> dict:
         sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
     seconds["wall"] = time.time() - start_time
     last = evaluations[-1] if evaluations else {"success_rate": None, "return_mean": None, "episodes": 0}
+    success, _ = progress.recent_means(device)
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     result = {
         "env_id": args.suite,
@@ -2959,8 +3035,8 @@ def train(args: Args, at_exit) -> dict:
         "eval_return_mean": last["return_mean"],
         "eval_episodes": last["episodes"],
         "evaluations": evaluations,
-        "train_return_mean": returns / episodes if episodes else None,
-        "train_success_rate": returns / episodes if episodes else None,
+        "train_return_mean": success,
+        "train_success_rate": success,
         "sps": progress.global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
         "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
@@ -3141,21 +3217,19 @@ def tiny_policy(args, device):
     cache = Path(args.run_dir) / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as lock:
-        deadline, waiting = time.monotonic() + LONGEST_WAIT, False
-        while True:
+        for second in range(LONGEST_WAIT):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not waiting:
+                if second == 0:
                     say(f"waiting for the run that fills {cache}")
-                waiting = True
-                if time.monotonic() > deadline:
-                    how = "stop it, or choose another --run-dir"
-                    raise ArgumentError(f"{cache} is held by another run for hours: {how}") from None
-                time.sleep(0.2)
+                time.sleep(1)
             except OSError:  # a file system without locks
                 break
+        else:
+            how = "stop it, or choose another --run-dir"
+            raise ArgumentError(f"{cache} is held by another run for {LONGEST_WAIT // 3600} hours: {how}")
         return load_policy(str(cloned_policy(cache, args, device)), args, device)
 
 
@@ -3201,7 +3275,7 @@ if __name__ == "__main__":
         print("error: the GPU is full: lower --micro-batch, or give --gradient-checkpointing, and resume", file=sys.stderr)
         sys.exit(1)
     except (BadNumber, SimulatorError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on, with --resume if it has begun to train", file=sys.stderr)

@@ -569,7 +569,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(weights, train):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-def test_trained_state(weights):
+def optimizer_of(agent):
+    return torch.optim.AdamW(vla.optimizer_parameters(agent), lr=1e-3)
+
+
+def test_trained_state(weights, tmp_path):
     agents = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -582,11 +586,13 @@ def test_trained_state(weights):
     state = vla.trained_state(agents[0])
     assert sum(v.numel() for v in state.values()) < 0.5 * sum(p.numel() for p in agents[0].parameters())
     assert not torch.equal(agents[0](*inputs())[0], agents[1](*inputs())[0])
-    vla.load_trained(agents[1], state)
+    vla.dcp.save(vla.training_state(agents[0], optimizer_of(agents[0])), checkpoint_id=tmp_path / "weights", no_dist=True)
+    vla.load_training_state(tmp_path / "weights", agents[1], optimizer_of(agents[1]))
     for a, b in zip(*(agent.get_action_and_logprob(*inputs(), deterministic=True) for agent in agents), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="--lora-rank"):
-        vla.load_trained(golden_agent(weights), state)
+    other = golden_agent(weights)
+    with pytest.raises(vla.ArgumentError, match="--lora-rank"):
+        vla.load_training_state(tmp_path / "weights", other, optimizer_of(other))
 
 
 # -------------------- Self-check --------------------

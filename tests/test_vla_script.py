@@ -110,6 +110,16 @@ def test_interrupted_run_continues_exactly(finished):
     assert sorted(set(steps)) == [32, 64, 96, 128, 160, 192]
 
 
+def test_a_run_that_dies_before_its_result_is_written(finished):
+    _, folder, _ = finished
+    before = (folder / "result.json").read_text()
+    (folder / "result.json").unlink()
+    again, _ = run_script(NAME, folder.parent, "--resume", folder)
+    assert again.returncode == 0, again.stdout + again.stderr
+    one, two = (json.loads(text) for text in (before, (folder / "result.json").read_text()))
+    assert all(one[key] == two[key] for key in one if key not in {"sps", "wall_seconds", "peak_memory_mb", "git_commit"})
+
+
 def test_a_run_that_dies_between_two_files_of_a_checkpoint_loses_no_more_than_that_checkpoint(finished):
     """No process has a chance to clean up: os._exit before checkpoint.pt is replaced for the second time."""
     run_dir, folder, _ = finished
