@@ -144,7 +144,7 @@ buffer_of() { # regime -> its size; LIBERO's have names, since a rollout of the 
     esac
     die "--regimes: '$1' is no $([ $table = vla ] && echo "regime: fresh, recent or stale" || echo "number of steps, such as 5120")"
 }
-for regime in $regimes; do [ "$regime" = - ] || buffer_of "$regime" >/dev/null; done
+for regime in $regimes; do [[ "$regime" = - && "$meaningless" = *--regimes* ]] || buffer_of "$regime" >/dev/null; done
 commands="" once=" " # methods without replay run once, whatever the regimes
 for regime in $regimes; do
     for seed in $seeds; do # seeds before methods: every cell has a first number early

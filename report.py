@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-REGIMES = ("on-policy", "fresh", "recent", "stale")  # besides numbers of steps; the last three are LIBERO's buffer sizes
+LIBERO_REGIMES = ("fresh", "recent", "stale")  # its buffer sizes
 TUNING_SEEDS = range(1, 4)  # settings were chosen on them: they have a table of their own
 README_TASKS = "button-press-topdown door-open drawer-close drawer-open push reach window-close window-open".split()
 README_SEEDS = (4, 5, 6)  # its rows have all of these tasks and seeds
@@ -307,13 +307,13 @@ def is_stored(result: dict, file: Path) -> bool:
     return stored["versions"]["algorithm"] > result["versions"]["algorithm"] or identity(stored) == identity(result)
 
 
-def finished_runs(args: Args, folders: str, keys: dict[str, str], with_regime: bool = False):
+def finished_runs(args: Args, folders: str, keys: dict[str, str], regimes: tuple[str, ...] = ()):
     """(folder, result) of every finished run that benchmark.sh may have started; others in its folders are only mentioned."""
     for path in sorted(Path(args.runs).glob(f"{folders}/*/result.json")):
         folder, result = path.parent, read(path, keys | of_kind("a text", "env_id"))
         name = f"{result['env_id'].replace('/', '-')}__{result['exp_name']}__{result['seed']}"
         why = "" if folder.name == name else f"it holds the run {name}"
-        if with_regime and not method_and_regime(result["exp_name"]):
+        if regimes and not method_and_regime(result["exp_name"], regimes):
             why = f"its exp-name is not METHOD_REGIME; python report.py --compare {folder.parent} shows it"
         if why:
             print(f"not collected: {folder} ({why})")
@@ -332,7 +332,7 @@ def collect(args: Args, keep=store) -> None:
 
     Later algorithm versions have folders of their own, <steps>-v<version>, so that they leave the older ones' runs there.
     """
-    for folder, result in finished_runs(args, "benchmark-*", BENCHMARK, with_regime=True):
+    for folder, result in finished_runs(args, "benchmark-*", BENCHMARK, ("on-policy",)):
         version, total = result["versions"]["algorithm"], result["total_timesteps"]
         steps = f"{result['args']['total_timesteps']}" + (f"-v{version}" if version > 1 else "")
         file = Path(args.results) / "runs" / steps / f"{folder.name}.json"
@@ -428,9 +428,14 @@ def mean(scores) -> float:
 
 
 # -------------------- Tables --------------------
+def is_size(regime: str) -> bool:
+    """Whether a regime is a number of steps."""
+    return regime.isascii() and regime.isdigit()
+
+
 def regime_order(regime: str) -> tuple:
     """On-policy first, then replay sizes, then names."""
-    return (regime != "on-policy", not regime.isdigit(), int(regime) if regime.isdigit() else REGIMES.index(regime))
+    return (regime != "on-policy", int(regime) if is_size(regime) else 0, regime)
 
 
 def method_order(method: str) -> tuple:
@@ -438,21 +443,21 @@ def method_order(method: str) -> tuple:
     return (METHODS.index(method) if method in METHODS else len(METHODS), method)
 
 
-def method_and_regime(exp_name: str) -> dict[str, str]:
+def method_and_regime(exp_name: str, names=("on-policy",)) -> dict[str, str]:
     """Method and regime, which the benchmark writes into --exp-name as METHOD_REGIME; empty if it is another name.
 
-    A regime is on-policy or the steps of the replay buffer; LIBERO's are fresh, recent and stale.
+    A regime is the steps of the replay buffer, or one of `names`; LIBERO's are LIBERO_REGIMES.
     """
     method, _, regime = exp_name.rpartition("_")
-    return {"method": method, "regime": regime} if method and (regime.isdigit() or regime in REGIMES) else {}
+    return {"method": method, "regime": regime} if method and (is_size(regime) or regime in names) else {}
 
 
-def labelled(runs: dict[Path, dict]) -> list[dict]:
+def labelled(runs: dict[Path, dict], names=("on-policy",)) -> list[dict]:
     """Collected runs with their method and regime; ReportError for a name without."""
     for file, run in runs.items():
-        if not method_and_regime(run["exp_name"]):
+        if not method_and_regime(run["exp_name"], names):
             raise ReportError(f"{file}: exp_name {run['exp_name']} is not METHOD_REGIME, as in gipo_5120: move it away")
-    return [run | method_and_regime(run["exp_name"]) for run in runs.values()]
+    return [run | method_and_regime(run["exp_name"], names) for run in runs.values()]
 
 
 def cells(runs: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
@@ -601,10 +606,11 @@ def tuning_table(runs: list[dict]) -> str:
     rows = []
     for (regime, method), tasks in cells(runs).items():
         found = [run for group in tasks.values() for run in group]
-        success, area, score = (mean([SCORES[name](run) for run in found]) for name in ("success", "area", "return"))
-        rows.append((-area, f"| {regime} | {method} | {len(found)} | {success:.2f} | {area:.3f} | {score:,.0f} |"))
+        means = {name: np.mean([SCORES[name](run) for run in found], dtype=float) for name in ("success", "area", "return")}
+        row = f"| {regime} | {method} | {len(found)} | {number(means['success'])} | {number(means['area'], '.3f')} | "
+        rows.append((-np.nan_to_num(means["area"]), -means["return"], row + f"{means['return']:,.0f} |"))
     return "\n".join(
-        ["| replay | method | runs | success | area | return |", "|---" * 6 + "|", *(row for _, row in sorted(rows))]
+        ["| replay | method | runs | success | area | return |", "|---" * 6 + "|", *(row for *_, row in sorted(rows))]
     )
 
 
@@ -620,7 +626,7 @@ def readme_table(runs: list[dict]) -> str:
     """One row per method, two columns per replay size: IQM of success and of the area with its interval."""
     table = cells(runs)
     sizes = list(dict.fromkeys(regime for regime, _ in table))
-    words = {regime: f"{int(regime):,} steps" if regime.isdigit() else regime for regime in sizes}
+    words = {regime: f"{int(regime):,} steps" if is_size(regime) else regime for regime in sizes}
     rows = ["| method | " + " | ".join(f"{words[size]}: success | area" for size in sizes) + " |"]
     rows.append("|---" * (1 + 2 * len(sizes)) + "|")
     for method in sorted({method for _, method in table}, key=method_order):
@@ -729,7 +735,7 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
         for i, method in enumerate(methods):
             points = []
             for (regime, name_of_row), tasks in table.items():
-                if name_of_row == method and regime.isdigit():
+                if name_of_row == method and is_size(regime):
                     scores = values(tasks, sorted(tasks), key)
                     interval = bootstrap_interval(scores, interquartile_mean, 500)
                     points.append((int(regime), interquartile_mean(scores), *interval))
@@ -1009,7 +1015,7 @@ VLA_CURVES = {
 def collect_vla(args: Args, keep=store) -> None:
     """Keep results/vla_tiny/runs/<steps>/<run>.json of every finished run of `benchmark.sh vla`, a point per rollout."""
     keys = VLA | of_kind("an integer", "args.total_timesteps")
-    for folder, result in finished_runs(args, "vla-tiny", keys, with_regime=True):
+    for folder, result in finished_runs(args, "vla-tiny", keys, LIBERO_REGIMES):
         file = Path(args.results) / "vla_tiny" / "runs" / str(result["args"]["total_timesteps"]) / f"{folder.name}.json"
         if not is_stored(result, file):
             scalars = read_scalars(folder, result["total_timesteps"])
@@ -1027,7 +1033,8 @@ def vla_success(run: dict, states: range, evaluation: int = -1) -> float:
 def vla_report(args: Args, new: dict[Path, dict] | None = None) -> str:
     """Tables of `benchmark.sh vla`, and their plots unless --check, a set per suite, length, version; empty without runs."""
     groups = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for run in labelled(load(Path(args.results) / "vla_tiny", VLA | CURVES_TOO | of_kind("a number", "curves.steps.0"), new)):
+    runs = load(Path(args.results) / "vla_tiny", VLA | CURVES_TOO | of_kind("a number", "curves.steps.0"), new)
+    for run in labelled(runs, LIBERO_REGIMES):
         group = run["env_id"], run["total_timesteps"], run["versions"]["algorithm"]
         groups[group][run["args"]["buffer_size"], run["method"]][run["seed"]] = run
     parts = []
@@ -1285,6 +1292,7 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
         scored = [run for run in runs if has_success(run)]
         main = [run for run in scored if not is_variant(run)] or scored
+        main = [run for run in main if run["env_id"].removesuffix("-v3") in README_TASKS] or main
         common, scope = comparable(main) if main else ([], "No task with a success flag:")
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py.", EXPLANATION]
