@@ -38,7 +38,6 @@ import threading
 import time
 import traceback
 import typing
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -929,10 +928,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, device="cpu") -> dict:
+def load_checkpoint(path: Path) -> dict:
     """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         how = "it is missing, damaged, or no .pt file of this script"
         raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
@@ -999,25 +998,32 @@ def refuse_existing(run_folder: Path, args) -> None:
 
 def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
-    rollout, meta_world = args.num_envs * args.num_steps, [*META_WORLD, "MT10"]
-    buffer = max(args.buffer_size, rollout)
+
+    def require(name: str, holds, words: str) -> None:
+        if not holds:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {words}")
+
+    (saved, _), run = saved_run(args), "to resume" if args.evaluate is None else "of the model"
+    may_differ = MACHINE_ARGS if args.evaluate is None else [*MACHINE_ARGS, "eval_episodes"]
+    for name in sorted(vars(saved).keys() - set(may_differ)) if saved else ():
+        value = getattr(saved, name)
+        require(name, getattr(args, name) == value, f"contradicts the run {run}, which has {value}: drop the flag")
+    for field in dataclasses.fields(args):
+        if typing.get_origin(field.type) is Literal:
+            choices = typing.get_args(field.type)
+            require(field.name, getattr(args, field.name) in choices, f"must be one of {', '.join(choices)}")
     positive = "total_timesteps num_envs num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate"
     positive += " reward_scale max_grad_norm hidden_size checkpoint_every torch_threads"
     positive += " clip_coef update_epochs"
-    limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
-    limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
-    not_negative = "buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
-    limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more"))
-    limits["seed"] = (0, 4_000_000, "between 0 and 4,000,000")  # environments get 1000 * seed + i, which must be below 2^32
-    limits["init_log_std"] = (-20, 2, "between -20 and 2")
-    limits["num_bins"] = (2, 100_000, "2 or more")
-    for field in dataclasses.fields(args):
-        if typing.get_origin(field.type) is Literal and getattr(args, field.name) not in typing.get_args(field.type):
-            choices = ", ".join(typing.get_args(field.type))
-            raise ArgumentError(f"--{field.name.replace('_', '-')} {getattr(args, field.name)} must be one of {choices}")
-    for name, (low, high, words) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+    for name in positive.split():
+        require(name, 1e-12 <= getattr(args, name) <= 1e12, "must be positive")
+    for name in "buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor".split():
+        require(name, 0 <= getattr(args, name) <= 1e12, "must be 0 or more")
+    for name in "gamma gae_lambda lr_warmup".split():
+        require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1")
+    require("seed", 0 <= args.seed <= 4_000_000, "must be between 0 and 4,000,000")  # 1000 * seed + i must be below 2^32
+    require("init_log_std", -20 <= args.init_log_std <= 2, "must be between -20 and 2")
+    require("num_bins", 2 <= args.num_bins <= 100_000, "must be 2 or more")
     if args.resume == "":
         raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
     if args.resume and args.overwrite:
@@ -1025,11 +1031,10 @@ def check_args(args) -> None:
     if "/" in args.exp_name or "\0" in args.exp_name:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     try:
-        is_object = isinstance(json.loads(args.env_kwargs), dict)
-    except json.JSONDecodeError:
-        is_object = False
-    if not is_object:
-        raise ArgumentError(f"--env-kwargs {args.env_kwargs} must be a JSON object, as in --env-kwargs '{{\"name\": 1}}'")
+        dict(**json.loads(args.env_kwargs))
+    except (TypeError, ValueError) as error:
+        how = "must be a JSON object, as in --env-kwargs '{\"name\": 1}'"
+        raise ArgumentError(f"--env-kwargs {args.env_kwargs} {how}") from error
     module, colon, name = args.env_id.rpartition(":")
     if args.env_id.startswith("Meta-World/"):
         raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
@@ -1041,19 +1046,20 @@ def check_args(args) -> None:
             raise
     if not found:
         raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
-    if (colon and not module) or (not module and name not in [*meta_world, *gym.registry]):  # module:Name-v0 registers itself
-        nearest = difflib.get_close_matches(args.env_id, [*meta_world, *gym.registry], n=3, cutoff=0.5)
-        raise ArgumentError(f"--env-id {args.env_id} is unknown; try {', '.join(nearest or ['reach-v3', 'HalfCheetah-v5'])}")
-    if args.env_id == "MT10" and args.num_envs % len(MT10):
-        raise ArgumentError(f"--num-envs {args.num_envs} must be a multiple of 10 for MT10, as many for every task")
-    if args.env_id in meta_world and args.eval_episodes > 50:
-        raise ArgumentError(f"--eval-episodes {args.eval_episodes} must be 50 or fewer: there are 50 training goals")
-    if 0 < args.buffer_size < rollout:
-        raise ArgumentError(f"--buffer-size {args.buffer_size} must be 0 or at least num_envs * num_steps = {rollout}")
-    if args.minibatch_size > buffer:
-        raise ArgumentError(f"--minibatch-size {args.minibatch_size} must not exceed the buffer of {buffer} steps")
-    if buffer >= 2 * rollout and args.minibatch_size % args.num_steps:
-        raise ArgumentError(f"--minibatch-size {args.minibatch_size} must be a multiple of --num-steps {args.num_steps}")
+    known = [*META_WORLD, "MT10", *gym.registry]
+    if (colon and not module) or (not module and name not in known):  # module:Name-v0 registers itself
+        nearest = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5) or ["reach-v3", "HalfCheetah-v5"]
+        require("env_id", False, f"is unknown; try {', '.join(nearest)}")
+    equal_share = args.env_id != "MT10" or args.num_envs % 10 == 0
+    goals = 50 if args.env_id in [*META_WORLD, "MT10"] else math.inf
+    require("num_envs", equal_share, "must be a multiple of 10 for MT10, as many for every task")
+    require("eval_episodes", args.eval_episodes <= goals, "must be 50 or fewer: there are 50 training goals")
+    rollout = args.num_envs * args.num_steps
+    buffer = args.buffer_size or rollout
+    require("buffer_size", buffer >= rollout, f"must be 0 or at least num_envs * num_steps = {rollout}")
+    require("minibatch_size", args.minibatch_size <= buffer, f"must not exceed the buffer of {buffer} steps")
+    whole_segments = buffer < 2 * rollout or args.minibatch_size % args.num_steps == 0
+    require("minibatch_size", whole_segments, f"must be a multiple of --num-steps {args.num_steps}")
     if args.vtrace and (buffer < 2 * rollout or not args.recompute_advantages):
         raise ArgumentError("--vtrace needs replayed segments with recomputed advantages: raise --buffer-size")
     if args.cuda and not torch.cuda.is_available():
@@ -1092,62 +1098,48 @@ def check_video(args) -> None:
         raise ArgumentError(f"--capture-video cannot render ({type(error).__name__}): {how}") from error
 
 
-def saved_args(path: Path, cls=Args):
-    """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
-    file = path / "args.json"
-    if not path.is_dir():
-        raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
+def saved_run(args) -> tuple:
+    """Of the run that --evaluate or --resume names: (its arguments, with that flag set; its weights or its wandb id)."""
+    if args.evaluate is not None:
+        path, how = args.evaluate, "give the model.pt or best_model.pt of a run"
+        if not os.path.isfile(path):
+            raise ArgumentError(f"--evaluate {path!r} is no file: {how}")
+        model = load_checkpoint(Path(path))
+        if not (isinstance(model, dict) and {"model", "args"} <= model.keys() and model["args"].keys() <= vars(args).keys()):
+            raise ArgumentError(f"--evaluate {path} is no model of this script: {how}")
+        machine = dict.fromkeys(("resume", "overwrite", "track", "cuda", "capture_video"), False)
+        return Args(**model["args"] | machine | {"evaluate": path}), model["model"]
+    if args.overwrite or not args.resume:
+        return None, None
+    folder = run_folder_of(args)
+    if not folder.is_dir():
+        raise ArgumentError(f"--resume: there is no {folder}; check the folder or the flags that name it, or drop --resume")
     try:
-        saved = json.loads(file.read_text())
-        version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArgumentError(f"--resume: {file} is missing or damaged: --overwrite starts anew") from error
-    if not set(saved) <= {field.name for field in dataclasses.fields(cls)}:  # fewer: an older file's run
-        raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
+        saved = json.loads((folder / "args.json").read_text())
+        version, wandb_id = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
+    except Exception as error:
+        raise ArgumentError(f"--resume: {folder / 'args.json'} is missing or damaged: --overwrite starts anew") from error
+    if not saved.keys() <= vars(args).keys():  # fewer: an older file's run
+        raise ArgumentError(f"--resume: {folder} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
-        raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
-    return cls(**saved | {"resume": str(path), "run_dir": str(path.parent)})
-
-
-def refuse_contradictions(args, saved, what: str) -> None:
-    """ArgumentError if arguments that decide the results differ from the saved ones."""
-    for name in sorted(set(vars(saved)) - set(MACHINE_ARGS)):
-        if getattr(args, name) != getattr(saved, name):
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
-
-
-def load_model(path: str, cls=Args):
-    """A saved model: -> its weights, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
-    if not os.path.isfile(path):
-        raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run")
-    saved = load_checkpoint(Path(path))
-    fields = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= fields:
-        raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
-    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False, "capture_video": False}
-    return saved["model"], cls(**saved["args"] | machine)
+        raise ArgumentError(f"--resume: {folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
+    return Args(**saved | {"resume": str(folder), "run_dir": str(folder.parent)}), wandb_id
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
     args = tyro.cli(Args, args=argv)
-    if args.evaluate is not None:
-        return tyro.cli(Args, args=argv, default=load_model(args.evaluate)[1])
-    if args.resume and not args.overwrite:
-        resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
-        return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
-    return args
+    saved, _ = saved_run(args)
+    return dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume) if saved else args
 
 
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
-    weights, saved = load_model(args.evaluate)
-    refuse_contradictions(args, dataclasses.replace(saved, eval_episodes=args.eval_episodes), "the run of the model")
     check_args(args)
     if args.capture_video:
         check_video(args)
     torch.set_num_threads(args.torch_threads)
+    _, weights = saved_run(args)
     agent = Agent(weights["obs_mean"].shape[0], make_env(args, 0)().action_space.shape[0], args)
     agent.load_state_dict(weights)
     result = evaluate(agent, args, args.eval_episodes, Path(args.evaluate).parent / "videos" if args.capture_video else None)
@@ -1186,8 +1178,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if on_policy:
         args = dataclasses.replace(args, recompute_advantages=False, overlap=False)
     run_folder = run_folder_of(args)
-    if args.resume and not args.overwrite:
-        refuse_contradictions(args, saved_args(run_folder), "the run to resume")
     check_args(args)
     refuse_existing(run_folder, args)
     if args.resume and (run_folder / "result.json").exists():
@@ -1237,12 +1227,12 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
     checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
     config = vars(args) | {"resume": False, "overwrite": False}
-    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
+    _, wandb_id = saved_run(args)
     if args.track:
         import wandb
 
         # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
-        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_id = wandb_id or os.urandom(16).hex()
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
         wandb.init(**wandb_args, config=config, sync_tensorboard=True)
         at_exit.callback(wandb.finish)
