@@ -192,38 +192,6 @@ class Args:
 
 
 # -------------------- Environment --------------------
-def scalar(value) -> float:
-    """A number, or an array or tensor with one element, as a float."""
-    return float(value.item() if hasattr(value, "item") else value)
-
-
-def generator_of(env):
-    """The environment's random generator: numpy's Generator, or the older RandomState (dm_control); None if it has another."""
-    rng = getattr(env.unwrapped, "np_random", None)
-    return rng if isinstance(rng, np.random.Generator | np.random.RandomState) else None
-
-
-def generator_state(env) -> dict | None:
-    """State of the environment's generator in plain types, which torch.load accepts with weights_only=True."""
-
-    def plain(x):
-        return {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else x.tolist() if hasattr(x, "tolist") else x
-
-    rng = generator_of(env)
-    if rng is None:
-        return None
-    return plain(rng.get_state(legacy=False) if isinstance(rng, np.random.RandomState) else rng.bit_generator.state)
-
-
-def set_generator_state(env, state: dict) -> None:
-    """Undo generator_state."""
-    rng = generator_of(env)
-    if isinstance(rng, np.random.RandomState):
-        rng.set_state(state)
-    else:
-        rng.bit_generator.state = state
-
-
 class EpisodeRecorder(gym.Wrapper):
     """Return, length and success of every episode, and what rebuilds it exactly: the generator at its reset and its actions.
 
@@ -235,9 +203,16 @@ class EpisodeRecorder(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         snapshot, self.resume_from = self.resume_from, None
-        if snapshot and snapshot["generator"]:
-            set_generator_state(self, snapshot["generator"])
-        self.generator = generator_state(self)
+        state, rng = snapshot and snapshot["generator"], getattr(self.unwrapped, "np_random", None)
+        if isinstance(rng, np.random.RandomState):  # the older generator, of dm_control
+            if state:
+                rng.set_state(state)
+            state = rng.get_state(legacy=False)
+        elif isinstance(rng, np.random.Generator):
+            if state:
+                rng.bit_generator.state = state
+            state = rng.bit_generator.state
+        self.generator = convert(state, np.ndarray, np.ndarray.tolist)  # plain types, so that a checkpoint needs no pickle
         self.actions, self.episode_return, self.success = [], 0.0, math.nan
         obs, _ = self.env.reset(seed=seed, options=options)
         for action in snapshot["actions"] if snapshot else ():
@@ -249,11 +224,11 @@ class EpisodeRecorder(gym.Wrapper):
     def step(self, action):
         self.actions.append(action.copy())  # before the step, which may change it in place
         obs, reward, terminated, truncated, info = self.env.step(action)
-        reward, terminated, truncated = scalar(reward), bool(terminated), bool(truncated)
+        reward, terminated, truncated = float(np.asarray(reward).item()), bool(terminated), bool(truncated)
         self.episode_return += reward
         success = info.get("success", info.get("is_success"))  # Meta-World's name, Gymnasium-Robotics' name
         if success is not None:  # one successful step makes a successful episode, as Meta-World defines it
-            self.success = max(scalar(success), 0.0 if math.isnan(self.success) else self.success)
+            self.success = max(float(np.asarray(success).item()), 0.0 if math.isnan(self.success) else self.success)
         if not (terminated or truncated):
             return obs, reward, terminated, truncated, {}
         last_info = {"return": self.episode_return, "length": len(self.actions), "success": self.success}
@@ -330,16 +305,14 @@ def meta_world_goals(task: str, seed: int) -> list:
 def make_env(args, idx: int, render_mode: str | None = None):
     """Return a function that builds environment number `idx`; for MT10, `idx % 10` is the task.
 
-    Meta-World ignores reset(seed): goals come from the constructor's seed and their order from `seed()`, which is what
-    keeps the 50 goals equal and their order different over the environments. The stack equals gym.make("Meta-World/MT1")
-    less the wrappers that do nothing here, and the goals are drawn once instead of once per environment.
+    Meta-World ignores reset(seed): its goals come from the constructor's seed, the same 50 in all environments, and their
+    order from `seed()`. The stack equals gym.make("Meta-World/MT1") less the wrappers that do nothing here.
     """
     task = MT10[idx % len(MT10)] if args.env_id == "MT10" else args.env_id
     goals = meta_world_goals(task, args.seed) if task in META_WORLD else None
     build = functools.partial(fast_meta_world(task), reward_function_version="v2") if goals else gym.make
-    kwargs = (
-        json.loads(args.env_kwargs) | ({} if goals else {"id": task}) | ({"render_mode": render_mode} if render_mode else {})
-    )
+    kwargs = json.loads(args.env_kwargs) | ({} if goals else {"id": task})
+    kwargs |= {"render_mode": render_mode} if render_mode else {}
 
     def thunk():
         try:
@@ -359,10 +332,8 @@ def make_env(args, idx: int, render_mode: str | None = None):
             return EpisodeRecorder(RandomTaskSelectWrapper(env, goals))
         if env.spec.max_episode_steps is None:
             env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
-        space = env.observation_space
-        if not space.is_np_flattenable or isinstance(space, gym.spaces.Text):
-            raise ArgumentError(f"--env-id {args.env_id} has observations of no fixed size, {space}: wrap or choose another")
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        check_spaces(args, env.observation_space, env.action_space)
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
         env.reset(seed=1000 * args.seed + idx)
         return EpisodeRecorder(env)
@@ -493,28 +464,21 @@ class Collector:
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
-        thunks = [make_env(args, i) for i in range(args.num_envs)]
-        if args.async_envs:
-            thunks = [
-                functools.partial(build_in_worker, thunk, os.getpid(), 1000 * args.seed + i) for i, thunk in enumerate(thunks)
-            ]
+        thunks = [
+            functools.partial(build_env, make_env(args, i), os.getpid(), 1000 * args.seed + i) for i in range(args.num_envs)
+        ]
         vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
         self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        self.action_space = self.envs.single_action_space
+        self.obs_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
 
-    def dims(self) -> tuple[int, int]:
-        """Sizes of an observation and of an action; ArgumentError where the spaces are of no use."""
-        check_spaces(self.args, self.envs.single_observation_space, self.action_space)
-        return self.envs.single_observation_space.shape[0], self.action_space.shape[0]
-
-    def horizon(self) -> int:
-        """Time limit of an episode, in steps."""
-        return max(self.envs.get_attr("_max_episode_steps"))
+    def sizes(self) -> tuple[int, int, int]:
+        """Of an observation, of an action, and of an episode: its time limit."""
+        return self.obs_space.shape[0], self.action_space.shape[0], max(self.envs.get_attr("_max_episode_steps"))
 
     def reset(self, snapshot: dict | None = None) -> None:
         """Begin, or go on where the snapshot was taken."""
         with seeded(self.args.seed):
-            self.agent = Agent(*self.dims(), self.args)
+            self.agent = Agent(self.obs_space.shape[0], self.action_space.shape[0], self.args)
         if snapshot:
             self.envs.set_attr("resume_from", [{**e, "actions": list(e["actions"].numpy())} for e in snapshot["envs"]])
             self.generator.set_state(snapshot["generator"])
@@ -574,8 +538,7 @@ class Collector:
         with torch.no_grad():
             logprob = self.agent.get_action_and_logprob(data["obs"], data["actions"])[1]
         log_ratio_max = (logprob - data["logprobs"]).sum(-1).abs().max().item()
-        rollout = {"data": data, "episodes": episodes, "log_ratio_max": log_ratio_max, "seconds": seconds}
-        return rollout | {"version": version}
+        return {"data": data, "episodes": episodes, "log_ratio_max": log_ratio_max, "seconds": seconds, "version": version}
 
     def check_numbers(self, quantities: dict) -> None:
         """BadNumber if one of the (rows, N, ...) tensors, the last row being new, holds nan or more than MAX_MAGNITUDE."""
@@ -600,8 +563,8 @@ def follow_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def build_in_worker(thunk, creator: int, seed: int) -> gym.Env:
-    """Build one of --async-envs in its own process, or in the creator's, where the vector environment asks for the spaces."""
+def build_env(thunk, creator: int, seed: int) -> gym.Env:
+    """Build an environment in its own process of --async-envs, or in its creator's."""
     if os.getpid() != creator:
         follow_parent()
         random.seed(seed)  # or all would draw the same numbers
@@ -1070,18 +1033,20 @@ def check_args(args) -> None:
 
 
 def check_spaces(args, obs_space, action_space) -> None:
-    """ArgumentError unless observations are a vector and actions one of finite real numbers."""
-    if 0 in obs_space.shape:
-        raise ArgumentError(f"--env-id {args.env_id} has empty observations, {obs_space}: choose another")
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or 0 in action_space.shape:
-        what = "choose one with a Box of shape (d,)"
+    """ArgumentError unless observations can become a vector and actions are one of finite real numbers."""
+    if not obs_space.is_np_flattenable or isinstance(obs_space, gym.spaces.Text):
+        what = f"observations of no fixed size, {obs_space}: wrap or choose another"
+    elif gym.spaces.flatdim(obs_space) == 0:
+        what = f"empty observations, {obs_space}: choose another"
+    elif not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or 0 in action_space.shape:
+        what = f"the action space {action_space}: choose one with a Box of shape (d,)"
     elif not np.issubdtype(action_space.dtype, np.floating):
-        what = "choose one with real numbers"
+        what = f"the action space {action_space}: choose one with real numbers"
     elif not np.abs([action_space.low, action_space.high]).max() < 1e30:
-        what = "choose one with a finite Box"
+        what = f"the action space {action_space}: choose one with a finite Box"
     else:
         return
-    raise ArgumentError(f"--env-id {args.env_id} has the action space {action_space}: {what}")
+    raise ArgumentError(f"--env-id {args.env_id} has {what}")
 
 
 def check_video(args) -> None:
@@ -1188,7 +1153,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     own_process = args.overlap and cores > 1 and not multiprocessing.current_process().daemon  # which may have no children
     collector = Worker(Collector, args, own_process=own_process)
     at_exit.callback(collector.close)
-    (obs_dim, action_dim), horizon = collector.call("dims"), collector.call("horizon")
+    obs_dim, action_dim, max_episode_steps = collector.call("sizes")
     if args.capture_video:
         check_video(args)
 
@@ -1386,7 +1351,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         if tty or time.time() - last_print > 10 or iteration == num_iterations:
             left, train_success = (num_iterations - iteration) * rollout_size / sps, success_rate(recent_successes)
             line = f"step {global_step:>9,}  "
-            first_end = f"first episode ends by step {horizon * args.num_envs:,}"
+            first_end = f"first episode ends by step {max_episode_steps * args.num_envs:,}"
             line += f"return {np.mean(recent_returns):8.1f}" if recent_returns else first_end
             line += "" if train_success is None else f"  success {train_success:4.0%}"
             line += f"  {sps:5.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
