@@ -29,7 +29,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import platform
 import random
 import resource
 import shlex
@@ -856,13 +855,11 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
     for task_idx in range(len(MT10) if args.env_id == "MT10" else 1):
         render = ["rgb_array" if video_dir and i == 0 else None for i in range(min(num_episodes, MAX_EVAL_ENVS))]
         envs = [make_env(args, task_idx, render_mode)() for render_mode in render]
-        if has_goals:
-            for env in envs:
-                env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
         for first in range(0, num_episodes, len(envs)):
             running, frames, last_infos = {}, [], {}  # running: env -> observation
             for episode, env in zip(range(first, num_episodes), envs, strict=False):
                 if has_goals:
+                    env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
                     env.unwrapped.set_task(env.get_wrapper_attr("tasks")[episode])
                 running[env] = env.reset(seed=10_000 + episode)[0]
             while running and not stop_signals:
@@ -891,12 +888,8 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
     returns, successes = zip(*results, strict=True) if results else ((), ())
     if not np.isfinite(returns).all():
         raise BadNumber(f"--env-id {args.env_id}: the returns of an evaluation are {returns}")
-    result = {
-        "success_rate": success_rate(successes) if results else None,
-        "return_mean": float(np.mean(returns)) if results else None,
-        "episodes": len(results),
-        "returns": list(returns),
-    }
+    mean = float(np.mean(returns)) if results else None
+    result = {"success_rate": success_rate(successes), "return_mean": mean, "episodes": len(results), "returns": list(returns)}
     if args.env_id == "MT10" and len(results) == num_episodes * len(MT10):
         result["success_by_task"] = dict(zip(MT10, np.reshape(successes, (len(MT10), -1)).mean(1).tolist(), strict=True))
     return result
@@ -936,12 +929,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository."""
-    command, folder = "git describe --always --dirty --abbrev=40 --exclude=*", Path(__file__).resolve().parent
-    try:
-        return subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository, or without git."""
+    command, folder = "git describe --always --dirty --abbrev=40 --exclude='*'", Path(__file__).resolve().parent
+    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip() or None
 
 
 def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
@@ -1151,9 +1141,9 @@ def main(args: Args) -> dict:
     with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
         try:
             return train(args, at_exit)
+        except ArgumentError:
+            raise
         except Exception as error:
-            if isinstance(error, ArgumentError):
-                raise
             checkpoint = run_folder_of(args) / "checkpoint.pt"
             last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
             if isinstance(error, BadNumber):
@@ -1173,7 +1163,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if args.resume and (run_folder / "result.json").exists():
         say(f"{run_folder} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
-    main_thread = threading.current_thread() is threading.main_thread()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     own_process = args.overlap and cores > 1 and not multiprocessing.current_process().daemon  # which may have no children
     collector = Worker(Collector, args, own_process=own_process)
@@ -1261,7 +1250,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         stop_signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    for signum in STOP_SIGNALS if main_thread else ():
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
         if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
             at_exit.callback(signal.signal, signum, before)
@@ -1278,7 +1267,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
     def evaluation_phase() -> dict | None:  # also right after a resume: a run may die while it evaluates
         finished = iteration == num_iterations
-        if not (args.eval_episodes and iteration and (finished or passed(args.eval_every))):
+        if stop_signals or not (args.eval_episodes and iteration and (finished or passed(args.eval_every))):
             return None
         episodes = min(args.eval_episodes, 5) if args.env_id == "MT10" and not finished else args.eval_episodes
         video_dir = run_folder / "videos" / str(global_step) if args.capture_video else None
@@ -1357,25 +1346,27 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         seconds["update"] += time.perf_counter() - t0
 
         # ==================== LOG ====================
-        for name, value in scalars.items():
-            if not math.isfinite(value):
-                raise BadNumber(f"{name} is {value} at step {global_step:,}")
         seconds["training"] += time.perf_counter() - iteration_start
         for part in ("env", "policy"):
             seconds[part] += rollout["seconds"][part]
         sps = global_step / seconds["training"]
-        scalars |= {"charts/SPS": sps, "charts/learning_rate": actor_group["lr"]}
-        scalars["gipo/log_ratio_max"] = rollout["log_ratio_max"]
+        scalars |= {
+            "charts/SPS": sps,
+            "charts/learning_rate": actor_group["lr"],
+            "gipo/log_ratio_max": rollout["log_ratio_max"],
+        }
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
         for name, value in scalars.items():
+            if not math.isfinite(value):
+                raise BadNumber(f"{name} is {value} at step {global_step:,}")
             writer.add_scalar(name, value, global_step)
         if tty or time.time() - last_print > 10 or iteration == num_iterations:
             left, train_success = (num_iterations - iteration) * rollout_size / sps, success_rate(recent_successes)
-            line = f"step {global_step:>9,}  "
-            first_end = f"first episode ends by step {max_episode_steps * args.num_envs:,}"
-            line += f"return {np.mean(recent_returns):8.1f}" if recent_returns else first_end
+            line = f"first episode ends by step {max_episode_steps * args.num_envs:,}"
+            if recent_returns:
+                line = f"return {np.mean(recent_returns):8.1f}"
             line += "" if train_success is None else f"  success {train_success:4.0%}"
-            line += f"  {sps:5.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
+            line = f"step {global_step:>9,}  {line}  {sps:5.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
             say(f"\r{line} " if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
@@ -1401,7 +1392,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             writer.flush()
 
         # ==================== EVAL ====================
-        evaluation = None if stop_signals else evaluation_phase()
+        evaluation = evaluation_phase()
 
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(run_folder)])
@@ -1413,31 +1404,23 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    result = {
-        "env_id": args.env_id,
-        "exp_name": args.exp_name,
-        "seed": args.seed,
-        "total_timesteps": global_step,
-        "eval_success_rate": evaluation["success_rate"],
-        "eval_return_mean": evaluation["return_mean"],
-        "eval_episodes": evaluation["episodes"],
+    result = {"env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "total_timesteps": global_step}
+    result |= {f"eval_{key}": value for key, value in evaluation.items() if key != "returns"}
+    result |= {
         "train_return_mean": float(np.mean(recent_returns)) if recent_returns else None,
         "train_success_rate": success_rate(recent_successes),
-        "sps": sps,
+        "sps": global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
         "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
+        "versions": {"python": sys.version.split()[0], "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gymnasium", "metaworld", "mujoco")},
         "args": config,
     }
-    if "success_by_task" in evaluation:
-        result["eval_success_by_task"] = evaluation["success_by_task"]
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
     shares += " of the time, in two processes" if own_process else " of the time"
-    say(f"finished in {seconds['wall']:.0f} s, {sps:.0f} steps/s ({shares})")
-    say(f"files:  {run_folder}")
+    say(f"finished in {seconds['wall']:.0f} s, {sps:.0f} steps/s ({shares})\nfiles:  {run_folder}")
     say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     if args.eval_episodes:
         model = str(run_folder / "best_model.pt")
@@ -1448,12 +1431,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ArgumentError as error:
+    except (ArgumentError, BadNumber) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BadNumber as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

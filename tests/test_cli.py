@@ -133,7 +133,7 @@ def test_run_leaves_what_the_design_says(finished, name):
 
     rollout = args["num_envs"] * args["num_steps"]
     total = -(-args["total_timesteps"] // rollout) * rollout
-    assert list(result) == RESULT_KEYS + ["eval_success_by_task"] * multi_task
+    assert list(result) == RESULT_KEYS[:7] + ["eval_success_by_task"] * multi_task + RESULT_KEYS[7:]
     assert [result[key] for key in ("env_id", "exp_name", "seed")] == [args[key] for key in ("env_id", "exp_name", "seed")]
     assert result["total_timesteps"] == total
     assert result["eval_episodes"] == args["eval_episodes"] * (10 if multi_task else 1)
