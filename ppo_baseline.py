@@ -36,10 +36,8 @@ import sys
 import threading
 import time
 import traceback
-import typing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 import gymnasium as gym
 import metaworld
@@ -80,7 +78,7 @@ OPTIONAL_FOLDER = tyro.constructors.PrimitiveConstructorSpec(  # a flag that may
 )
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # ---- experiment
     exp_name: str = "ppo"
@@ -98,8 +96,7 @@ class Args:
     eval_every: int = 100_000
     """environment steps between evaluations (0: only at the end)"""
     eval_episodes: int = 50
-    """episodes of an evaluation: the first k training goals, k <= 50 on Meta-World (0: never evaluate); MT10: goals per task,
-    at most 5 of them during training"""
+    """episodes of an evaluation, on the first k <= 50 goals of Meta-World; MT10: per task, at most 5 in training (0: never)"""
     checkpoint_every: int = 50_000
     """environment steps between checkpoints"""
     capture_video: bool = False
@@ -115,8 +112,7 @@ class Args:
     env_kwargs: str = "{}"
     """arguments of the environment's constructor, as JSON: '{"ctrl_cost_weight": 0.5}'"""
     num_envs: int = 8
-    """N: parallel environments (MT10: a multiple of 10); a rollout has N * num_steps steps, so a larger N makes the replay
-    younger and uses every step less often unless buffer_size and updates_per_iteration grow with it"""
+    """N: parallel environments (MT10: a multiple of 10); buffer_size and updates_per_iteration should grow with it"""
     async_envs: bool = False
     """one process per environment: for slow environments (10 ms per step and more) or many cores"""
     reward_scale: float = 0.01
@@ -180,8 +176,7 @@ class Args:
 
     # ---- runtime
     overlap: bool = True
-    """collect the next rollout in a process of its own while the networks learn, if the run may use two cores; with
-    --no-overlap the two take turns: equal results, bit for bit"""
+    """collect the next rollout in a process of its own during the update; --no-overlap: in turn, with equal results"""
     cuda: bool = False
     """update the networks on the GPU (the policy acts on the CPU): pays for wide networks only"""
     torch_compile: bool = False
@@ -263,10 +258,7 @@ class FastRotation:
 
 @functools.cache
 def fast_meta_world(task: str) -> type:
-    """Subclass of a Meta-World task with its slowest functions rewritten: equal numbers (1e-14) at about half the time.
-
-    Most of a stock step is not physics but scipy and numpy calls on arrays of 3 to 9 numbers, and Python loops over contacts.
-    """
+    """Subclass of a Meta-World task with its slowest functions rewritten: equal numbers (1e-14) at about half the time."""
     stock = META_WORLD[task]
     if hasattr(sys.modules[stock.__module__], "Rotation"):  # half of the tasks convert a rotation at every step
         sys.modules[stock.__module__].Rotation = FastRotation
@@ -452,10 +444,7 @@ class Agent(nn.Module):
 
 # -------------------- Rollouts --------------------
 class Collector:
-    """The environments and the policy that acts in them: one call, one rollout of N environments and T steps.
-
-    A rollout depends on the weights it is given and on the collector's own state, so it is the same in any process.
-    """
+    """The environments and the policy that acts in them: a rollout depends on the weights given and on its own state alone."""
 
     def __init__(self, args):
         torch.set_num_threads(1)  # before anything computes: a forked process has no threads of OpenMP's
@@ -463,10 +452,8 @@ class Collector:
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
-        thunks = [
-            functools.partial(build_env, make_env(args, i), os.getpid(), 1000 * args.seed + i) for i in range(args.num_envs)
-        ]
         vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
+        thunks = [functools.partial(build_env, make_env(args, i), i, args.seed, os.getpid()) for i in range(args.num_envs)]
         self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         self.obs_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
 
@@ -494,11 +481,10 @@ class Collector:
         return state | {"envs": list(self.envs.call("snapshot"))}
 
     def collect(self, weights: dict, version: int) -> dict:
-        """Act with these weights for T steps.
+        """Act with these weights, those of iteration `version`, for T steps.
 
-        Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes`, those that ended: (steps of the run, return,
-        length, success); `log_ratio_max`, the largest |log ratio| between acting and a batch of the same weights, 0 up to
-        rounding; `seconds` spent in environments and policy; and `version`, the iteration in which the call was made.
+        Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes` that ended: (steps of the run, return, length,
+        success); and `log_ratio_max`, the largest |log ratio| between acting and a batch, same weights: 0 but for rounding.
         """
         torch.set_num_threads(1)
         self.agent.load_state_dict(weights)
@@ -562,13 +548,13 @@ def follow_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def build_env(thunk, creator: int, seed: int) -> gym.Env:
+def build_env(thunk, idx: int, seed: int, creator: int) -> gym.Env:
     """Build an environment in its own process of --async-envs, or in its creator's."""
     if os.getpid() != creator:
         follow_parent()
-        random.seed(seed)  # or all would draw the same numbers
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        random.seed(1000 * seed + idx)  # or all would draw the same numbers
+        np.random.seed(1000 * seed + idx)
+        torch.manual_seed(1000 * seed + idx)
     return thunk()
 
 
@@ -605,7 +591,6 @@ def serve(pipe, parents_end, factory, args) -> None:
 class Worker:
     """Calls an object's methods in a process of its own, or in this one: `start(name, *arguments)`, then `result()`.
 
-    The object sees the same calls in the same order either way. Its exceptions are raised here, with its own traceback.
     Tensors cross as numpy arrays: torch would pass them as open files, and pickles them ten times as slowly.
     """
 
@@ -619,9 +604,8 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, self.pipe, factory, args))
         self.process.start()
         theirs.close()
-        self.busy = True
         try:
-            self.result()
+            self.result()  # of building the object
         except BaseException:
             self.close()
             raise
@@ -819,8 +803,8 @@ def seeded(seed: int):
 def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop_signals=()) -> dict:
     """Run the deterministic policy once on each of the first `num_episodes` training goals (MT10: of every task).
 
-    Gymnasium environments without goals get fixed reset seeds instead. Returns `success_rate` (None where the environment
-    reports none), `return_mean`, `episodes`, `returns`, and for MT10 `success_by_task`. Ends early once a signal arrived.
+    An environment without goals gets fixed reset seeds instead. Ends early once a signal arrived. Returns `success_rate` (None
+    where the environment reports none), `return_mean`, `episodes`, `returns`, and for MT10 `success_by_task`.
     """
     results, has_goals = [], args.env_id in [*META_WORLD, "MT10"]  # results: (return, success)
     for task_idx in range(len(MT10) if args.env_id == "MT10" else 1):
@@ -899,12 +883,6 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def git_commit() -> str | None:
-    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository, or without git."""
-    command, folder = "git describe --always --dirty --abbrev=40 --exclude='*'", Path(__file__).resolve().parent
-    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip() or None
-
-
 def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
     """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
     model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
@@ -961,22 +939,20 @@ def check_args(args) -> None:
     for name in sorted(vars(saved).keys() - set(may_differ)) if saved else ():
         value = getattr(saved, name)
         require(name, getattr(args, name) == value, f"contradicts the run {run}, which has {value}: drop the flag")
-    for field in dataclasses.fields(args):
-        if typing.get_origin(field.type) is Literal:
-            choices = typing.get_args(field.type)
-            require(field.name, getattr(args, field.name) in choices, f"must be one of {', '.join(choices)}")
-    positive = "total_timesteps num_envs num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate"
-    positive += " reward_scale max_grad_norm hidden_size checkpoint_every torch_threads"
-    positive += " clip_coef update_epochs"
-    for name in positive.split():
-        require(name, 1e-12 <= getattr(args, name) <= 1e12, "must be positive")
-    for name in "buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor".split():
-        require(name, 0 <= getattr(args, name) <= 1e12, "must be 0 or more")
-    for name in "gamma gae_lambda lr_warmup".split():
+    for name in ("gamma", "gae_lambda", "lr_warmup"):
         require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1")
     require("seed", 0 <= args.seed <= 4_000_000, "must be between 0 and 4,000,000")  # 1000 * seed + i must be below 2^32
     require("init_log_std", -20 <= args.init_log_std <= 2, "must be between -20 and 2")
     require("num_bins", 2 <= args.num_bins <= 100_000, "must be 2 or more")
+    may_be_zero = "seed gamma gae_lambda lr_warmup buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
+    for field in dataclasses.fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if get_origin(field.type) is Literal:
+            require(name, value in get_args(field.type), f"must be one of {', '.join(get_args(field.type))}")
+        elif name in may_be_zero.split():
+            require(name, 0 <= value <= 1e12, "must be 0 or more")
+        elif field.type in (int, float) and name != "init_log_std":
+            require(name, 1e-12 <= value <= 1e12, "must be positive")
     if args.resume == "":
         raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
     if args.resume and args.overwrite:
@@ -994,9 +970,7 @@ def check_args(args) -> None:
     try:
         found = not module or importlib.util.find_spec(module)
     except ModuleNotFoundError as error:
-        found = None
-        if error.name not in (module, module.partition(".")[0]):  # it is there, and lacks another
-            raise
+        found = not module.startswith(error.name)  # it is there, and lacks another
     if not found:
         raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
     known = [*META_WORLD, "MT10", *gym.registry]
@@ -1329,11 +1303,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         for part in ("env", "policy"):
             seconds[part] += rollout["seconds"][part]
         sps = global_step / seconds["training"]
-        scalars |= {
-            "charts/SPS": sps,
-            "charts/learning_rate": actor_group["lr"],
-            "gipo/log_ratio_max": rollout["log_ratio_max"],
-        }
+        scalars |= {"charts/SPS": sps, "charts/learning_rate": actor_group["lr"]}
+        scalars |= {"gipo/log_ratio_max": rollout["log_ratio_max"]}
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
         for name, value in scalars.items():
             if not math.isfinite(value):
@@ -1354,7 +1325,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         seconds["wall"] = time.time() - start_time
         if iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or stop_signals:
             next_rollout = collector.result() if collector.busy else None
-            state = {
+            checkpoint = {
                 "model": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 # Cloned while it fills up, for a slice would be saved with all the memory behind it.
@@ -1367,7 +1338,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 "next_rollout": next_rollout,
                 "generator": generator.get_state(),
             }
-            save_checkpoint(run_folder / "checkpoint.pt", state)
+            save_checkpoint(run_folder / "checkpoint.pt", checkpoint)
             writer.flush()
 
         # ==================== EVAL ====================
@@ -1380,9 +1351,10 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if not args.eval_episodes:
         save_models(run_folder, agent, config, None, global_step)
     collector.close()
-    seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
+    seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    git, here = "git describe --always --dirty --abbrev=40 --exclude='*'", Path(__file__).resolve().parent
     result = {"env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "total_timesteps": global_step}
     result |= {f"eval_{key}": value for key, value in evaluation.items() if key != "returns"}
     result |= {
@@ -1391,7 +1363,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "sps": global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
         "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": git_commit(),
+        "git_commit": subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip() or None,
         "versions": {"python": sys.version.split()[0], "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gymnasium", "metaworld", "mujoco")},
         "args": config,
@@ -1399,7 +1371,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
     shares += " of the time, in two processes" if own_process else " of the time"
-    say(f"finished in {seconds['wall']:.0f} s, {sps:.0f} steps/s ({shares})\nfiles:  {run_folder}")
+    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})\nfiles:  {run_folder}")
     say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     if args.eval_episodes:
         model = str(run_folder / "best_model.pt")
