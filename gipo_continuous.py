@@ -481,7 +481,7 @@ class Collector:
             self.generator.set_state(snapshot["generator"])
             self.steps = snapshot["steps"]
         self.next_obs = torch.as_tensor(self.envs.reset()[0], dtype=torch.float32)
-        self.check_numbers({"observation": self.next_obs.unsqueeze(0)})
+        self.check_numbers("observation", self.next_obs)
         if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
             text = f"{self.args.env_id} has random numbers that no checkpoint holds: its running episodes go on otherwise"
             print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -526,25 +526,21 @@ class Collector:
             transition |= {"rewards": rewards, "terminations": terminations, "dones": dones}
             for key, value in transition.items():
                 columns[key].append(torch.as_tensor(value))
-            if not self.next_obs.abs().max() <= MAX_MAGNITUDE:  # nothing can act on it
-                break
+            self.check_numbers("observation after a step", real_next_obs)
+            self.check_numbers("reward", columns["rewards"][-1].float())
+            self.check_numbers("observation", self.next_obs)
         data = {key: torch.stack(column).float() for key, column in columns.items()}
-        quantities = {"observation after a step": data["next_obs"], "reward": data["rewards"]}
-        self.check_numbers(quantities | {"observation": torch.cat([data["obs"], self.next_obs.unsqueeze(0)])})
         with torch.no_grad():
             logprob = self.agent.get_action_and_logprob(data["obs"], data["actions"])[1]
         log_ratio_max = (logprob - data["logprobs"]).sum(-1).abs().max().item()
         return {"data": data, "episodes": episodes, "log_ratio_max": log_ratio_max, "seconds": seconds, "version": version}
 
-    def check_numbers(self, quantities: dict) -> None:
-        """BadNumber if one of the (rows, N, ...) tensors, the last row being new, holds nan or more than MAX_MAGNITUDE."""
-        for name, values in quantities.items():
-            bad = ~(values.abs() <= MAX_MAGNITUDE)
-            if bad.any():
-                row, idx, *_ = bad.nonzero()[0].tolist()
-                step = self.steps - (len(values) - 1 - row) * self.args.num_envs
-                value = values[row, idx][bad[row, idx]].flatten()[0].item()
-                raise BadNumber(f"--env-id {self.args.env_id}: {name} {value} of environment {idx} at step {step:,}")
+    def check_numbers(self, name: str, values: torch.Tensor) -> None:
+        """BadNumber if the values (N, ...) hold nan or more than MAX_MAGNITUDE: no policy can act on it or learn from it."""
+        if not values.abs().max() <= MAX_MAGNITUDE:
+            idx, *where = (~(values.abs() <= MAX_MAGNITUDE)).nonzero()[0].tolist()
+            what = f"{name} {values[idx, *where].item()} of environment {idx} at step {self.steps:,}"
+            raise BadNumber(f"--env-id {self.args.env_id}: {what}")
 
     def close(self) -> None:
         with contextlib.suppress(EOFError, BrokenPipeError):  # a process of --async-envs that has died
@@ -1041,10 +1037,9 @@ def check_video(args) -> None:
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ):
         raise ArgumentError(f"--capture-video finds no display: {how}")
     try:
-        env = make_env(args, 0, render_mode="rgb_array")()
-        env.reset()
-        env.render()
-        env.close()
+        with contextlib.closing(make_env(args, 0, render_mode="rgb_array")()) as env:
+            env.reset()
+            env.render()
     except Exception as error:
         raise ArgumentError(f"--capture-video cannot render ({type(error).__name__}): {how}") from error
 
@@ -1385,7 +1380,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     }
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
-    shares += " of the time, in two processes" if own_process else " of the time"
+    shares += " of the time" + (", in two processes" if own_process else "")
     say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})\nfiles:  {run_folder}")
     say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     if args.eval_episodes:
