@@ -825,7 +825,7 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
     An environment without goals gets fixed reset seeds instead. Ends early once a signal arrived. Returns `success_rate` (None
     where the environment reports none), `return_mean`, `episodes`, `returns`, and for MT10 `success_by_task`.
     """
-    results, has_goals = [], args.env_id in [*META_WORLD, "MT10"]  # results: (return, success)
+    returns, successes, has_goals = [], [], args.env_id in [*META_WORLD, "MT10"]
     for task_idx in range(len(MT10) if args.env_id == "MT10" else 1):
         render = ["rgb_array" if video_dir and i == 0 else None for i in range(min(num_episodes, MAX_EVAL_ENVS))]
         envs = [make_env(args, task_idx, render_mode)() for render_mode in render]
@@ -850,7 +850,9 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
                         last_infos[env] = info
             if stop_signals:
                 break
-            results += [(last_infos[env]["return"], last_infos[env]["success"]) for env in envs if env in last_infos]
+            for env in envs[: num_episodes - first]:
+                returns.append(last_infos[env]["return"])
+                successes.append(last_infos[env]["success"])
             if frames:
                 from moviepy import ImageSequenceClip
 
@@ -859,12 +861,11 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
                 say(f"video: {video_dir / f'task{task_idx}.mp4'}")
         for env in envs:
             env.close()
-    returns, successes = zip(*results, strict=True) if results else ((), ())
     if not np.isfinite(returns).all():
         raise BadNumber(f"--env-id {args.env_id}: the returns of an evaluation are {returns}")
-    mean = float(np.mean(returns)) if results else None
-    result = {"success_rate": success_rate(successes), "return_mean": mean, "episodes": len(results), "returns": list(returns)}
-    if args.env_id == "MT10" and len(results) == num_episodes * len(MT10):
+    mean = float(np.mean(returns)) if returns else None
+    result = {"success_rate": success_rate(successes), "return_mean": mean, "episodes": len(returns), "returns": returns}
+    if args.env_id == "MT10" and len(returns) == num_episodes * len(MT10):
         result["success_by_task"] = dict(zip(MT10, np.reshape(successes, (len(MT10), -1)).mean(1).tolist(), strict=True))
     return result
 
@@ -1178,12 +1179,11 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
         wandb.init(**wandb_args, config=config, sync_tensorboard=True)
         at_exit.callback(wandb.finish)
-    if args.overwrite:
-        for path in run_folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
+    for path in run_folder.iterdir() if args.overwrite else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
     write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
 
     num_iterations, iteration, next_rollout = math.ceil(args.total_timesteps / rollout_size), 0, None
