@@ -1001,6 +1001,7 @@ def check_args(args) -> None:
     goals = 50 if args.env_id in [*META_WORLD, "MT10"] else math.inf
     require("num_envs", equal_share, "must be a multiple of 10 for MT10, as many for every task")
     require("eval_episodes", args.eval_episodes <= goals, "must be 50 or fewer: there are 50 training goals")
+    require("eval_episodes", args.evaluate is None or args.eval_episodes > 0, "must be positive with --evaluate")
     rollout = args.num_envs * args.num_steps
     buffer = args.buffer_size or rollout
     require("buffer_size", buffer >= rollout, f"must be 0 or at least num_envs * num_steps = {rollout}")

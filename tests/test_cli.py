@@ -649,6 +649,8 @@ def test_evaluate_refuses_other_files(script, finished, tmp_path, inline):
     for path in (own / "checkpoint.pt", tmp_path / "tensor.pt", other / "model.pt"):
         code, _, error = inline(script, ["--evaluate", str(path)])
         assert code == 2 and error.startswith("error: ") and path.name in error and error.count("\n") == 1, path
+    code, _, error = inline(script, ["--evaluate", str(own / "model.pt"), "--eval-episodes", "0"])
+    assert code == 2 and error == "error: --eval-episodes 0 must be positive with --evaluate\n"
 
 
 @ALL_SCRIPTS
