@@ -994,7 +994,7 @@ def check_args(args) -> None:
     if not found:
         raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
     known = [*META_WORLD, "MT10", *gym.registry]
-    if (colon and not module) or (not module and name not in known):  # module:Name-v0 registers itself
+    if not module and (colon or name not in known):  # module:Name-v0 registers itself
         nearest = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5) or ["reach-v3", "HalfCheetah-v5"]
         require("env_id", False, f"is unknown; try {', '.join(nearest)}")
     equal_share = args.env_id != "MT10" or args.num_envs % 10 == 0
