@@ -29,7 +29,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import platform
 import random
 import resource
 import shlex
@@ -40,11 +39,8 @@ import sys
 import threading
 import time
 import traceback
-import typing
-import uuid
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 import gymnasium as gym
 import metaworld
@@ -85,7 +81,7 @@ OPTIONAL_FOLDER = tyro.constructors.PrimitiveConstructorSpec(  # a flag that may
 )
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # ---- experiment
     exp_name: str = "gipo"  # GIPO: name
@@ -103,8 +99,7 @@ class Args:
     eval_every: int = 100_000
     """environment steps between evaluations (0: only at the end)"""
     eval_episodes: int = 50
-    """episodes of an evaluation: the first k training goals, k <= 50 on Meta-World (0: never evaluate); MT10: goals per task,
-    at most 5 of them during training"""
+    """episodes of an evaluation, on the first k <= 50 goals of Meta-World; MT10: per task, at most 5 in training (0: never)"""
     checkpoint_every: int = 50_000
     """environment steps between checkpoints"""
     capture_video: bool = False
@@ -120,8 +115,7 @@ class Args:
     env_kwargs: str = "{}"
     """arguments of the environment's constructor, as JSON: '{"ctrl_cost_weight": 0.5}'"""
     num_envs: int = 8
-    """N: parallel environments (MT10: a multiple of 10); a rollout has N * num_steps steps, so a larger N makes the replay
-    younger and uses every step less often unless buffer_size and updates_per_iteration grow with it"""
+    """N: parallel environments (MT10: a multiple of 10); buffer_size and updates_per_iteration should grow with it"""
     async_envs: bool = False
     """one process per environment: for slow environments (10 ms per step and more) or many cores"""
     reward_scale: float = 0.01
@@ -193,8 +187,7 @@ class Args:
 
     # ---- runtime
     overlap: bool = True
-    """collect the next rollout in a process of its own while the networks learn, if the run may use two cores; with
-    --no-overlap the two take turns: equal results, bit for bit"""
+    """collect the next rollout in a process of its own during the update; --no-overlap: in turn, with equal results"""
     cuda: bool = False
     """update the networks on the GPU (the policy acts on the CPU): pays for wide networks only"""
     torch_compile: bool = False
@@ -204,38 +197,6 @@ class Args:
 
 
 # -------------------- Environment --------------------
-def scalar(value) -> float:
-    """A number, or an array or tensor with one element, as a float."""
-    return float(value.item() if hasattr(value, "item") else value)
-
-
-def generator_of(env):
-    """The environment's random generator: numpy's Generator, or the older RandomState (dm_control); None if it has another."""
-    rng = getattr(env.unwrapped, "np_random", None)
-    return rng if isinstance(rng, np.random.Generator | np.random.RandomState) else None
-
-
-def generator_state(env) -> dict | None:
-    """State of the environment's generator in plain types, which torch.load accepts with weights_only=True."""
-
-    def plain(x):
-        return {k: plain(v) for k, v in x.items()} if isinstance(x, dict) else x.tolist() if hasattr(x, "tolist") else x
-
-    rng = generator_of(env)
-    if rng is None:
-        return None
-    return plain(rng.get_state(legacy=False) if isinstance(rng, np.random.RandomState) else rng.bit_generator.state)
-
-
-def set_generator_state(env, state: dict) -> None:
-    """Undo generator_state."""
-    rng = generator_of(env)
-    if isinstance(rng, np.random.RandomState):
-        rng.set_state(state)
-    else:
-        rng.bit_generator.state = state
-
-
 class EpisodeRecorder(gym.Wrapper):
     """Return, length and success of every episode, and what rebuilds it exactly: the generator at its reset and its actions.
 
@@ -247,9 +208,16 @@ class EpisodeRecorder(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         snapshot, self.resume_from = self.resume_from, None
-        if snapshot and snapshot["generator"]:
-            set_generator_state(self, snapshot["generator"])
-        self.generator = generator_state(self)
+        state, rng = snapshot and snapshot["generator"], getattr(self.unwrapped, "np_random", None)
+        if isinstance(rng, np.random.RandomState):  # the older generator, of dm_control
+            if state:
+                rng.set_state(state)
+            state = rng.get_state(legacy=False)
+        elif isinstance(rng, np.random.Generator):
+            if state:
+                rng.bit_generator.state = state
+            state = rng.bit_generator.state
+        self.generator = convert(state, np.ndarray, np.ndarray.tolist)  # plain types, so that a checkpoint needs no pickle
         self.actions, self.episode_return, self.success = [], 0.0, math.nan
         obs, _ = self.env.reset(seed=seed, options=options)
         for action in snapshot["actions"] if snapshot else ():
@@ -261,11 +229,11 @@ class EpisodeRecorder(gym.Wrapper):
     def step(self, action):
         self.actions.append(action.copy())  # before the step, which may change it in place
         obs, reward, terminated, truncated, info = self.env.step(action)
-        reward, terminated, truncated = scalar(reward), bool(terminated), bool(truncated)
+        reward, terminated, truncated = float(np.asarray(reward).item()), bool(terminated), bool(truncated)
         self.episode_return += reward
         success = info.get("success", info.get("is_success"))  # Meta-World's name, Gymnasium-Robotics' name
         if success is not None:  # one successful step makes a successful episode, as Meta-World defines it
-            self.success = max(scalar(success), 0.0 if math.isnan(self.success) else self.success)
+            self.success = max(float(np.asarray(success).item()), 0.0 if math.isnan(self.success) else self.success)
         if not (terminated or truncated):
             return obs, reward, terminated, truncated, {}
         last_info = {"return": self.episode_return, "length": len(self.actions), "success": self.success}
@@ -301,10 +269,7 @@ class FastRotation:
 
 @functools.cache
 def fast_meta_world(task: str) -> type:
-    """Subclass of a Meta-World task with its slowest functions rewritten: equal numbers (1e-14) at about half the time.
-
-    Most of a stock step is not physics but scipy and numpy calls on arrays of 3 to 9 numbers, and Python loops over contacts.
-    """
+    """Subclass of a Meta-World task with its slowest functions rewritten: equal numbers (1e-14) at about half the time."""
     stock = META_WORLD[task]
     if hasattr(sys.modules[stock.__module__], "Rotation"):  # half of the tasks convert a rotation at every step
         sys.modules[stock.__module__].Rotation = FastRotation
@@ -342,16 +307,14 @@ def meta_world_goals(task: str, seed: int) -> list:
 def make_env(args, idx: int, render_mode: str | None = None):
     """Return a function that builds environment number `idx`; for MT10, `idx % 10` is the task.
 
-    Meta-World ignores reset(seed): goals come from the constructor's seed and their order from `seed()`, which is what
-    keeps the 50 goals equal and their order different over the environments. The stack equals gym.make("Meta-World/MT1")
-    less the wrappers that do nothing here, and the goals are drawn once instead of once per environment.
+    Meta-World ignores reset(seed): its goals come from the constructor's seed, the same 50 in all environments, and their
+    order from `seed()`. The stack equals gym.make("Meta-World/MT1") less the wrappers that do nothing here.
     """
     task = MT10[idx % len(MT10)] if args.env_id == "MT10" else args.env_id
     goals = meta_world_goals(task, args.seed) if task in META_WORLD else None
     build = functools.partial(fast_meta_world(task), reward_function_version="v2") if goals else gym.make
-    kwargs = (
-        json.loads(args.env_kwargs) | ({} if goals else {"id": task}) | ({"render_mode": render_mode} if render_mode else {})
-    )
+    kwargs = json.loads(args.env_kwargs) | ({} if goals else {"id": task})
+    kwargs |= {"render_mode": render_mode} if render_mode else {}
 
     def thunk():
         try:
@@ -371,10 +334,8 @@ def make_env(args, idx: int, render_mode: str | None = None):
             return EpisodeRecorder(RandomTaskSelectWrapper(env, goals))
         if env.spec.max_episode_steps is None:
             env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
-        space = env.observation_space
-        if not space.is_np_flattenable or isinstance(space, gym.spaces.Text):
-            raise ArgumentError(f"--env-id {args.env_id} has observations of no fixed size, {space}: wrap or choose another")
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        check_spaces(args, env.observation_space, env.action_space)
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
         env.reset(seed=1000 * args.seed + idx)
         return EpisodeRecorder(env)
@@ -494,10 +455,7 @@ class Agent(nn.Module):
 
 # -------------------- Rollouts --------------------
 class Collector:
-    """The environments and the policy that acts in them: one call, one rollout of N environments and T steps.
-
-    A rollout depends on the weights it is given and on the collector's own state, so it is the same in any process.
-    """
+    """The environments and the policy that acts in them: a rollout depends on the weights given and on its own state alone."""
 
     def __init__(self, args):
         torch.set_num_threads(1)  # before anything computes: a forked process has no threads of OpenMP's
@@ -505,34 +463,25 @@ class Collector:
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
-        thunks = [make_env(args, i) for i in range(args.num_envs)]
-        if args.async_envs:
-            thunks = [
-                functools.partial(build_in_worker, thunk, os.getpid(), 1000 * args.seed + i) for i, thunk in enumerate(thunks)
-            ]
         vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
+        thunks = [functools.partial(build_env, make_env(args, i), i, args.seed, os.getpid()) for i in range(args.num_envs)]
         self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        self.action_space = self.envs.single_action_space
+        self.obs_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
 
-    def dims(self) -> tuple[int, int]:
-        """Sizes of an observation and of an action; ArgumentError where the spaces are of no use."""
-        check_spaces(self.args, self.envs.single_observation_space, self.action_space)
-        return self.envs.single_observation_space.shape[0], self.action_space.shape[0]
-
-    def horizon(self) -> int:
-        """Time limit of an episode, in steps."""
-        return max(self.envs.get_attr("_max_episode_steps"))
+    def sizes(self) -> tuple[int, int, int]:
+        """Of an observation, of an action, and of an episode: its time limit."""
+        return self.obs_space.shape[0], self.action_space.shape[0], max(self.envs.get_attr("_max_episode_steps"))
 
     def reset(self, snapshot: dict | None = None) -> None:
         """Begin, or go on where the snapshot was taken."""
         with seeded(self.args.seed):
-            self.agent = Agent(*self.dims(), self.args)
+            self.agent = Agent(self.obs_space.shape[0], self.action_space.shape[0], self.args)
         if snapshot:
             self.envs.set_attr("resume_from", [{**e, "actions": list(e["actions"].numpy())} for e in snapshot["envs"]])
             self.generator.set_state(snapshot["generator"])
             self.steps = snapshot["steps"]
         self.next_obs = torch.as_tensor(self.envs.reset()[0], dtype=torch.float32)
-        self.check_numbers({"observation": self.next_obs.unsqueeze(0)})
+        self.check_numbers("observation", self.next_obs)
         if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
             text = f"{self.args.env_id} has random numbers that no checkpoint holds: its running episodes go on otherwise"
             print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -543,11 +492,10 @@ class Collector:
         return state | {"envs": list(self.envs.call("snapshot"))}
 
     def collect(self, weights: dict, version: int) -> dict:
-        """Act with these weights for T steps.
+        """Act with these weights, those of iteration `version`, for T steps.
 
-        Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes`, those that ended: (steps of the run, return,
-        length, success); `log_ratio_max`, the largest |log ratio| between acting and a batch of the same weights, 0 up to
-        rounding; `seconds` spent in environments and policy; and `version`, the iteration in which the call was made.
+        Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes` that ended: (steps of the run, return, length,
+        success); and `log_ratio_max`, the largest |log ratio| between acting and a batch, same weights: 0 but for rounding.
         """
         torch.set_num_threads(1)
         self.agent.load_state_dict(weights)
@@ -578,26 +526,21 @@ class Collector:
             transition |= {"rewards": rewards, "terminations": terminations, "dones": dones}
             for key, value in transition.items():
                 columns[key].append(torch.as_tensor(value))
-            if not self.next_obs.abs().max() <= MAX_MAGNITUDE:  # nothing can act on it
-                break
+            self.check_numbers("observation after a step", real_next_obs)
+            self.check_numbers("reward", columns["rewards"][-1].float())
+            self.check_numbers("observation", self.next_obs)
         data = {key: torch.stack(column).float() for key, column in columns.items()}
-        quantities = {"observation after a step": data["next_obs"], "reward": data["rewards"]}
-        self.check_numbers(quantities | {"observation": torch.cat([data["obs"], self.next_obs.unsqueeze(0)])})
         with torch.no_grad():
             logprob = self.agent.get_action_and_logprob(data["obs"], data["actions"])[1]
         log_ratio_max = (logprob - data["logprobs"]).sum(-1).abs().max().item()
-        rollout = {"data": data, "episodes": episodes, "log_ratio_max": log_ratio_max, "seconds": seconds}
-        return rollout | {"version": version}
+        return {"data": data, "episodes": episodes, "log_ratio_max": log_ratio_max, "seconds": seconds, "version": version}
 
-    def check_numbers(self, quantities: dict) -> None:
-        """BadNumber if one of the (rows, N, ...) tensors, the last row being new, holds nan or more than MAX_MAGNITUDE."""
-        for name, values in quantities.items():
-            bad = ~(values.abs() <= MAX_MAGNITUDE)
-            if bad.any():
-                row, idx, *_ = bad.nonzero()[0].tolist()
-                step = self.steps - (len(values) - 1 - row) * self.args.num_envs
-                value = values[row, idx][bad[row, idx]].flatten()[0].item()
-                raise BadNumber(f"--env-id {self.args.env_id}: {name} {value} of environment {idx} at step {step:,}")
+    def check_numbers(self, name: str, values: torch.Tensor) -> None:
+        """BadNumber if the values (N, ...) hold nan or more than MAX_MAGNITUDE: no policy can act on it or learn from it."""
+        if not values.abs().max() <= MAX_MAGNITUDE:
+            idx, *where = (~(values.abs() <= MAX_MAGNITUDE)).nonzero()[0].tolist()
+            what = f"{name} {values[idx, *where].item()} of environment {idx} at step {self.steps:,}"
+            raise BadNumber(f"--env-id {self.args.env_id}: {what}")
 
     def close(self) -> None:
         with contextlib.suppress(EOFError, BrokenPipeError):  # a process of --async-envs that has died
@@ -612,13 +555,13 @@ def follow_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def build_in_worker(thunk, creator: int, seed: int) -> gym.Env:
-    """Build one of --async-envs in its own process, or in the creator's, where the vector environment asks for the spaces."""
+def build_env(thunk, idx: int, seed: int, creator: int) -> gym.Env:
+    """Build an environment in its own process of --async-envs, or in its creator's."""
     if os.getpid() != creator:
         follow_parent()
-        random.seed(seed)  # or all would draw the same numbers
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        random.seed(1000 * seed + idx)  # or all would draw the same numbers
+        np.random.seed(1000 * seed + idx)
+        torch.manual_seed(1000 * seed + idx)
     return thunk()
 
 
@@ -655,7 +598,6 @@ def serve(pipe, parents_end, factory, args) -> None:
 class Worker:
     """Calls an object's methods in a process of its own, or in this one: `start(name, *arguments)`, then `result()`.
 
-    The object sees the same calls in the same order either way. Its exceptions are raised here, with its own traceback.
     Tensors cross as numpy arrays: torch would pass them as open files, and pickles them ten times as slowly.
     """
 
@@ -669,9 +611,8 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, self.pipe, factory, args))
         self.process.start()
         theirs.close()
-        self.busy = True
         try:
-            self.result()
+            self.result()  # of building the object
         except BaseException:
             self.close()
             raise
@@ -788,13 +729,7 @@ def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):  # GIPO
     sigma_pos applies where A > 0. In log space, so that no product of a huge ratio and a tiny weight is formed.
     """
     x = logratio.detach() / torch.where(advantages > 0, sigma_pos, sigma_neg)
-    if kernel == "gaussian":
-        return -0.5 * x**2
-    if kernel == "laplacian":
-        return -x.abs()
-    if kernel == "cauchy":
-        return -torch.log1p(x**2)
-    raise ValueError(f"unknown kernel {kernel}")
+    return {"gaussian": -0.5 * x**2, "laplacian": -x.abs(), "cauchy": -torch.log1p(x**2)}[kernel]
 
 
 def policy_objective(logratio, advantages, args):
@@ -887,20 +822,18 @@ def seeded(seed: int):
 def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop_signals=()) -> dict:
     """Run the deterministic policy once on each of the first `num_episodes` training goals (MT10: of every task).
 
-    Gymnasium environments without goals get fixed reset seeds instead. Returns `success_rate` (None where the environment
-    reports none), `return_mean`, `episodes`, `returns`, and for MT10 `success_by_task`. Ends early once a signal arrived.
+    An environment without goals gets fixed reset seeds instead. Ends early once a signal arrived. Returns `success_rate` (None
+    where the environment reports none), `return_mean`, `episodes`, `returns`, and for MT10 `success_by_task`.
     """
-    results, has_goals = [], args.env_id in [*META_WORLD, "MT10"]  # results: (return, success)
+    returns, successes, has_goals = [], [], args.env_id in [*META_WORLD, "MT10"]
     for task_idx in range(len(MT10) if args.env_id == "MT10" else 1):
         render = ["rgb_array" if video_dir and i == 0 else None for i in range(min(num_episodes, MAX_EVAL_ENVS))]
         envs = [make_env(args, task_idx, render_mode)() for render_mode in render]
-        if has_goals:
-            for env in envs:
-                env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
         for first in range(0, num_episodes, len(envs)):
             running, frames, last_infos = {}, [], {}  # running: env -> observation
             for episode, env in zip(range(first, num_episodes), envs, strict=False):
                 if has_goals:
+                    env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
                     env.unwrapped.set_task(env.get_wrapper_attr("tasks")[episode])
                 running[env] = env.reset(seed=10_000 + episode)[0]
             while running and not stop_signals:
@@ -917,7 +850,9 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
                         last_infos[env] = info
             if stop_signals:
                 break
-            results += [(last_infos[env]["return"], last_infos[env]["success"]) for env in envs if env in last_infos]
+            for env in envs[: num_episodes - first]:
+                returns.append(last_infos[env]["return"])
+                successes.append(last_infos[env]["success"])
             if frames:
                 from moviepy import ImageSequenceClip
 
@@ -926,16 +861,11 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
                 say(f"video: {video_dir / f'task{task_idx}.mp4'}")
         for env in envs:
             env.close()
-    returns, successes = zip(*results, strict=True) if results else ((), ())
     if not np.isfinite(returns).all():
         raise BadNumber(f"--env-id {args.env_id}: the returns of an evaluation are {returns}")
-    result = {
-        "success_rate": success_rate(successes) if results else None,
-        "return_mean": float(np.mean(returns)) if results else None,
-        "episodes": len(results),
-        "returns": list(returns),
-    }
-    if args.env_id == "MT10" and len(results) == num_episodes * len(MT10):
+    mean = float(np.mean(returns)) if returns else None
+    result = {"success_rate": success_rate(successes), "return_mean": mean, "episodes": len(returns), "returns": returns}
+    if args.env_id == "MT10" and len(returns) == num_episodes * len(MT10):
         result["success_by_task"] = dict(zip(MT10, np.reshape(successes, (len(MT10), -1)).mean(1).tolist(), strict=True))
     return result
 
@@ -958,10 +888,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, device="cpu") -> dict:
+def load_checkpoint(path: Path) -> dict:
     """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         how = "it is missing, damaged, or no .pt file of this script"
         raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
@@ -971,15 +901,6 @@ def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically."""
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
-
-
-def git_commit() -> str | None:
-    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository."""
-    command, folder = "git describe --always --dirty --abbrev=40 --exclude=*", Path(__file__).resolve().parent
-    try:
-        return subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
@@ -1028,25 +949,30 @@ def refuse_existing(run_folder: Path, args) -> None:
 
 def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
-    rollout, meta_world = args.num_envs * args.num_steps, [*META_WORLD, "MT10"]
-    buffer = max(args.buffer_size, rollout)
-    positive = "total_timesteps num_envs num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate"
-    positive += " reward_scale max_grad_norm hidden_size checkpoint_every torch_threads"
-    positive += " sigma sigma_neg_ratio sapo_tau_pos sapo_tau_neg"  # GIPO: its flags
-    limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
-    limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
-    not_negative = "buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
-    limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more"))
-    limits["seed"] = (0, 4_000_000, "between 0 and 4,000,000")  # environments get 1000 * seed + i, which must be below 2^32
-    limits["init_log_std"] = (-20, 2, "between -20 and 2")
-    limits["num_bins"] = (2, 100_000, "2 or more")
+
+    def require(name: str, holds, words: str) -> None:
+        if not holds:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {words}")
+
+    (saved, _), run = saved_run(args), "to resume" if args.evaluate is None else "of the model"
+    may_differ = MACHINE_ARGS if args.evaluate is None else [*MACHINE_ARGS, "eval_episodes"]
+    for name in sorted(vars(saved).keys() - set(may_differ)) if saved else ():
+        value = getattr(saved, name)
+        require(name, getattr(args, name) == value, f"contradicts the run {run}, which has {value}: drop the flag")
+    for name in ("gamma", "gae_lambda", "lr_warmup"):
+        require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1")
+    require("seed", 0 <= args.seed <= 4_000_000, "must be between 0 and 4,000,000")  # 1000 * seed + i must be below 2^32
+    require("init_log_std", -20 <= args.init_log_std <= 2, "must be between -20 and 2")
+    require("num_bins", 2 <= args.num_bins <= 100_000, "must be 2 or more")
+    may_be_zero = "seed gamma gae_lambda lr_warmup buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
     for field in dataclasses.fields(args):
-        if typing.get_origin(field.type) is Literal and getattr(args, field.name) not in typing.get_args(field.type):
-            choices = ", ".join(typing.get_args(field.type))
-            raise ArgumentError(f"--{field.name.replace('_', '-')} {getattr(args, field.name)} must be one of {choices}")
-    for name, (low, high, words) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {words}")
+        name, value = field.name, getattr(args, field.name)
+        if get_origin(field.type) is Literal:
+            require(name, value in get_args(field.type), f"must be one of {', '.join(get_args(field.type))}")
+        elif name in may_be_zero.split():
+            require(name, 0 <= value <= 1e12, "must be 0 or more")
+        elif field.type in (int, float) and name != "init_log_std":
+            require(name, 1e-12 <= value <= 1e12, "must be positive")
     if args.resume == "":
         raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
     if args.resume and args.overwrite:
@@ -1054,35 +980,33 @@ def check_args(args) -> None:
     if "/" in args.exp_name or "\0" in args.exp_name:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     try:
-        is_object = isinstance(json.loads(args.env_kwargs), dict)
-    except json.JSONDecodeError:
-        is_object = False
-    if not is_object:
-        raise ArgumentError(f"--env-kwargs {args.env_kwargs} must be a JSON object, as in --env-kwargs '{{\"name\": 1}}'")
+        dict(**json.loads(args.env_kwargs))
+    except (TypeError, ValueError) as error:
+        how = "must be a JSON object, as in --env-kwargs '{\"name\": 1}'"
+        raise ArgumentError(f"--env-kwargs {args.env_kwargs} {how}") from error
     module, colon, name = args.env_id.rpartition(":")
     if args.env_id.startswith("Meta-World/"):
         raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
     try:
         found = not module or importlib.util.find_spec(module)
     except ModuleNotFoundError as error:
-        found = None
-        if error.name not in (module, module.partition(".")[0]):  # it is there, and lacks another
-            raise
+        found = not module.startswith(error.name)  # it is there, and lacks another
     if not found:
         raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
-    if (colon and not module) or (not module and name not in [*meta_world, *gym.registry]):  # module:Name-v0 registers itself
-        nearest = difflib.get_close_matches(args.env_id, [*meta_world, *gym.registry], n=3, cutoff=0.5)
-        raise ArgumentError(f"--env-id {args.env_id} is unknown; try {', '.join(nearest or ['reach-v3', 'HalfCheetah-v5'])}")
-    if args.env_id == "MT10" and args.num_envs % len(MT10):
-        raise ArgumentError(f"--num-envs {args.num_envs} must be a multiple of 10 for MT10, as many for every task")
-    if args.env_id in meta_world and args.eval_episodes > 50:
-        raise ArgumentError(f"--eval-episodes {args.eval_episodes} must be 50 or fewer: there are 50 training goals")
-    if 0 < args.buffer_size < rollout:
-        raise ArgumentError(f"--buffer-size {args.buffer_size} must be 0 or at least num_envs * num_steps = {rollout}")
-    if args.minibatch_size > buffer:
-        raise ArgumentError(f"--minibatch-size {args.minibatch_size} must not exceed the buffer of {buffer} steps")
-    if args.minibatch_size % args.num_steps:  # GIPO: whole segments
-        raise ArgumentError(f"--minibatch-size {args.minibatch_size} must be a multiple of --num-steps {args.num_steps}")
+    known = [*META_WORLD, "MT10", *gym.registry]
+    if not module and (colon or name not in known):  # module:Name-v0 registers itself
+        nearest = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5) or ["reach-v3", "HalfCheetah-v5"]
+        require("env_id", False, f"is unknown; try {', '.join(nearest)}")
+    equal_share = args.env_id != "MT10" or args.num_envs % 10 == 0
+    goals = 50 if args.env_id in [*META_WORLD, "MT10"] else math.inf
+    require("num_envs", equal_share, "must be a multiple of 10 for MT10, as many for every task")
+    require("eval_episodes", args.eval_episodes <= goals, "must be 50 or fewer: there are 50 training goals")
+    require("eval_episodes", args.evaluate is None or args.eval_episodes > 0, "must be positive with --evaluate")
+    rollout = args.num_envs * args.num_steps
+    buffer = args.buffer_size or rollout
+    require("buffer_size", buffer >= rollout, f"must be 0 or at least num_envs * num_steps = {rollout}")
+    require("minibatch_size", args.minibatch_size <= buffer, f"must not exceed the buffer of {buffer} steps")
+    require("minibatch_size", args.minibatch_size % args.num_steps == 0, f"must be a multiple of --num-steps {args.num_steps}")
     if args.vtrace and not args.recompute_advantages:  # GIPO: always replays segments
         raise ArgumentError("--vtrace needs the current ratios: drop --no-recompute-advantages")
     if args.cuda and not torch.cuda.is_available():
@@ -1093,18 +1017,20 @@ def check_args(args) -> None:
 
 
 def check_spaces(args, obs_space, action_space) -> None:
-    """ArgumentError unless observations are a vector and actions one of finite real numbers."""
-    if 0 in obs_space.shape:
-        raise ArgumentError(f"--env-id {args.env_id} has empty observations, {obs_space}: choose another")
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or 0 in action_space.shape:
-        what = "choose one with a Box of shape (d,)"
+    """ArgumentError unless observations can become a vector and actions are one of finite real numbers."""
+    if not obs_space.is_np_flattenable or isinstance(obs_space, gym.spaces.Text):
+        what = f"observations of no fixed size, {obs_space}: wrap or choose another"
+    elif gym.spaces.flatdim(obs_space) == 0:
+        what = f"empty observations, {obs_space}: choose another"
+    elif not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or 0 in action_space.shape:
+        what = f"the action space {action_space}: choose one with a Box of shape (d,)"
     elif not np.issubdtype(action_space.dtype, np.floating):
-        what = "choose one with real numbers"
+        what = f"the action space {action_space}: choose one with real numbers"
     elif not np.abs([action_space.low, action_space.high]).max() < 1e30:
-        what = "choose one with a finite Box"
+        what = f"the action space {action_space}: choose one with a finite Box"
     else:
         return
-    raise ArgumentError(f"--env-id {args.env_id} has the action space {action_space}: {what}")
+    raise ArgumentError(f"--env-id {args.env_id} has {what}")
 
 
 def check_video(args) -> None:
@@ -1113,70 +1039,55 @@ def check_video(args) -> None:
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ):
         raise ArgumentError(f"--capture-video finds no display: {how}")
     try:
-        env = make_env(args, 0, render_mode="rgb_array")()
-        env.reset()
-        env.render()
-        env.close()
+        with contextlib.closing(make_env(args, 0, render_mode="rgb_array")()) as env:
+            env.reset()
+            env.render()
     except Exception as error:
         raise ArgumentError(f"--capture-video cannot render ({type(error).__name__}): {how}") from error
 
 
-def saved_args(path: Path, cls=Args):
-    """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
-    file = path / "args.json"
-    if not path.is_dir():
-        raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
+def saved_run(args) -> tuple:
+    """Of the run that --evaluate or --resume names: (its arguments, with that flag set; its weights or its wandb id)."""
+    if args.evaluate is not None:
+        path, how = args.evaluate, "give the model.pt or best_model.pt of a run"
+        if not os.path.isfile(path):
+            raise ArgumentError(f"--evaluate {path!r} is no file: {how}")
+        model = load_checkpoint(Path(path))
+        if not (isinstance(model, dict) and {"model", "args"} <= model.keys() and model["args"].keys() <= vars(args).keys()):
+            raise ArgumentError(f"--evaluate {path} is no model of this script: {how}")
+        machine = dict.fromkeys(("resume", "overwrite", "track", "cuda", "capture_video"), False)
+        return Args(**model["args"] | machine | {"evaluate": path}), model["model"]
+    if args.overwrite or not args.resume:
+        return None, None
+    folder = run_folder_of(args)
+    if not folder.is_dir():
+        raise ArgumentError(f"--resume: there is no {folder}; check the folder or the flags that name it, or drop --resume")
     try:
-        saved = json.loads(file.read_text())
-        version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArgumentError(f"--resume: {file} is missing or damaged: --overwrite starts anew") from error
-    if not set(saved) <= {field.name for field in dataclasses.fields(cls)}:  # fewer: an older file's run
-        raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
+        saved = json.loads((folder / "args.json").read_text())
+        version, wandb_id = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
+    except Exception as error:
+        raise ArgumentError(f"--resume: {folder / 'args.json'} is missing or damaged: --overwrite starts anew") from error
+    if not saved.keys() <= vars(args).keys():  # fewer: an older file's run
+        raise ArgumentError(f"--resume: {folder} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
-        raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
-    return cls(**saved | {"resume": str(path), "run_dir": str(path.parent)})
-
-
-def refuse_contradictions(args, saved, what: str) -> None:
-    """ArgumentError if arguments that decide the results differ from the saved ones."""
-    for name in sorted(set(vars(saved)) - set(MACHINE_ARGS)):
-        if getattr(args, name) != getattr(saved, name):
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
-
-
-def load_model(path: str, cls=Args):
-    """A saved model: -> its weights, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
-    if not os.path.isfile(path):
-        raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run")
-    saved = load_checkpoint(Path(path))
-    fields = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= fields:
-        raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
-    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False, "capture_video": False}
-    return saved["model"], cls(**saved["args"] | machine)
+        raise ArgumentError(f"--resume: {folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
+    return Args(**saved | {"resume": str(folder), "run_dir": str(folder.parent)}), wandb_id
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
     args = tyro.cli(Args, args=argv)
-    if args.evaluate is not None:
-        return tyro.cli(Args, args=argv, default=load_model(args.evaluate)[1])
-    if args.resume and not args.overwrite:
-        resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
-        return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
-    return args
+    saved, _ = saved_run(args)
+    return dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume) if saved else args
 
 
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
-    weights, saved = load_model(args.evaluate)
-    refuse_contradictions(args, dataclasses.replace(saved, eval_episodes=args.eval_episodes), "the run of the model")
     check_args(args)
     if args.capture_video:
         check_video(args)
     torch.set_num_threads(args.torch_threads)
+    _, weights = saved_run(args)
     agent = Agent(weights["obs_mean"].shape[0], make_env(args, 0)().action_space.shape[0], args)
     agent.load_state_dict(weights)
     result = evaluate(agent, args, args.eval_episodes, Path(args.evaluate).parent / "videos" if args.capture_video else None)
@@ -1195,9 +1106,9 @@ def main(args: Args) -> dict:
     with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
         try:
             return train(args, at_exit)
+        except ArgumentError:
+            raise
         except Exception as error:
-            if isinstance(error, ArgumentError):
-                raise
             checkpoint = run_folder_of(args) / "checkpoint.pt"
             last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
             if isinstance(error, BadNumber):
@@ -1212,19 +1123,16 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
     run_folder = run_folder_of(args)
-    if args.resume and not args.overwrite:
-        refuse_contradictions(args, saved_args(run_folder), "the run to resume")
     check_args(args)
     refuse_existing(run_folder, args)
     if args.resume and (run_folder / "result.json").exists():
         say(f"{run_folder} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
-    main_thread = threading.current_thread() is threading.main_thread()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     own_process = args.overlap and cores > 1 and not multiprocessing.current_process().daemon  # which may have no children
     collector = Worker(Collector, args, own_process=own_process)
     at_exit.callback(collector.close)
-    (obs_dim, action_dim), horizon = collector.call("dims"), collector.call("horizon")
+    obs_dim, action_dim, max_episode_steps = collector.call("sizes")
     if args.capture_video:
         check_video(args)
 
@@ -1263,21 +1171,20 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
     checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
     config = vars(args) | {"resume": False, "overwrite": False}
-    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
+    _, wandb_id = saved_run(args)
     if args.track:
         import wandb
 
         # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
-        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_id = wandb_id or os.urandom(16).hex()
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
         wandb.init(**wandb_args, config=config, sync_tensorboard=True)
         at_exit.callback(wandb.finish)
-    if args.overwrite:
-        for path in run_folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
+    for path in run_folder.iterdir() if args.overwrite else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
     write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
 
     num_iterations, iteration, next_rollout = math.ceil(args.total_timesteps / rollout_size), 0, None
@@ -1307,7 +1214,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         stop_signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    for signum in STOP_SIGNALS if main_thread else ():
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
         if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
             at_exit.callback(signal.signal, signum, before)
@@ -1324,7 +1231,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
     def evaluation_phase() -> dict | None:  # also right after a resume: a run may die while it evaluates
         finished = iteration == num_iterations
-        if not (args.eval_episodes and iteration and (finished or passed(args.eval_every))):
+        if stop_signals or not (args.eval_episodes and iteration and (finished or passed(args.eval_every))):
             return None
         episodes = min(args.eval_episodes, 5) if args.env_id == "MT10" and not finished else args.eval_episodes
         video_dir = run_folder / "videos" / str(global_step) if args.capture_video else None
@@ -1403,25 +1310,24 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         seconds["update"] += time.perf_counter() - t0
 
         # ==================== LOG ====================
-        for name, value in scalars.items():
-            if not math.isfinite(value):
-                raise BadNumber(f"{name} is {value} at step {global_step:,}")
         seconds["training"] += time.perf_counter() - iteration_start
         for part in ("env", "policy"):
             seconds[part] += rollout["seconds"][part]
         sps = global_step / seconds["training"]
         scalars |= {"charts/SPS": sps, "charts/learning_rate": actor_group["lr"]}
-        scalars["gipo/log_ratio_max"] = rollout["log_ratio_max"]
+        scalars |= {"gipo/log_ratio_max": rollout["log_ratio_max"]}
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
         for name, value in scalars.items():
+            if not math.isfinite(value):
+                raise BadNumber(f"{name} is {value} at step {global_step:,}")
             writer.add_scalar(name, value, global_step)
         if tty or time.time() - last_print > 10 or iteration == num_iterations:
             left, train_success = (num_iterations - iteration) * rollout_size / sps, success_rate(recent_successes)
-            line = f"step {global_step:>9,}  "
-            first_end = f"first episode ends by step {horizon * args.num_envs:,}"
-            line += f"return {np.mean(recent_returns):8.1f}" if recent_returns else first_end
+            line = f"first episode ends by step {max_episode_steps * args.num_envs:,}"
+            if recent_returns:
+                line = f"return {np.mean(recent_returns):8.1f}"
             line += "" if train_success is None else f"  success {train_success:4.0%}"
-            line += f"  {sps:5.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
+            line = f"step {global_step:>9,}  {line}  {sps:5.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
             say(f"\r{line} " if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
@@ -1430,7 +1336,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         seconds["wall"] = time.time() - start_time
         if iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or stop_signals:
             next_rollout = collector.result() if collector.busy else None
-            state = {
+            checkpoint = {
                 "model": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 # Cloned while it fills up, for a slice would be saved with all the memory behind it.
@@ -1443,11 +1349,11 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 "next_rollout": next_rollout,
                 "generator": generator.get_state(),
             }
-            save_checkpoint(run_folder / "checkpoint.pt", state)
+            save_checkpoint(run_folder / "checkpoint.pt", checkpoint)
             writer.flush()
 
         # ==================== EVAL ====================
-        evaluation = None if stop_signals else evaluation_phase()
+        evaluation = evaluation_phase()
 
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(run_folder)])
@@ -1456,34 +1362,27 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if not args.eval_episodes:
         save_models(run_folder, agent, config, None, global_step)
     collector.close()
-    seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
+    seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    result = {
-        "env_id": args.env_id,
-        "exp_name": args.exp_name,
-        "seed": args.seed,
-        "total_timesteps": global_step,
-        "eval_success_rate": evaluation["success_rate"],
-        "eval_return_mean": evaluation["return_mean"],
-        "eval_episodes": evaluation["episodes"],
+    git, here = "git describe --always --dirty --abbrev=40 --exclude='*'", Path(__file__).resolve().parent
+    result = {"env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "total_timesteps": global_step}
+    result |= {f"eval_{key}": value for key, value in evaluation.items() if key != "returns"}
+    result |= {
         "train_return_mean": float(np.mean(recent_returns)) if recent_returns else None,
         "train_success_rate": success_rate(recent_successes),
-        "sps": sps,
+        "sps": global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
         "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
+        "git_commit": subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip() or None,
+        "versions": {"python": sys.version.split()[0], "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gymnasium", "metaworld", "mujoco")},
         "args": config,
     }
-    if "success_by_task" in evaluation:
-        result["eval_success_by_task"] = evaluation["success_by_task"]
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
-    shares += " of the time, in two processes" if own_process else " of the time"
-    say(f"finished in {seconds['wall']:.0f} s, {sps:.0f} steps/s ({shares})")
-    say(f"files:  {run_folder}")
+    shares += " of the time" + (", in two processes" if own_process else "")
+    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})\nfiles:  {run_folder}")
     say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     if args.eval_episodes:
         model = str(run_folder / "best_model.pt")
@@ -1494,12 +1393,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ArgumentError as error:
+    except (ArgumentError, BadNumber) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BadNumber as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -133,7 +133,7 @@ def test_run_leaves_what_the_design_says(finished, name):
 
     rollout = args["num_envs"] * args["num_steps"]
     total = -(-args["total_timesteps"] // rollout) * rollout
-    assert list(result) == RESULT_KEYS + ["eval_success_by_task"] * multi_task
+    assert list(result) == RESULT_KEYS[:7] + ["eval_success_by_task"] * multi_task + RESULT_KEYS[7:]
     assert [result[key] for key in ("env_id", "exp_name", "seed")] == [args[key] for key in ("env_id", "exp_name", "seed")]
     assert result["total_timesteps"] == total
     assert result["eval_episodes"] == args["eval_episodes"] * (10 if multi_task else 1)
@@ -649,6 +649,8 @@ def test_evaluate_refuses_other_files(script, finished, tmp_path, inline):
     for path in (own / "checkpoint.pt", tmp_path / "tensor.pt", other / "model.pt"):
         code, _, error = inline(script, ["--evaluate", str(path)])
         assert code == 2 and error.startswith("error: ") and path.name in error and error.count("\n") == 1, path
+    code, _, error = inline(script, ["--evaluate", str(own / "model.pt"), "--eval-episodes", "0"])
+    assert code == 2 and error == "error: --eval-episodes 0 must be positive with --evaluate\n"
 
 
 @ALL_SCRIPTS

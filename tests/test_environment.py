@@ -797,7 +797,7 @@ def test_a_rollout_is_the_same_in_any_process(script, flags):
     results = {}
     for own_process in (True, False):
         worker = script.Worker(script.Collector, args, own_process=own_process)
-        dims = worker.call("dims")
+        dims = worker.call("sizes")[:2]
         torch.manual_seed(9)
         weights = [script.Agent(*dims, args).state_dict() for _ in range(4)]
         worker.call("reset", None)
@@ -920,7 +920,7 @@ def test_a_worker_may_be_a_new_interpreter(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
         worker = gipo.Worker(gipo.Collector, args, own_process=True)
-    assert type(worker.process).__name__ == "SpawnProcess" and worker.call("dims") == (3, 1)
+    assert type(worker.process).__name__ == "SpawnProcess" and worker.call("sizes") == (3, 1, 200)
     worker.call("reset", None)
     assert worker.call("collect", gipo.Agent(3, 1, args).state_dict(), 1)["data"]["obs"].shape == (4, 2, 3)
     worker.close()

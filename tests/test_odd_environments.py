@@ -242,7 +242,7 @@ def test_global_random_numbers_are_reproducible(script, buffer_size, register, r
         assert_equal_runs(folder, reference)
         evaluations.append(read_scalars(folder)["eval/return_mean"])
     assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 3
-    model, args = script.load_model(str(folder / "model.pt"))
+    args, model = script.saved_run(script.Args(evaluate=str(folder / "model.pt")))
     agent = script.Agent(2, 1, args)
     agent.load_state_dict(model)
     state = random.getstate()
@@ -431,7 +431,7 @@ def test_env_kwargs_reach_the_constructor(script, register, run):
     for kwargs in ('{"length": 3}', '{"max_episode_steps": 3}'):
         folder = run(script, env_id, env_kwargs=kwargs, eval_episodes=1)
         assert {value for _, value in read_scalars(folder)["charts/episodic_length"]} == {3.0}
-        args = script.load_model(str(folder / "model.pt"))[1]
+        args, _ = script.saved_run(script.Args(evaluate=str(folder / "model.pt")))
         assert args.env_kwargs == kwargs
         env = script.make_env(args, 0)()
         env.reset()

@@ -394,7 +394,7 @@ def test_what_concerns_the_machine_may_change(script, unfinished, inline):
 def test_what_decides_the_results_may_not_change(script, unfinished, inline):
     """Every other argument, in code; a few on the command line, one with its default value."""
     module, folder = importlib.import_module(script), unfinished(script)
-    saved = module.saved_args(folder)
+    saved, _ = module.saved_run(module.Args(resume=str(folder)))
     names = sorted({field.name for field in dataclasses.fields(saved)} - set(module.MACHINE_ARGS))
     assert len(names) > 30
     for name in names:

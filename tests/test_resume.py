@@ -231,7 +231,8 @@ def test_arguments_come_from_the_run(script, tmp_path):
     shutil.copytree(reference, folder)
     for path in [*folder.glob("*.pt"), *folder.glob("events*"), folder / "result.json"]:
         path.unlink()
-    result = module.main(module.saved_args(folder))
+    saved, _ = module.saved_run(module.Args(resume=str(folder)))
+    result = module.main(saved)
     assert result["args"]["hidden_size"] == 32 and result["args"]["run_dir"] == str(folder.parent)
     assert_equal_runs(folder, reference)
     with pytest.raises(module.ArgumentError, match=r"contradicts the run to resume, which has 256: drop the flag"):
