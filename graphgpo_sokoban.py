@@ -40,9 +40,11 @@ Docs: docs/graphgpo_sokoban.md.  Method: https://arxiv.org/abs/2605.26684
 # ///
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import difflib
+import fcntl
 import heapq
 import importlib.metadata
 import importlib.util
@@ -53,15 +55,19 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import typing
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -70,7 +76,31 @@ import tyro
 
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 SUCCESS = "success"  # the virtual node that the last step of every successful rollout points to
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Arguments that concern the machine or the files, not the results: a resumed run may change them.
+MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every plot_graph track wandb_project cuda torch_threads".split()
 TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")
+# Flags that act in some runs only: elsewhere they are refused, unless they have their default.
+SOKOBAN_ONLY = "room_size num_boxes wall_density min_solution max_solution slippery".split()
+MODEL_ONLY = "max_new_tokens microbatch_size invalid_penalty".split()
+GRAPH_ONLY = "omega r_succ unreachable_distance normalize_distance".split()
+
+
+class ArgumentError(ValueError):
+    """Arguments that cannot work: one sentence that names the flag and the fix."""
+
+
+class BadNumber(FloatingPointError):
+    """A number that no training survives, and where it appeared."""
+
+
+OPTIONAL_FOLDER = tyro.constructors.PrimitiveConstructorSpec(  # a flag that may have a value
+    nargs=(0, 1),
+    metavar="[RUN_FOLDER]",
+    instance_from_str=lambda words: words[0] if words else True,
+    is_instance=lambda value: isinstance(value, bool | str),
+    str_from_instance=lambda value: [value] if isinstance(value, str) else [],
+)
 
 
 @dataclass
@@ -82,8 +112,8 @@ class Args:
     """seed of the network, the sampling and the training levels (held-out levels are the same for all seeds)"""
     run_dir: str = "runs"
     """parent folder of all runs"""
-    resume: bool = False
-    """continue an interrupted run exactly where its last checkpoint is; the arguments come from its args.json"""
+    resume: Annotated[bool | str, OPTIONAL_FOLDER] = False
+    """continue an interrupted run exactly where its last checkpoint is: give its folder, or the same command and --resume"""
     overwrite: bool = False
     """delete an existing run of the same name first"""
     evaluate: str | None = None
@@ -253,7 +283,7 @@ class Sokoban:
                 continue
             boxes, targets = (np.isin(np.arange(self.cells), cells) for cells in places)
             return walls, boxes, targets, player, length
-        raise ValueError("--wall-density, --min-solution and --max-solution leave hardly any Sokoban level: widen them")
+        raise ArgumentError("--wall-density, --min-solution and --max-solution leave hardly any Sokoban level: widen them")
 
     def exclude(self, levels: list[tuple]) -> None:
         """Keep these levels, the held-out ones, out of every later reset()."""
@@ -490,7 +520,7 @@ class Agent(nn.Module):
         super().__init__()
         self.actor = mlp(obs_dim, args.hidden_size, num_actions, std=0.01)
 
-    def act(self, obs, choices, temperature: float = 1.0):
+    def act(self, obs, choices, temperature: float = 1.0, want_logprobs: bool = True):
         """(n, obs_dim) -> actions (n,), tokens (n, L), mask (n, L) bool, log-probs (n, L) at temperature 1."""
         logits = self.actor(torch.as_tensor(obs, device=self.actor[0].weight.device))
         if temperature > 0:
@@ -518,7 +548,7 @@ class LanguageAgent(nn.Module):
             self.tokenizer = AutoTokenizer.from_pretrained(args.model)
             self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         except Exception as error:  # no such name, no network, an incomplete folder, ...
-            raise ValueError(f"--model {args.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            raise ArgumentError(f"--model {args.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         self.tokenizer.padding_side = "left"  # answers follow the prompts directly
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         ends = self.model.generation_config.eos_token_id
@@ -537,8 +567,8 @@ class LanguageAgent(nn.Module):
         batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not self.tokenizer.chat_template)
         return batch["input_ids"].to(self.model.device), batch["attention_mask"].to(self.model.device)
 
-    def act(self, obs, choices, temperature: float = 1.0):
-        """n prompts -> actions (n,), -1 where the answer names none of the choices; tokens, mask, log-probs (n, L)."""
+    def act(self, obs, choices, temperature: float = 1.0, want_logprobs: bool = True):
+        """n prompts -> actions (n,), -1 where the answer names none of the choices; tokens, mask, log-probs (n, L) or None."""
         length, tokens, lengths = self.args.max_new_tokens, [], []
         how = (
             {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -554,13 +584,13 @@ class LanguageAgent(nn.Module):
             tokens.append(nn.functional.pad(answers, missing, value=self.tokenizer.pad_token_id))
             lengths += [answers.shape[1]] * len(chunk)
         tokens, lengths = torch.cat(tokens), torch.tensor(lengths, device=tokens[0].device)
-        ended = torch.isin(tokens, torch.tensor(self.ends, device=tokens.device)).cumsum(1)
-        mask = (ended == 0) | (
-            (ended == 1) & (ended.diff(prepend=torch.zeros_like(ended[:, :1])) == 1)
-        )  # the first end counts
+        is_end = torch.isin(tokens, torch.tensor(self.ends, device=tokens.device))
+        mask = is_end.cumsum(1) - is_end.long() == 0  # up to the first end, which counts
         mask &= torch.arange(length, device=tokens.device) < lengths[:, None]
         texts = self.tokenizer.batch_decode(torch.where(mask, tokens, self.tokenizer.pad_token_id), skip_special_tokens=True)
         actions = [self.parse(text, names) for text, names in zip(texts, choices, strict=True)]
+        if not want_logprobs:
+            return np.array(actions), tokens, mask, None
         # Log-probs from the pass that the update uses, not from the generation: so ratios start at 1, up to rounding.
         chunks = np.array_split(np.arange(len(obs)), math.ceil(len(obs) / self.args.microbatch_size))
         logprobs = torch.cat([self.token_logprobs(obs[chunk], tokens[chunk], mask[chunk])[0] for chunk in chunks])
@@ -764,6 +794,14 @@ def plot_graph(path: Path, sources, targets, distances, credits, draw=None, titl
 
 
 # -------------------- Evaluation and files --------------------
+def say(text: str, end: str = "\n") -> None:
+    """Print; once nobody reads it any more (`| head`), go on without."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @torch.no_grad()
 def evaluate(agent, args, envs, stop_signals=()) -> dict:
     """One episode on every held-out level, at `--eval-temperature`; ends early once a signal arrived.
@@ -779,7 +817,7 @@ def evaluate(agent, args, envs, stop_signals=()) -> dict:
         successes, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
         while len(alive) and not stop_signals:
             obs = np.array(envs.prompts(alive), dtype=object) if args.model else envs.observe(alive)
-            actions, *_ = agent.act(obs, envs.choices(alive), args.eval_temperature)
+            actions, *_ = agent.act(obs, envs.choices(alive), args.eval_temperature, want_logprobs=False)
             success, done = envs.step(alive, actions)
             lengths[alive] += 1
             successes[alive] = success
@@ -805,12 +843,12 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, device="cpu") -> dict:
-    """Read what save_checkpoint wrote; ValueError if the file is missing or damaged."""
+    """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        how = "it is no .pt file of this script, or damaged; --overwrite instead of --resume starts the run anew"
-        raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
+        how = "it is missing, damaged, or no .pt file of this script"
+        raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -840,61 +878,91 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
         save_checkpoint(best, model)
 
 
-def typed_flags() -> set[str]:
-    """Names of the flags on the command line, also of those that were given their default's value."""
-    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
-    return {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
+def run_folder_of(args) -> Path:
+    """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
+    if isinstance(args.resume, str):
+        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+    return Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
 
 
-def saved_args(args, run_folder: Path):
-    """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
-    if not run_folder.exists():
-        raise ValueError(f"--resume: there is no {run_folder}; check the flags that name it, or drop --resume")
-    if not (run_folder / "args.json").exists():
-        return args
-    saved = json.loads((run_folder / "args.json").read_text())
-    version = saved.pop("algorithm_version", None)
-    if version != ALGORITHM_VERSION:
-        raise ValueError(f"--resume: {run_folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
-    if not set(saved) <= set(vars(args)):  # fewer is an older file's run: what was added since has its default
-        raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
-    for field in dataclasses.fields(args):
-        given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
-        named = field.name in typed_flags() or given != field.default
-        has = saved.get(field.name, field.default)
-        if field.name not in own and named and given != has:
-            flag = f"--{field.name.replace('_', '-')}"
-            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {has}: drop the flag")
-    return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
+def lock_folder(run_folder: Path):
+    """Own the run folder, which is made if need be, until the returned file is closed or the process dies."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run_folder / ".lock", "a")
+    except OSError as error:
+        how = "choose another --run-dir or --exp-name"
+        raise ArgumentError(f"--run-dir: {run_folder} cannot be used ({error.strerror}): {how}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or --exp-name names a new one") from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def refuse_existing(run_folder: Path, args) -> None:
+    """ArgumentError if a new run would end up in the folder of another."""
+    exists = os.path.isdir(run_folder) and any(path.name != ".lock" for path in run_folder.iterdir())
+    if exists and not (args.resume or args.overwrite):
+        raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
 
 
 def check_args(args) -> None:
-    """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
-    positive = "total_episodes num_groups update_epochs minibatch_size clip_coef max_grad_norm hidden_size omega r_succ"
+    """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
+    positive = "total_episodes num_groups update_epochs minibatch_size max_grad_norm hidden_size r_succ"
     positive += " game_level checkpoint_every max_new_tokens microbatch_size torch_threads learning_rate"
-    limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
+    limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive and finite"))
     limits |= dict.fromkeys("wall_density slippery step_gamma".split(), (0, 1, "between 0 and 1"))
-    not_negative = "seed eval_every eval_episodes eval_temperature max_steps ent_coef kl_coef beta_graph beta_episode"
-    limits |= dict.fromkeys([*not_negative.split(), "invalid_penalty"], (0, math.inf, "0 or more"))
-    limits |= {"omega": (1e-12, 1 - 1e-12, "above 0 and below 1"), "group_size": (2, math.inf, "2 or more, to be compared")}
-    limits |= {"room_size": (5, 10, "from 5 to 10"), "num_boxes": (1, 2, "1 or 2"), "min_solution": (1, 99, "from 1 to 99")}
+    not_negative = "eval_every eval_episodes max_steps ent_coef kl_coef beta_graph beta_episode invalid_penalty"
+    limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more and finite"))
+    limits |= dict.fromkeys(["omega", "clip_coef"], (1e-12, 1 - 1e-12, "above 0 and below 1"))
+    limits |= {"seed": (0, 2**32 - 1, "between 0 and 4,294,967,295"), "eval_temperature": (0, 10, "between 0 and 10")}
+    limits |= {"group_size": (2, 1e6, "2 or more, to be compared"), "min_solution": (1, 99, "from 1 to 99")}
+    limits |= {"room_size": (5, 10, "from 5 to 10"), "num_boxes": (1, 2, "1 or 2")}
+    for field in dataclasses.fields(args):
+        if typing.get_origin(field.type) is Literal and getattr(args, field.name) not in typing.get_args(field.type):
+            choices = ", ".join(typing.get_args(field.type))
+            raise ArgumentError(f"--{field.name.replace('_', '-')} {getattr(args, field.name)} must be one of {choices}")
     for name, (low, high, words) in limits.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be {words}")
+            raise ArgumentError(f"--{name.replace('_', '-')} {value} must be {words}")
+    if args.resume == "":
+        raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
+    if args.resume and args.overwrite:
+        raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
+    if "/" in args.exp_name or "\0" in args.exp_name:
+        raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
+    for names, used, needs in (
+        (SOKOBAN_ONLY, args.env_id == "Sokoban", "belongs to --env-id Sokoban"),
+        (["game_level"], args.env_id in TEXT_GAMES, "belongs to a TextWorld game"),
+        (MODEL_ONLY, args.model is not None, "needs --model"),
+        (["hidden_size"], args.model is None, "belongs to the small network: drop it or --model"),
+        (GRAPH_ONLY, args.advantage == "graphgpo", "needs --advantage graphgpo"),
+        (["step_gamma"], args.advantage == "gigpo", "needs --advantage gigpo"),
+        (["beta_graph"], args.advantage != "grpo", "needs --advantage graphgpo or gigpo"),
+    ):
+        for name in names:
+            if not used and getattr(args, name) != getattr(Args, name):
+                raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {needs}")
     if args.min_solution > args.max_solution:
-        raise ValueError(f"--min-solution {args.min_solution} must not exceed --max-solution {args.max_solution}")
+        raise ArgumentError(f"--min-solution {args.min_solution} must not exceed --max-solution {args.max_solution}")
     if args.env_id == "Sokoban" and args.max_solution > (args.max_steps or 15):
-        raise ValueError(f"--max-solution {args.max_solution} must not exceed the {args.max_steps or 15} steps of --max-steps")
+        raise ArgumentError(
+            f"--max-solution {args.max_solution} must not exceed the {args.max_steps or 15} steps of --max-steps"
+        )
     if args.env_id == "tw-coin_collector":  # as its challenge defines the levels; TextWorld makes no more than 100 rooms
         way, cap = (args.game_level - 1) % 100 + 1, args.max_steps or 50
         if args.game_level > 300 or way * (1 + (args.game_level - 1) // 100) > 100 or way > cap:
             levels = f"1 to {min(cap, 100)}, 101 to {100 + min(cap, 50)} or 201 to {200 + min(cap, 33)}"
-            raise ValueError(
+            raise ArgumentError(
                 f"--game-level {args.game_level} of {args.env_id} must be {levels} with {cap} steps (--max-steps)"
             )
     if args.env_id == "tw-treasure_hunter" and args.game_level > 30:
-        raise ValueError(f"--game-level {args.game_level} of {args.env_id} must be 1 to 30")
+        raise ArgumentError(f"--game-level {args.game_level} of {args.env_id} must be 1 to 30")
     packages = [("model", "transformers")] if args.model else []
     packages += [("track", "wandb")] if args.track else []
     packages += [("plot-graph", "matplotlib")] if args.plot_graph else []
@@ -905,14 +973,14 @@ def check_args(args) -> None:
     elif args.env_id != "Sokoban":
         known = ["Sokoban", *TEXT_GAMES, "MiniGrid-DoorKey-5x5-v0", "MiniGrid-FourRooms-v0", "MiniGrid-Empty-5x5-v0"]
         nearest = difflib.get_close_matches(args.env_id, known, n=2, cutoff=0.4) or ["Sokoban", "MiniGrid-DoorKey-5x5-v0"]
-        raise ValueError(f"--env-id {args.env_id} is unknown; try {' or '.join(nearest)}")
+        raise ArgumentError(f"--env-id {args.env_id} is unknown; try {' or '.join(nearest)}")
     for flag, package in packages:
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{flag} needs the package {package}: pip install {package}")
+            raise ArgumentError(f"--{flag} needs the package {package}: pip install {package}")
     if args.env_id in TEXT_GAMES and not args.model:
-        raise ValueError(f"--env-id {args.env_id} is text: name a language model with --model")
+        raise ArgumentError(f"--env-id {args.env_id} is text: name a language model with --model")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
+        raise ArgumentError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
 
 
 def with_defaults(args):
@@ -928,55 +996,111 @@ def build_envs(args, num_envs: int):
     try:
         return make_env(args, num_envs)
     except Exception as error:  # an id that the package does not know, another package missing, ...
-        raise ValueError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
+        raise ArgumentError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
+
+
+def saved_args(path: Path, cls=Args):
+    """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
+    file = path / "args.json"
+    if not path.is_dir():
+        raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
+    try:
+        saved = json.loads(file.read_text())
+        version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ArgumentError(f"--resume: {file} is missing or damaged: --overwrite starts anew") from error
+    if not set(saved) <= {field.name for field in dataclasses.fields(cls)}:  # fewer: an older file's run
+        raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
+    if version != ALGORITHM_VERSION:
+        raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
+    return cls(**saved | {"resume": str(path), "run_dir": str(path.parent)})
+
+
+def refuse_contradictions(args, saved, what: str) -> None:
+    """ArgumentError if arguments that decide the results differ from the saved ones."""
+    for name in sorted(set(vars(saved)) - set(MACHINE_ARGS)):
+        if getattr(args, name) != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
+
+
+def load_model(path: str, cls=Args):
+    """A saved model: -> its weights, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
+    if not os.path.isfile(path):
+        raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run")
+    saved = load_checkpoint(Path(path))
+    fields = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= fields:
+        raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
+    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False, "plot_graph": False}
+    return saved["model"], cls(**saved["args"] | machine)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
+    args = tyro.cli(Args, args=argv)
+    if args.evaluate is not None:
+        return tyro.cli(Args, args=argv, default=load_model(args.evaluate)[1])
+    if args.resume and not args.overwrite:
+        resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
+        return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
+    return args
 
 
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the held-out levels of the settings it was trained with."""
-    path = Path(args.evaluate)
-    saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= set(vars(args)):
-        raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
-    own = {name: getattr(args, name) for name in ("eval_episodes", "eval_temperature", "torch_threads", "cuda")}
-    own["model"] = args.model or saved["args"].get("model", "")  # it may have moved
-    own["microbatch_size"] = args.microbatch_size
-    for name in sorted(typed_flags() & set(saved["args"]) - {*own, "evaluate", "run_dir"}):
-        if getattr(args, name) != saved["args"][name]:
-            flag, has = f"--{name.replace('_', '-')} {getattr(args, name)}", saved["args"][name]
-            raise ValueError(f"{flag} contradicts the run of the model to evaluate, which has {has}: drop the flag")
-    args = with_defaults(dataclasses.replace(type(args)(**saved["args"]), **own, track=False))
+    weights, saved = load_model(args.evaluate)
+    own = "eval_episodes eval_temperature microbatch_size model"  # the folder of the model may have moved
+    own = {name: getattr(args, name) for name in own.split()}
+    refuse_contradictions(args, dataclasses.replace(saved, **own), "the run of the model")
     check_args(args)
+    args = with_defaults(args)
     if not args.eval_episodes:
-        raise ValueError("--eval-episodes 0 leaves nothing to evaluate: give 1 or more")
-    if args.env_id == "Sokoban" and args.eval_episodes > saved["args"]["eval_episodes"]:
-        number = saved["args"]["eval_episodes"]
-        raise ValueError(
-            f"--eval-episodes {args.eval_episodes}: the run held out {number} levels and may have trained on others"
-        )
+        raise ArgumentError("--eval-episodes 0 leaves nothing to evaluate: give 1 or more")
+    if args.env_id == "Sokoban" and args.eval_episodes > saved.eval_episodes:
+        how = f"the run held out {saved.eval_episodes} levels and may have trained on others"
+        raise ArgumentError(f"--eval-episodes {args.eval_episodes}: {how}")
     torch.set_num_threads(args.torch_threads)
     envs = build_envs(args, args.eval_episodes)
     agent = make_agent(args, envs).to("cuda" if args.cuda else "cpu")
-    agent.load_state_dict(saved["model"])
+    agent.load_state_dict(weights)
     result = evaluate(agent, args, envs)
-    print(json.dumps(result, indent=2))
+    say(json.dumps(result, indent=2))
     return result
 
 
 # -------------------- Main --------------------
 def main(args: Args) -> dict:
-    """Train, and return what result.json holds. ValueError on bad arguments, before anything is written."""
-    if args.evaluate:
+    """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
+    if args.evaluate is not None:
         return evaluate_saved_model(args)
+    with contextlib.ExitStack() as at_exit:  # whatever happens: handlers and locks are given back
+        try:
+            return train(args, at_exit)
+        except Exception as error:
+            if isinstance(error, ArgumentError):
+                raise
+            checkpoint = run_folder_of(args) / "checkpoint.pt"
+            last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
+            if isinstance(error, BadNumber):
+                raise BadNumber(f"{error}; {last_good}") from error
+            if checkpoint.exists():
+                error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
+            raise
 
+
+def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
+    """What main() does."""
     # ==================== SETUP ====================
-    run_folder = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
-    if args.resume and args.overwrite:
-        raise ValueError("--resume and --overwrite contradict each other: drop one of them")
-    if args.resume:
-        args = saved_args(args, run_folder)
-    elif run_folder.exists() and not args.overwrite:
-        raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+    # Nothing is written before all that can fail cheaply was tried.
+    run_folder = run_folder_of(args)
+    if args.resume and not args.overwrite:
+        refuse_contradictions(args, saved_args(run_folder), "the run to resume")
     check_args(args)
+    refuse_existing(run_folder, args)
+    if args.resume and (run_folder / "result.json").exists():
+        say(f"{run_folder} is finished already: nothing to resume")
+        return json.loads((run_folder / "result.json").read_text())
     config = vars(args) | {"resume": False, "overwrite": False}
     args = with_defaults(args)
     torch.set_num_threads(args.torch_threads)
@@ -988,46 +1112,68 @@ def main(args: Args) -> dict:
         envs.exclude(held_out_levels(args))
     agent = make_agent(args, envs).to(device)
     reference = copy.deepcopy(agent).requires_grad_(False) if args.kl_coef > 0 else None  # the initial policy
-    if args.resume and (run_folder / "result.json").exists():
-        print(f"{run_folder} is finished already: nothing to resume")
-        return json.loads((run_folder / "result.json").read_text())
+
+    at_exit.enter_context(lock_folder(run_folder))
+    refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
-    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
-    if not args.resume:
-        shutil.rmtree(run_folder, ignore_errors=True)
-        run_folder.mkdir(parents=True)
-    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION})
+    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
+    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
+    if args.track:
+        import wandb
+
+        # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
+        at_exit.callback(wandb.finish)
+    if args.overwrite:
+        for path in run_folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5 if not args.model else 1e-8)
 
     num_iterations, iteration, total_steps = math.ceil(args.total_episodes / num_envs), 0, 0
     seconds = dict.fromkeys(("env", "policy", "credit", "update", "training", "wall"), 0.0)  # training: without evaluation
     recent_returns, recent_successes = collections.deque(maxlen=100), collections.deque(maxlen=100)
+    scalars = {}  # of the last iteration
     if checkpoint:
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, total_steps, seconds = (checkpoint[key] for key in ("iteration", "total_steps", "seconds"))
+        scalars = checkpoint["scalars"]
         recent_returns.extend(checkpoint["recent_returns"])
         recent_successes.extend(checkpoint["recent_successes"])
         torch.set_rng_state(checkpoint["rng"])
         if args.cuda:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
 
-    if args.track:
-        import wandb
-
-        name = run_folder.name  # also the id, so that a resumed run continues its own curves
-        wandb.init(project=args.wandb_project, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
     episodes = iteration * num_envs  # the x-axis of every scalar: methods are compared at equal rollouts
-    writer = SummaryWriter(str(run_folder), purge_step=episodes + 1 if args.resume else None)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    # From the checkpoint's step on the curves are written anew, those of that step too: a run may die after its evaluation.
+    writer = SummaryWriter(str(run_folder), purge_step=episodes if args.resume else None)
+    at_exit.callback(writer.close)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, episodes)
 
     stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
-    start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout.isatty()
-    print(f"{run_folder}: {num_iterations * num_envs:,} episodes of {args.env_id}, from episode {episodes:,}", flush=True)
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
+    start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
+    this_script = ["python", os.path.relpath(__file__)]
+    say(f"{run_folder}: {num_iterations * num_envs:,} episodes of {args.env_id}, from episode {episodes:,}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` episodes been passed in the last iteration?
         return every > 0 and episodes // every > (episodes - num_envs) // every
@@ -1045,10 +1191,9 @@ def main(args: Args) -> dict:
             for name in ("success_rate", "return_mean", "spl"):
                 if evaluation[name] is not None:
                     writer.add_scalar(f"eval/{name}", evaluation[name], episodes)
-            line = (
-                f"eval at {episodes:,}: success {evaluation['success_rate']:.1%} of {evaluation['episodes']} held-out levels"
-            )
-            print(f"\n{line}" if tty else line, flush=True)
+            line = f"eval at {episodes:,}: success {evaluation['success_rate']:.1%}"
+            line += f" of {evaluation['episodes']} held-out levels"
+            say(f"\n{line}" if tty else line)
         if finished or stop_signals:
             break
 
@@ -1124,11 +1269,6 @@ def main(args: Args) -> dict:
             -1
         )  # every token gets its step's
         seconds["credit"] += time.perf_counter() - t0
-        if args.plot_graph and pictured and (passed(args.eval_every) or iteration == num_iterations):
-            *graph, row, won = pictured
-            draw = (lambda key, row=row: envs.draw(row, key)) if hasattr(envs, "draw") else None
-            title = f"{args.advantage}, episode {episodes:,}: {args.group_size} rollouts of one level, {won} succeeded"
-            plot_graph(run_folder / f"graph_{episodes:07d}.png", *graph, draw, title)
 
         # ==================== UPDATE ====================
         # ALGO LOGIC: losses and gradient steps
@@ -1170,15 +1310,20 @@ def main(args: Args) -> dict:
                 for name, value in mb_stats.items():
                     stats[name].append(value)
                     if not math.isfinite(value):  # before the step: the weights in memory are still good
-                        last_good = run_folder / "checkpoint.pt" if (run_folder / "checkpoint.pt").exists() else "none yet"
-                        raise FloatingPointError(
-                            f"{name} is {value} at episode {episodes:,}; last good checkpoint: {last_good}"
-                        )
+                        raise BadNumber(f"{name} is {value} at episode {episodes:,}")
                 optimizer.step()
         seconds["update"] += time.perf_counter() - t0
 
         # ==================== LOG ====================
         seconds["training"] += time.perf_counter() - iteration_start
+        if args.plot_graph and (passed(args.eval_every) or iteration == num_iterations):
+            if pictured:
+                *graph, row, won = pictured
+                draw = (lambda key, row=row: envs.draw(row, key)) if hasattr(envs, "draw") else None
+                title = f"{args.advantage}, episode {episodes:,}: {args.group_size} rollouts of one level, {won} succeeded"
+                plot_graph(run_folder / f"graph_{episodes:07d}.png", *graph, draw, title)
+            else:
+                say(f"no picture of episode {episodes:,}: no group has a success, hence no distance to it")
         sps = total_steps / seconds["training"]
         scalars = {name: float(np.mean(values)) for name, values in [*stats.items(), *found.items()]}
         scalars |= {
@@ -1197,13 +1342,14 @@ def main(args: Args) -> dict:
         if credit_step.std() > 0 and credit_episode.std() > 0:
             scalars["credit/correlation"] = np.corrcoef(credit_step, credit_episode)[0, 1]
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "credit", "update")}
+        scalars = {name: float(value) for name, value in scalars.items()}
         for name, value in scalars.items():
             writer.add_scalar(name, value, episodes)
         if tty or time.time() - last_print > 10 or iteration == num_iterations:
             left = (num_iterations - iteration) * seconds["training"] / iteration
             line = f"episode {episodes:>7,}  success {np.mean(recent_successes):4.0%}  length {lengths.mean():5.1f}"
             line += f"  {sps:6.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
-            print(f"\r{line} " if tty else line, end="" if tty else "\n", flush=True)
+            say(f"\r{line} " if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
         # ==================== CHECKPOINT ====================
@@ -1216,6 +1362,7 @@ def main(args: Args) -> dict:
                 "iteration": iteration,
                 "total_steps": total_steps,
                 "seconds": seconds,
+                "scalars": scalars,
                 "recent_returns": list(recent_returns),
                 "recent_successes": list(recent_successes),
                 "rng": torch.get_rng_state(),
@@ -1224,9 +1371,9 @@ def main(args: Args) -> dict:
             save_checkpoint(run_folder / "checkpoint.pt", state)
             writer.flush()
 
-    writer.close()
     if stop_signals:
-        print(f"\nstopped at episode {episodes:,} with a checkpoint; continue with the same command and --resume", flush=True)
+        how = shlex.join([*this_script, "--resume", str(run_folder)])
+        say(f"\nstopped at episode {episodes:,} with a checkpoint; continue with: {how}")
         sys.exit(128 + stop_signals[0])
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0, "spl": None}
@@ -1254,23 +1401,24 @@ def main(args: Args) -> dict:
     }
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "credit", "update"))
-    print(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})")
-    print(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
+    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})")
+    say(f"files:  {run_folder}")
+    say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     return result
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
-    except ValueError as error:
+        main(parse_args())
+    except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         print("error: the GPU is full: lower --microbatch-size, and start anew", file=sys.stderr)
         sys.exit(1)
-    except FloatingPointError as error:
+    except BadNumber as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

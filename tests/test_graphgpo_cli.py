@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -17,7 +18,7 @@ from conftest import ROOT, curve_differences, differences, read_json, read_pt, r
 from test_resume import wait_for
 
 import graphgpo_sokoban
-from graphgpo_sokoban import Args, main
+from graphgpo_sokoban import Args, ArgumentError, main, parse_args
 
 SCRIPT = "graphgpo_sokoban"
 TINY = "--num-groups 2 --group-size 4 --hidden-size 16 --eval-episodes 4 --minibatch-size 64"
@@ -86,7 +87,7 @@ def test_run_leaves_what_the_design_says(finished, name):
     assert bool(pictures) == args["plot_graph"]
     events = {file for file in files if file.startswith("events.out.tfevents.")}
     assert len(events) == 1
-    assert files - events - pictures == {"args.json", "checkpoint.pt", "model.pt", "best_model.pt", "result.json"}
+    assert files - events - pictures == {".lock", "args.json", "checkpoint.pt", "model.pt", "best_model.pt", "result.json"}
     assert result == read_json(folder / "result.json") and list(result) == RESULT_KEYS
     batch = args["num_groups"] * args["group_size"]
     assert result["total_episodes"] == -(-args["total_episodes"] // batch) * batch
@@ -109,8 +110,8 @@ def test_command_line(tmp_path):
     process, folder = run_script(SCRIPT, tmp_path, *flags)
     assert process.returncode == 0, process.stderr
     assert "16 episodes of Sokoban, from episode 0" in process.stdout and "of 4 held-out levels" in process.stdout
-    assert f"files: {folder}" in process.stdout
-    args = Args(run_dir=str(tmp_path), **{"num_groups": 2, "group_size": 4, "hidden_size": 16, "eval_episodes": 4})
+    assert f"files:  {folder}" in process.stdout
+    args = tyro.cli(Args, args=[*map(str, flags), "--run-dir", str(tmp_path)])
     with pytest.raises(ValueError, match="exists: --resume continues it, --overwrite replaces it"):
         main(args)
     before = (folder / "result.json").read_text()
@@ -118,23 +119,22 @@ def test_command_line(tmp_path):
     assert main(dataclasses.replace(args, overwrite=True, total_episodes=8))["total_episodes"] == 8
 
 
-def test_evaluate_gives_the_number_of_the_run(finished, capsys, monkeypatch):
+def test_evaluate_gives_the_number_of_the_run(finished, capsys):
     folder, result = finished("default")
     capsys.readouterr()
-    found = main(Args(evaluate=str(folder / "model.pt"), eval_episodes=4))
+    found = main(parse_args(["--evaluate", str(folder / "model.pt")]))
     assert found["success_rate"] == result["eval_success_rate"] and found["spl"] == result["eval_spl"]
     assert json.loads(capsys.readouterr().out) == found
-    assert main(Args(evaluate=str(folder / "best_model.pt"), eval_episodes=3))["episodes"] == 3
-    with pytest.raises(ValueError, match="--eval-episodes 9: the run held out 4 levels and may have trained on others"):
-        main(Args(evaluate=str(folder / "best_model.pt"), eval_episodes=9))
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [SCRIPT, "--evaluate", str(folder / "model.pt"), "--slippery=0.9"])
-        with pytest.raises(ValueError, match=r"--slippery 0.9 contradicts the run of the model to evaluate, which has 0.0"):
-            main(Args(evaluate=str(folder / "model.pt"), eval_episodes=4, slippery=0.9))
-    with pytest.raises(ValueError, match="--eval-episodes 0 leaves nothing to evaluate"):
-        main(Args(evaluate=str(folder / "model.pt"), eval_episodes=0))
-    with pytest.raises(ValueError, match="is no model of this script"):
-        main(Args(evaluate=str(folder / "checkpoint.pt")))
+    best = ["--evaluate", str(folder / "best_model.pt")]
+    assert main(parse_args([*best, "--eval-episodes", "3"]))["episodes"] == 3
+    with pytest.raises(ArgumentError, match="--eval-episodes 9: the run held out 4 levels and may have trained on others"):
+        main(parse_args([*best, "--eval-episodes", "9"]))
+    with pytest.raises(ArgumentError, match=r"--slippery 0.9 contradicts the run of the model, which has 0.0"):
+        main(parse_args([*best, "--slippery=0.9"]))
+    with pytest.raises(ArgumentError, match="--eval-episodes 0 leaves nothing to evaluate"):
+        main(parse_args([*best, "--eval-episodes", "0"]))
+    with pytest.raises(ArgumentError, match="is no model of this script"):
+        parse_args(["--evaluate", str(folder / "checkpoint.pt")])
 
 
 def test_evaluation_leaves_training_alone(tmp_path):
@@ -228,7 +228,19 @@ def test_minigrid_is_learned(tmp_path):
         ({"min_solution": 9, "max_solution": 8}, "--min-solution 9 must not exceed --max-solution 8"),
         ({"max_solution": 20}, "--max-solution 20 must not exceed the 15 steps of --max-steps"),
         ({"wall_density": 1.0}, "--wall-density, --min-solution and --max-solution leave hardly any Sokoban level"),
-        ({"evaluate": "nothing.pt"}, "cannot read nothing.pt"),
+        ({"evaluate": "nothing.pt"}, "--evaluate 'nothing.pt' is no file"),
+        ({"learning_rate": math.inf}, "--learning-rate inf must be positive and finite"),
+        ({"seed": 2**64}, "--seed 18446744073709551616 must be between 0 and 4,294,967,295"),
+        ({"eval_temperature": 50.0}, "--eval-temperature 50.0 must be between 0 and 10"),
+        ({"clip_coef": 1.5}, "--clip-coef 1.5 must be above 0 and below 1"),
+        ({"exp_name": "a/b"}, "--exp-name 'a/b' is part of a folder's name"),
+        ({"advantage": "grpo", "omega": 0.5}, "--omega 0.5 needs --advantage graphgpo"),
+        ({"advantage": "grpo", "beta_graph": 0.5}, "--beta-graph 0.5 needs --advantage graphgpo or gigpo"),
+        ({"step_gamma": 0.5}, "--step-gamma 0.5 needs --advantage gigpo"),
+        ({"env_id": "MiniGrid-Empty-5x5-v0", "room_size": 7}, "--room-size 7 belongs to --env-id Sokoban"),
+        ({"game_level": 2}, "--game-level 2 belongs to a TextWorld game"),
+        ({"invalid_penalty": 0.2}, "--invalid-penalty 0.2 needs --model"),
+        ({"model": "x", "hidden_size": 32}, "--hidden-size 32 belongs to the small network"),
         ({"resume": True}, "--resume: there is no"),
         pytest.param(
             {"cuda": True},
@@ -239,7 +251,7 @@ def test_minigrid_is_learned(tmp_path):
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
 def test_bad_arguments(flags, words, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(words)) as error:
+    with pytest.raises(ArgumentError, match=re.escape(words)) as error:
         main(Args(run_dir=str(tmp_path / "runs"), **flags))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
@@ -271,7 +283,7 @@ def test_exit_code_of_bad_arguments(tmp_path):
 def test_resume_refuses_other_arguments(finished):
     folder, _ = finished("default")
     with pytest.raises(ValueError, match=re.escape("--omega 0.5 contradicts the run to resume, which has 0.8: drop the flag")):
-        main(Args(run_dir=str(folder.parent), exp_name="a", seed=3, resume=True, omega=0.5))
+        main(parse_args(["--resume", str(folder), "--omega", "0.5"]))
 
 
 def test_nan_stops_the_run(tmp_path, monkeypatch):
@@ -294,14 +306,14 @@ def test_tracking_offline(tmp_path, monkeypatch):
             run_dir=str(tmp_path), num_groups=2, group_size=4, eval_episodes=0, total_episodes=8, track=True, wandb_project="p"
         )
     )
-    wandb.finish()
-    assert list(tmp_path.glob("wandb/offline-run-*Sokoban__graphgpo__1"))
+    assert wandb.run is None and list(tmp_path.glob("wandb/offline-run-*"))
+    assert read_json(tmp_path / "Sokoban__graphgpo__1" / "args.json")["wandb_id"]
 
 
 # -------------------- Interrupted runs --------------------
 def assert_equal_runs(folder, reference):
     a, b = read_pt(folder / "checkpoint.pt"), read_pt(reference / "checkpoint.pt")
-    assert differences({**a, "seconds": 0}, {**b, "seconds": 0}) == []
+    assert differences({**a, "seconds": 0, "scalars": 0}, {**b, "seconds": 0, "scalars": 0}) == []
     for file in ("model.pt", "best_model.pt"):
         a, b = ({**read_pt(path / file), "args": 0} for path in (folder, reference))
         assert differences(a, b) == []
@@ -335,6 +347,82 @@ def test_interrupted_twice_equals_uninterrupted(env, tmp_path):
     main(tyro.cli(Args, args=[*flags, "--run-dir", str(tmp_path / "stopped"), "--resume"]))
     (folder,), (reference,) = (list((tmp_path / name).iterdir()) for name in ("stopped", "reference"))
     assert_equal_runs(folder, reference)
+
+
+def test_a_run_killed_after_its_evaluation_has_every_point_once(tmp_path, monkeypatch):
+    """kill -9 between the evaluation and the next checkpoint: the evaluation is made again, its points are not doubled."""
+    flags = {"num_groups": 2, "group_size": 4, "eval_episodes": 4, "total_episodes": 48, "eval_every": 16, "hidden_size": 16}
+    main(Args(run_dir=str(tmp_path / "reference"), **flags))
+    original, calls = graphgpo_sokoban.graph_diagnostics, []
+
+    def die(*args):
+        calls.append(1)
+        if len(calls) == 5:  # two groups per iteration: in the third, after the evaluation that followed the second
+            raise KeyError
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphgpo_sokoban, "graph_diagnostics", die)
+        with pytest.raises(KeyError):
+            main(Args(run_dir=str(tmp_path / "dead"), **flags))
+    time.sleep(1.0)
+    main(Args(run_dir=str(tmp_path / "dead"), resume=True, **flags))
+    (folder,), (reference,) = (list((tmp_path / name).iterdir()) for name in ("dead", "reference"))
+    for tag, points in read_scalars(folder).items():
+        assert len({step for step, _ in points}) == len(points), tag
+    assert_equal_runs(folder, reference)
+
+
+def test_one_run_one_owner(tmp_path):
+    """A folder whose run goes on is neither resumed nor overwritten; killed, it is free."""
+    flags = [*TINY.split(), "--total-episodes", "1000000", "--eval-every", "0", "--checkpoint-every", "8"]
+    process = start_script(SCRIPT, tmp_path, *flags)
+    wait_for(lambda: [*tmp_path.glob("*/checkpoint.pt")], process)
+    for more in ("--resume", "--overwrite"):
+        other, _ = run_script(SCRIPT, tmp_path, *flags, more)
+        assert other.returncode == 2 and "is in use by a run that goes on" in other.stderr, other.stderr
+    process.kill()
+    process.communicate()
+    small = [*TINY.split(), "--total-episodes", "8", "--run-dir", str(tmp_path), "--overwrite"]
+    assert main(tyro.cli(Args, args=small))["total_episodes"] == 8
+
+
+def test_an_exception_of_the_users_own_keeps_its_traceback(tmp_path):
+    source = (ROOT / f"{SCRIPT}.py").read_text()
+    (tmp_path / "fork.py").write_text(source.replace("    index = {}\n", "    int('a fork went wrong')\n    index = {}\n", 1))
+    command = [sys.executable, str(tmp_path / "fork.py"), *TINY.split(), "--run-dir", str(tmp_path / "runs")]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1 and "Traceback" in process.stderr and "a fork went wrong" in process.stderr
+
+
+def test_run_dir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArgumentError, match="--run-dir: "):
+        main(Args(run_dir=str(tmp_path / "file"), num_groups=2, eval_episodes=4))
+
+
+def test_a_picture_that_cannot_be_drawn_is_announced(tmp_path, capsys):
+    """Levels of ten steps and more, four rollouts each: hardly ever a success."""
+    flags = {"num_groups": 2, "group_size": 2, "eval_episodes": 2, "min_solution": 9, "total_episodes": 4, "plot_graph": True}
+    main(Args(run_dir=str(tmp_path), **flags))
+    assert "no picture of episode 4: no group has a success" in capsys.readouterr().out
+
+
+def test_evaluation_needs_no_log_probs(monkeypatch, tmp_path):
+    """Of a language model they would cost as much again as a training pass."""
+    calls = []
+    monkeypatch.setattr(
+        graphgpo_sokoban.Agent,
+        "act",
+        lambda self, obs, choices, *_, want_logprobs=True: (
+            calls.append(want_logprobs),
+            (np.zeros(len(obs), dtype=int), *[torch.zeros(len(obs), 1)] * 3),
+        )[1],
+    )
+    args = Args(eval_episodes=2)
+    envs = graphgpo_sokoban.make_env(args, 2)
+    graphgpo_sokoban.evaluate(graphgpo_sokoban.make_agent(args, envs), args, envs)
+    assert set(calls) == {False}
 
 
 def test_the_seed_decides(tmp_path):

@@ -71,14 +71,14 @@ def test_few_shot_prompt_and_answer(model, tmp_path):
     task, _ = popo.make_task_and_policy(arguments(model, tmp_path, prompt="few-shot"))
     problems = {"numbers": torch.tensor([[20, 3, 7, 0]]), "target": torch.tensor([81])}
     tokens, mask = task.prompts(problems)
-    assert task.text(tokens[0][mask[0]]) == "\n".join((*popo.EXAMPLES[3], "20 3 7 = 81:"))
-    for text, verdict in ((" (20 + 7) * 3\n1 2 = 3: 1 + 2", True), ("<answer>(20 + 7) * 3</answer>", False)):
+    assert task.text(tokens[0][mask[0]]) == "\n".join((*popo.EXAMPLES[3], "use 20 3 7 to make 81:"))
+    for text, verdict in ((" (20 + 7) * 3\nuse 1 2 to make 3: 1 + 2", True), ("<answer>(20 + 7) * 3</answer>", False)):
         row = torch.tensor(task.tokenizer(text)["input_ids"])[None, None]
         assert task.verify(problems, row, torch.ones_like(row, dtype=torch.bool))[0].item() == verdict
     for examples in popo.EXAMPLES.values():
         for line in examples:
             problem, expression = line.split(": ")
-            numbers, target = problem.split(" = ")
+            numbers, target = problem.removeprefix("use ").split(" to make ")
             numbers = [int(n) for n in numbers.split()]
             assert popo.verify_infix(numbers, int(target), expression) == (True, True)
             for width in (3, 4) if len(numbers) == 3 else (len(numbers),):  # in countdown-34 a key has four numbers
@@ -154,8 +154,8 @@ def test_export(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
     popo.main(arguments(model, tmp_path / "runs"))
     (folder,) = (tmp_path / "runs").iterdir()
-    args = popo.Args(evaluate=str(folder / "model.pt"), eval_episodes=0, export=str(tmp_path / "exported"))
-    assert popo.main(args)["episodes"] == 0
+    flags = ["--evaluate", str(folder / "model.pt"), "--eval-episodes", "0", "--export", str(tmp_path / "exported")]
+    assert popo.main(popo.parse_args(flags))["episodes"] == 0
     weights = {f"model.{k}": v for k, v in Qwen2ForCausalLM.from_pretrained(tmp_path / "exported").state_dict().items()}
     assert differences(weights, read_pt(folder / "model.pt")["model"]) == []
     task, _ = popo.make_task_and_policy(arguments(str(tmp_path / "exported"), tmp_path))
@@ -319,13 +319,13 @@ def test_resume_and_evaluate(model, tmp_path, monkeypatch):
     (folder,) = (tmp_path / "crashed").iterdir()
     (other,) = (tmp_path / "reference").iterdir()
     assert differences(*(read_pt(path / "model.pt")["model"] for path in (folder, other))) == []
-    result = popo.main(popo.Args(evaluate=str(folder / "model.pt"), eval_episodes=6, eval_samples=2))
+    result = popo.main(popo.parse_args(["--evaluate", str(folder / "model.pt")]))
     assert result["success_rate"] == reference["eval_success_rate"]
     moved = shutil.copytree(model, tmp_path / "moved")  # the model's folder may have moved since
-    arguments_again = popo.Args(evaluate=str(folder / "model.pt"), eval_episodes=6, eval_samples=2, model=str(moved))
-    assert popo.main(arguments_again)["success_rate"] == reference["eval_success_rate"]
+    arguments_again = ["--evaluate", str(folder / "model.pt"), "--model", str(moved)]
+    assert popo.main(popo.parse_args(arguments_again))["success_rate"] == reference["eval_success_rate"]
     with pytest.raises(ValueError, match="--eval-episodes 0 leaves --evaluate nothing to do"):
-        popo.main(popo.Args(evaluate=str(folder / "model.pt"), eval_episodes=0))
+        popo.main(popo.parse_args(["--evaluate", str(folder / "model.pt"), "--eval-episodes", "0"]))
 
 
 def test_model_that_cannot_be_loaded(tmp_path):

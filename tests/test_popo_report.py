@@ -98,7 +98,7 @@ def test_matrix_and_what_is_finished(tmp_path):
     assert sum("--replay-age-min 10" in line for line in lines) == sum("--objective pi_old" in line for line in lines) == 5
     folder = tmp_path / "popo-777" / "countdown-3__grpo__1"
     folder.mkdir(parents=True)
-    args = popo.Args(method="grpo", exp_name="grpo", total_timesteps=777)
+    args = popo.with_defaults(popo.Args(method="grpo", exp_name="grpo", total_timesteps=777))
     (folder / "result.json").write_text(json.dumps({"versions": {"algorithm": popo.ALGORITHM_VERSION}, "args": vars(args)}))
     left = report.pending(lines, report.Args(runs=str(tmp_path), results=str(tmp_path)))
     assert len(left) == 34 and not any("--exp-name grpo " in line and "--seed 1 " in line for line in left)

@@ -38,7 +38,7 @@ def test_two_updates_of_the_real_model(tmp_path, capsys):
     assert max(value for _, value in scalars["batch/frac_well_formed"]) > 0.3
     assert bool(differences(start, trained)) == any(value > 0 for _, value in scalars["losses/grad_norm"])
     out = capsys.readouterr().out
-    assert "eval at 24 rollouts" in out and " = " in out and "evaluation: 2 of 2 problems" in out
+    assert "eval at 24 rollouts" in out and " to make " in out and "evaluation: 2 of 2 problems" in out
 
 
 def test_conversion_is_exact_and_made_once(tmp_path, monkeypatch):
