@@ -439,7 +439,8 @@ def version_warning() -> str | None:
     pins = " ".join(f"{name}=={version}" for name, version in TESTED_VERSIONS.items())
     return (
         f"warning: {', '.join(others)}: pictures may differ from those a policy was trained on. From MuJoCo 3.3.0 to 3.3.7 "
-        f"libero_object changes by 36 grey levels on average, libero_goal by 0.1. pip install --no-deps {pins}"
+        "the first task of libero_object changes by 36 grey levels on average, of libero_spatial and libero_goal by 0.1, of "
+        f"libero_10 and libero_90 not at all. pip install --no-deps {pins}"
     )
 
 
@@ -1486,13 +1487,13 @@ def as_shards(agent: Agent):
 
 
 def optimizer_parameters(agent: Agent) -> list[dict]:
-    """AdamW's parameter groups: what trains of the policy and is whole, the value head, and what is sharded."""
+    """What AdamW trains, in this order: of the policy what is whole, the value head, of the policy what is sharded."""
     with as_shards(agent):
-        groups = [[], [], []]
+        parts = [[], [], []]
         for name, p in agent.named_parameters():
             if p.requires_grad:
-                groups[1 if name.startswith("value_head") else 2 * isinstance(p, DTensor)].append(p)
-    return [{"params": group} for group in groups if group]
+                parts[1 if name.startswith("value_head") else 2 * isinstance(p, DTensor)].append(p)
+    return [{"params": part} for part in parts if part]
 
 
 def trained_state(agent: Agent) -> dict:
@@ -2002,12 +2003,12 @@ def sum_gradients(parameters) -> None:
                 dist.all_reduce(p.grad)
 
 
-def clip_gradients(groups: list[list], limit: float) -> float:
+def clip_gradients(parts: list[list], limit: float) -> float:
     """Limit the joint gradient norm of lists of parameters that are either all whole or all sharded; -> the norm before."""
-    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
     norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-    for group in groups:
-        nn.utils.clip_grads_with_norm_(group, limit, norm)
+    for part in parts:
+        nn.utils.clip_grads_with_norm_(part, limit, norm)
     return norm.item()
 
 
@@ -2259,7 +2260,7 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
         loss.backward()
         losses = {"policy_loss": pg_loss, "entropy": entropy_loss, "value_loss": v_loss}
         statistics.add(losses, logratio[mask], trust[mask], newvalue, returns[piece].to(device), flat["lag"][piece])
-    policy, critic, *sharded = (group["params"] for group in optimizer.param_groups)
+    policy, critic, *sharded = (part["params"] for part in optimizer.param_groups)
     for p in [critic, *([policy, *sharded] if train_policy else [])]:  # a gradient of zeros would move Adam's averages
         sum_gradients(p)
     clip_gradients([critic], args.max_grad_norm)
@@ -2920,8 +2921,8 @@ def train(args: Args, at_exit) -> dict:
         iteration, iteration_start = progress.iteration, time.perf_counter()
         share = lr_share(args.lr_schedule, step / total_steps, 0.0)
         ramp = min((iteration - args.critic_warmup) / max(args.lr_warmup * total_steps / rollout_size, 1e-9), 1.0)
-        for group in optimizer.param_groups[0::2]:
-            group["lr"] = args.learning_rate * share * max(ramp, 0.0)
+        for part in optimizer.param_groups[0::2]:
+            part["lr"] = args.learning_rate * share * max(ramp, 0.0)
         optimizer.param_groups[1]["lr"] = args.critic_learning_rate * share
 
         # ==================== ROLLOUT ====================
@@ -3189,8 +3190,8 @@ def clone(agent, demos: dict, interface, args, path: Path) -> None:
     while done < args.clone_updates:
         generator.manual_seed(args.seed * 1_000_003 + done)  # so that a resumed cloning draws the same samples
         index = torch.randint(len(tokens), (args.clone_batch,), generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = args.clone_learning_rate * 0.5 * (1 + math.cos(math.pi * done / args.clone_updates))
+        for part in optimizer.param_groups:
+            part["lr"] = args.clone_learning_rate * 0.5 * (1 + math.cos(math.pi * done / args.clone_updates))
         inputs = interface.inputs(images[index], proprio[index], tasks[index])
         logprob = agent.get_action_and_logprob(**inputs, tokens=tokens[index].to(interface.device))[1]
         loss = -(logprob * known[index].unsqueeze(-1).to(interface.device)).sum() / (7 * known[index].sum())
