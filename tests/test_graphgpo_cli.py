@@ -435,7 +435,7 @@ def test_the_seed_decides(tmp_path):
 
 
 # -------------------- One file, and copies that stay copies --------------------
-@pytest.mark.parametrize("name", "layer_init mlp save_checkpoint write_json git_commit save_models".split())
+@pytest.mark.parametrize("name", "layer_init mlp save_checkpoint write_json save_models".split())
 def test_copied_definition_is_identical(name):
     ours, theirs = (test_diff.top_level(ROOT / f"{script}.py")[0] for script in (SCRIPT, "gipo_continuous"))
     assert ours[name] == theirs[name]

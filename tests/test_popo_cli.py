@@ -33,7 +33,11 @@ RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
     "dapo": f"{ADD} --method dapo --max-gen-batches 3 --temperature 0.9 --eval-temperature 0.6",
     "stale": f"{ADD} --buffer-groups 100 --replay-age-min 3 --max-age 6 --max-reuse 2 --is-cap inf --is-level sequence",
     "pi_old": f"{ADD} --replay ineff --objective pi_old --torch-threads 1",
-    "behaviour": f"{ADD} --objective behaviour --is-level geometric",
+    "behaviour": f"{ADD} --objective behaviour",
+    "gipo": f"{ADD} --objective gipo --sigma 0.4 --sigma-neg-ratio 0.8 --kernel cauchy --is-level geometric",
+    "sapo": f"{ADD} --objective sapo --sapo-tau-pos 1.1 --sapo-tau-neg 1.2 --lag 2",
+    "cispo": f"{ADD} --method grpo --objective cispo --is-cap 3 --lag 5",
+    "m2po": f"{ADD} --method grpo-filter --objective m2po --m2-threshold 0.1 --lag 1",
 }
 SPECIAL = f"{ADD} --overwrite --resume --evaluate --track --wandb-project --cuda"
 SPECIAL += " --model --prompt --max-number --max-new-tokens --micro-batch --dtype --export"  # in test_popo_model.py
@@ -96,6 +100,7 @@ def test_run_leaves_what_the_design_says(finished, name):
     assert result == read_json(folder / "result.json") and result.keys() == RESULT_KEYS
     assert result["args"] | {"algorithm_version": 1, "wandb_id": None} == read_json(folder / "args.json")
     assert result["iterations"] == 10 and result["eval_episodes"] == 32
+    clipped, lag = result["args"]["objective"] in popo.CLIPPED, result["args"]["lag"]
     assert result["curve"][0]["updates"] == 0 and len(result["curve"]) == 4
     assert result["curve"][-1] == {
         "rollouts": result["total_timesteps"],
@@ -108,11 +113,17 @@ def test_run_leaves_what_the_design_says(finished, name):
         *("batch/effective_frac_fresh", "batch/frac_all_correct", "batch/frac_all_wrong", "batch/groups"),
         *("batch/frac_well_formed", "batch/frac_cut_off", "batch/response_length"),
         *("losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/grad_norm", "eval/success_rate"),
-        *("eval/return_mean", "is/log_ratio_max_fresh", "time/generate", "time/logprob", "time/update"),
-        *(f"clip/frac_{side}_{age}" for side in ("low", "high") for age in ("fresh", "replay")),
+        *("eval/return_mean", "time/generate", "time/logprob", "time/update"),
+        *("gipo/effective_sample_size", "gipo/utilization", "gipo/logratio_std", "gipo/policy_lag"),
     }
+    clips = {f"clip/frac_{side}_{age}" for side in ("low", "high") for age in ("fresh", "replay")}
+    assert clips <= scalars.keys() if clipped else not clips & scalars.keys()
+    assert ("is/log_ratio_max_fresh" in scalars) == ("age/0/logratio_std" in scalars) == (lag == 0)
+    first = min(step for step, _ in scalars["gipo/policy_lag"])
+    assert first == 32 * (lag + 1) or result["args"]["method"] in ("dapo", "popo", "grpo-filter")
+    assert min(value for _, value in scalars["gipo/policy_lag"]) >= lag
     assert ("batch/n_replayed" in scalars) == ("replay/buffer_size" in scalars) == (result["args"]["method"] == "popo")
-    assert max(value for _, value in scalars["is/log_ratio_max_fresh"]) < 1e-4
+    assert max([value for _, value in scalars.get("is/log_ratio_max_fresh", [])], default=0) < 1e-4
     shares = [dict(scalars[f"batch/{key}"]) for key in ("effective_frac_fresh", "frac_all_correct", "frac_all_wrong")]
     for step in shares[0]:
         assert sum(share[step] for share in shares) == pytest.approx(1, abs=1e-6)
@@ -246,6 +257,40 @@ def test_popo_replaces_every_ineffective_group(tmp_path, monkeypatch):
             assert torch.equal(group["advantages"], popo.group_advantages(group["rewards"]))
             assert group["version"] < iteration or any(group is own for own in stored)
     assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("method", ["grpo", "popo"])
+def test_lag(method, tmp_path, monkeypatch):
+    """Every batch was written K iterations ago, or is a replayed one and older; the first K iterations only generate."""
+    pushed, _, batches = watch(monkeypatch)
+    result, _ = run_inline(tmp_path, f"{ADD} --method {method} --lag 3 --objective gipo")
+    versions = [sorted({group["version"] for group in batch}) for batch in batches]
+    assert max(version for batch in versions for version in batch) == 7
+    if method == "grpo":
+        assert versions == [[version] for version in range(1, 8)] and result["updates"] == 7 * 4
+    else:
+        assert [{group["version"] for group in groups} for groups in pushed[:3]] == [set()] * 3
+        assert all({group["version"] for group in groups} <= {i - 2} for i, groups in enumerate(pushed))
+
+
+def test_resumed_with_a_lag(tmp_path, monkeypatch):
+    """The batches that wait are part of the checkpoint."""
+    flags = f"{ADD} --lag 4 --objective gipo"
+    _, reference = run_inline(tmp_path / "reference", flags)
+    original = popo.generate_groups
+
+    def die(policy, task, args, iteration):
+        if iteration == 7:
+            raise Crash
+        return original(policy, task, args, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(popo, "generate_groups", die)
+        with pytest.raises(Crash):
+            run_inline(tmp_path / "crashed", flags)
+    time.sleep(1.0)
+    _, folder = run_inline(tmp_path / "crashed", f"{flags} --resume")
+    assert_equal_runs(folder, reference)
 
 
 def test_first_iteration_equals_grpo_filter(tmp_path):
@@ -475,7 +520,16 @@ BAD = [
     ({"model": "m", "export": "x"}, "--export belongs to --evaluate"),
     ({"kl_coef": -1}, "--kl-coef -1 must be 0 or more"),
     ({"max_number": 50}, "--max-number 50 needs --model"),
-    ({"method": "grpo", "objective": "pi_old"}, "--objective pi_old needs --method popo"),
+    ({"method": "grpo", "replay": "ineff"}, "--replay ineff needs --method popo"),
+    ({"sigma": 0.3}, "--sigma 0.3 needs --objective gipo"),
+    ({"objective": "gipo", "sigma": 0.0}, "--sigma 0.0 must be positive"),
+    ({"objective": "gipo", "clip_high": 0.3}, "--clip-high 0.3 means nothing for --objective gipo"),
+    ({"objective": "sapo", "is_level": "sequence"}, "--is-level sequence needs --objective decoupled or gipo"),
+    ({"objective": "pi_old", "is_cap": 3.0}, "--is-cap 3.0 needs --objective decoupled or cispo"),
+    ({"sapo_tau_neg": 2.0}, "--sapo-tau-neg 2.0 needs --objective sapo"),
+    ({"m2_threshold": 2.0}, "--m2-threshold 2.0 needs --objective m2po"),
+    ({"lag": 10}, "--lag 10 must be below --max-age 10"),
+    ({"lag": -1}, "--lag -1 must be 0 or more"),
     ({"method": "dapo", "buffer_groups": 10}, "--buffer-groups 10 needs --method popo"),
     ({"max_gen_batches": 3}, "--max-gen-batches 3 needs --method dapo"),
     ({"dual_clip": 0.5}, "--dual-clip 0.5 must be 1 or more"),
@@ -537,7 +591,7 @@ def definitions(name):
     return {node.name: ast.get_source_segment(source, node) for node in nodes}
 
 
-@pytest.mark.parametrize("name", "save_checkpoint write_json git_commit save_models lr_share".split())
+@pytest.mark.parametrize("name", "save_checkpoint write_json save_models lr_share".split())
 def test_copies_are_identical(name):
     assert definitions("popo_countdown")[name] == definitions("gipo_continuous")[name]
 

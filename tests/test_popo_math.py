@@ -281,13 +281,13 @@ def test_without_replay_it_is_grpo():
     for step in range(2):
         logprobs, _ = popo.response_logprobs(policy, batch, 1.0)
         old, mask, advantages = batch["logprobs"], batch["mask"], batch["advantages"].unsqueeze(-1)
-        objective, ratio, weight = popo.policy_objective(logprobs, old, old, advantages, mask, args)
+        objective, ratio, coefficient = popo.policy_objective(logprobs, old, old, advantages, mask, args)
         loss = -(objective * mask).sum() / mask.sum()
         own = torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)
         r = torch.exp(logprobs - old)
         grpo = -torch.min(r * advantages, r.clamp(1 - 0.2, 1 + 0.28) * advantages)[mask].mean()
         reference = torch.autograd.grad(grpo, list(policy.parameters()))
-        assert torch.equal(weight, torch.ones_like(weight))
+        assert torch.equal(coefficient, ratio)  # w = 1
         torch.testing.assert_close(loss, grpo, atol=1e-7, rtol=0)
         torch.testing.assert_close(own, reference, atol=1e-7, rtol=1e-5)
         assert any(grad.abs().max() > 1e-4 for grad in own)
@@ -401,6 +401,126 @@ def test_no_gradient_through_the_weight():
     logits = torch.tensor([[0.2, 0.1]], requires_grad=True)
     behaviour, mask = torch.tensor([[-0.5, 0.3]]), torch.ones(1, 2, dtype=torch.bool)
     assert not popo.importance_weight(logits, behaviour, mask, "token").requires_grad
+
+
+# -------------------- Trust weights --------------------
+TRUST = ("gipo", "sapo", "cispo", "m2po")
+
+
+@pytest.mark.parametrize("objective", TRUST)
+def test_on_fresh_data_a_trust_weight_is_grpo(objective):
+    """l = 0: the coefficient of every objective is 1 at every level, and the gradient the policy gradient."""
+    args, task, policy = make(objective=objective, is_level="sequence" if objective == "gipo" else "token")
+    batch = popo.stack_groups(popo.generate_groups(policy, task, args, 1), "cpu")
+    mask, advantages = batch["mask"], popo.group_advantages(torch.rand(6, 4)).unsqueeze(-1)
+    logprobs, _ = popo.response_logprobs(policy, batch, 1.0)
+    behaviour = logprobs.detach()
+    objective, _, coefficient = popo.policy_objective(logprobs, behaviour, behaviour, advantages, mask, args)
+    torch.testing.assert_close(coefficient[mask], torch.ones_like(coefficient[mask]), atol=1e-6, rtol=0)
+    own = torch.autograd.grad((objective * mask).sum(), list(policy.parameters()), retain_graph=True)
+    plain = torch.autograd.grad((logprobs * advantages * mask).sum(), list(policy.parameters()))
+    torch.testing.assert_close(own, plain, atol=1e-5, rtol=1e-4)
+
+
+LOGRATIOS, SIGNS = [-2.0, -0.3, 0.0, 0.4, 1.5], [1.0, -1.0]
+
+
+def coefficients(**values):
+    """{(l, A): c} of single-token responses, by differentiation of the surrogate: its slope is c A."""
+    args = popo.Args(**values)
+    pairs = list(itertools.product(LOGRATIOS, SIGNS))
+    x, advantages = (torch.tensor(column)[:, None] for column in zip(*pairs, strict=True))
+    behaviour = torch.full_like(x, -1.0)
+    logprobs = (behaviour + x).requires_grad_()
+    mask = torch.ones_like(x, dtype=torch.bool)
+    objective, _, coefficient = popo.policy_objective(logprobs, None, behaviour, advantages, mask, args)
+    slope = torch.autograd.grad(objective.sum(), logprobs)[0]
+    torch.testing.assert_close(slope, coefficient * advantages)
+    return {pair: c.item() for pair, c in zip(pairs, coefficient, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "weight"),
+    [
+        ("gaussian", lambda x: math.exp(-(x**2) / 2)),
+        ("laplacian", lambda x: math.exp(-abs(x))),
+        ("cauchy", lambda x: 1 / (1 + x**2)),
+    ],
+)
+def test_gipo_by_hand(kernel, weight):
+    for (x, sign), c in coefficients(objective="gipo", sigma=0.5, sigma_neg_ratio=0.6, kernel=kernel).items():
+        assert c == pytest.approx(weight(x / (0.5 if sign > 0 else 0.3)) * math.exp(x), rel=1e-5)
+
+
+def test_the_gaussian_bounds_the_coefficient():
+    """omega rho <= exp(sigma^2 / 2), however far the policies are apart; no overflow either."""
+    x = torch.linspace(-200, 200, 4001)[:, None]
+    args = popo.Args(objective="gipo", sigma=0.7)
+    c = popo.trust_coefficient(x, torch.ones_like(x), torch.ones_like(x, dtype=torch.bool), args)
+    assert c.isfinite().all() and c.max().item() == pytest.approx(math.exp(0.7**2 / 2), rel=1e-3)
+
+
+def test_weight_equals_gipo_continuous():
+    import gipo_continuous
+
+    x, advantages = torch.linspace(-3, 3, 50), torch.linspace(-1, 1, 50)
+    for kernel in ("gaussian", "laplacian", "cauchy"):
+        ours, theirs = (m.gipo_log_weight(x, advantages, 0.4, 0.2, kernel) for m in (popo, gipo_continuous))
+        assert torch.equal(ours, theirs)
+
+
+def test_sapo_and_cispo_by_hand():
+    for (x, sign), c in coefficients(objective="sapo", sapo_tau_pos=1.0, sapo_tau_neg=2.0).items():
+        tau = 1.0 if sign > 0 else 2.0
+        gate = 1 / (1 + math.exp(-tau * (math.exp(x) - 1)))
+        assert c == pytest.approx(4 * gate * (1 - gate) * math.exp(x), rel=1e-3)
+    for (x, _), c in coefficients(objective="cispo", is_cap=1.3).items():
+        assert c == pytest.approx(min(math.exp(x), 1.3), rel=1e-5)
+
+
+def test_m2po_by_hand():
+    """Squares 0, 0.09, 0.16, 2.25, 4, each twice: the mean of the first six is 0.0833, with one of 2.25 it is 0.39."""
+    for (x, _), c in coefficients(objective="m2po", m2_threshold=0.09).items():
+        assert c == pytest.approx(math.exp(x) if abs(x) < 1 else 0.0, rel=1e-5)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=30), st.floats(1e-3, 4))
+def test_second_moment_mask_keeps_as_many_as_it_may(values, threshold):
+    x = torch.tensor(values, dtype=torch.float64)[:, None]
+    mask = torch.ones_like(x, dtype=torch.bool)
+    kept = popo.second_moment_mask(x, mask, threshold)
+    squares = sorted(v**2 for v in x[:, 0].tolist())
+    most = max([n for n in range(len(squares) + 1) if n == 0 or sum(squares[:n]) / n <= threshold + 1e-12])
+    limit = squares[most - 1] if most else -1.0
+    assert kept.sum().item() in (sum(v <= limit for v in squares), most)
+    mask[:1] = False
+    assert not popo.second_moment_mask(x, mask, threshold)[:1].any()
+
+
+def test_levels_of_gipo():
+    """A response's tokens share the sum of its log ratios, or their mean; masked tokens are not in it."""
+    logratio = torch.tensor([[0.2, 0.4, 9.0], [-0.1, 0.3, 0.1]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    for level, expected in (("sequence", [0.6, 0.3]), ("geometric", [0.3, 0.1])):
+        args = popo.Args(objective="gipo", sigma=0.5, is_level=level)
+        c = popo.trust_coefficient(logratio, torch.ones(2, 1), mask, args)
+        for row, x in zip(c, expected, strict=True):
+            torch.testing.assert_close(row, torch.full((3,), math.exp(x - 0.5 * (x / 0.5) ** 2)))
+
+
+def test_age_statistics_by_hand():
+    ages = torch.tensor([0.0, 0, 3, 3, 20])
+    found = popo.age_statistics(ages, torch.tensor([0.0, 0, 1, -1, 2]), torch.tensor([1.0, 1, 3, 1, 0]))
+    assert found["gipo/effective_sample_size"] == pytest.approx(36 / (5 * 12))
+    assert found["gipo/utilization"] == pytest.approx(0.8) and found["gipo/policy_lag"] == pytest.approx(26 / 5)
+    assert {name: found[name] for name in found if name.startswith("age/")} == {
+        "age/0/effective_sample_size": pytest.approx(1),
+        "age/0/logratio_std": 0.0,
+        "age/2-3/effective_sample_size": pytest.approx(16 / 20),
+        "age/2-3/logratio_std": pytest.approx(1.0),
+        "age/16+/effective_sample_size": 0.0,
+        "age/16+/logratio_std": 0.0,
+    }
 
 
 # -------------------- Buffer --------------------
