@@ -16,6 +16,22 @@ What differs from PPO (`diff ppo_baseline.py gipo_continuous.py`; every hunk is 
 Docs: docs/gipo_continuous.md.  Method: https://arxiv.org/abs/2603.03955
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "metaworld==3.1.1",
+#     "mujoco==3.3.0",
+#     "packaging==26.3",
+#     "numpy==2.4.6",
+#     "scipy==1.17.1",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+
 import collections
 import contextlib
 import dataclasses
@@ -897,6 +913,14 @@ def load_checkpoint(path: Path) -> dict:
         raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
+def load_weights(agent, weights: dict, path) -> None:
+    """ArgumentError if they are those of other networks."""
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ArgumentError(f"{path} does not fit the networks of this script: was Agent changed after that run?") from error
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically."""
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
@@ -973,6 +997,8 @@ def check_args(args) -> None:
             require(name, 0 <= value <= 1e12, "must be 0 or more")
         elif field.type in (int, float) and name != "init_log_std":
             require(name, 1e-12 <= value <= 1e12, "must be positive")
+    for name, most in (("hidden_size", 16_384), ("torch_threads", 1_024)):
+        require(name, getattr(args, name) <= most, f"must be {most:,} or fewer")
     if args.resume == "":
         raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
     if args.resume and args.overwrite:
@@ -1089,7 +1115,7 @@ def evaluate_saved_model(args) -> dict:
     torch.set_num_threads(args.torch_threads)
     _, weights = saved_run(args)
     agent = Agent(weights["obs_mean"].shape[0], make_env(args, 0)().action_space.shape[0], args)
-    agent.load_state_dict(weights)
+    load_weights(agent, weights, args.evaluate)
     result = evaluate(agent, args, args.eval_episodes, Path(args.evaluate).parent / "videos" if args.capture_video else None)
     say(json.dumps({key: value for key, value in result.items() if key != "returns"}, indent=2))
     return result
@@ -1191,7 +1217,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     seconds = {"env": 0.0, "policy": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
     recent_returns, recent_successes = collections.deque(maxlen=100), collections.deque(maxlen=100)  # nan: reports none
     if checkpoint:
-        agent.load_state_dict(checkpoint["model"])
+        load_weights(agent, checkpoint["model"], run_folder / "checkpoint.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
         for key, value in checkpoint.pop("replay").items():
             rb[key][:, : value.shape[1]] = value
@@ -1201,12 +1227,17 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         generator.set_state(checkpoint["generator"])
     collector.call("reset", checkpoint.get("collector"))
 
-    from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
+    from torch.utils.tensorboard import (
+        SummaryWriter,
+        summary,
+    )  # here, because its import takes a second that --help need not wait
 
     global_step = iteration * rollout_size
     writer = SummaryWriter(str(run_folder), purge_step=global_step + 1 if args.resume else None)
     at_exit.callback(writer.close)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
+    hparams = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
+    for part in summary.hparams(hparams, {"eval/success_rate": 0.0, "eval/return_mean": 0.0}):  # TensorBoard's table of runs
+        writer.file_writer.add_summary(part)
 
     stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
 

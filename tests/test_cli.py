@@ -471,6 +471,8 @@ OWN = {
 }
 NAN, INF = float("nan"), float("inf")
 BAD = [  # fields, and what the sentence must name
+    ({"hidden_size": 1_000_000}, "--hidden-size 1000000 must be 16,384 or fewer"),
+    ({"torch_threads": 5_000_000_000}, "--torch-threads 5000000000 must be 1,024 or fewer"),
     *[({name: -1}, f"--{name.replace('_', '-')} -1 must be ") for name in NEGATIVE],
     *[({name: 0}, f"--{name.replace('_', '-')} 0 must be positive") for name in ZERO],
     ({"gamma": 1.5}, "--gamma 1.5"),
@@ -651,6 +653,41 @@ def test_evaluate_refuses_other_files(script, finished, tmp_path, inline):
         assert code == 2 and error.startswith("error: ") and path.name in error and error.count("\n") == 1, path
     code, _, error = inline(script, ["--evaluate", str(own / "model.pt"), "--eval-episodes", "0"])
     assert code == 2 and error == "error: --eval-episodes 0 must be positive with --evaluate\n"
+
+
+@ALL_SCRIPTS
+def test_weights_of_other_networks_are_refused(script, finished, tmp_path, inline):
+    """A fork that changed Agent since: --evaluate and --resume say so in one sentence."""
+    _, folder = finished("gipo-bins" if script == "gipo_continuous" else "ppo-bins")
+    older = tmp_path / folder.name
+    shutil.copytree(folder, older)
+    (older / "result.json").unlink()
+    for name in ("model.pt", "checkpoint.pt"):
+        saved = torch.load(older / name, weights_only=True)
+        saved["model"]["encoder.weight"] = torch.zeros(3, 3)
+        torch.save(saved, older / name)
+    for flags, name in ((["--evaluate", older / "model.pt"], "model.pt"), (["--resume", older], "checkpoint.pt")):
+        code, _, error = inline(script, list(map(str, flags)))
+        assert code == 2 and f"{name} does not fit the networks of this script" in error and error.count("\n") == 1
+
+
+@ALL_SCRIPTS
+def test_tensorboards_table_of_runs(script, finished):
+    """The hyperparameter tab has every argument of a run, and its final scores by their tags."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    _, folder = finished("gipo-bins" if script == "gipo_continuous" else "ppo-bins")
+    content = EventAccumulator(str(folder)).Reload().summary_metadata
+    experiment, start = (
+        HParamsPluginData.FromString(content[f"_hparams_/{part}"].plugin_data.content)
+        for part in ("experiment", "session_start_info")
+    )
+    args = read_json(folder / "args.json")
+    assert {*start.session_start_info.hparams} == args.keys() - {"algorithm_version", "wandb_id"}
+    assert start.session_start_info.hparams["num_bins"].number_value == args["num_bins"]
+    metrics = {info.name.tag for info in experiment.experiment.metric_infos}
+    assert metrics == {"eval/success_rate", "eval/return_mean"} and "eval/return_mean" in read_scalars(folder)
 
 
 @ALL_SCRIPTS
