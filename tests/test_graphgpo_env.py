@@ -148,6 +148,21 @@ def test_the_cap_ends_an_episode():
         assert done.all() and not success.any()
 
 
+def test_boxes_on_targets_are_counted_as_gym_sokoban_does():
+    """1 for a box that comes to a target, -1 for one that leaves it: over an episode the change of their number."""
+    envs, rng = (
+        started(64, [(1, 1, i, 0) for i in range(64)], num_boxes=2, room_size=7, max_solution=12),
+        np.random.default_rng(0),
+    )
+    rows, total = np.arange(64), np.zeros(64)
+    before, seen = (envs.boxes & envs.targets).sum(1), set()
+    for _ in range(12):
+        envs.step(rows, rng.integers(0, 4, 64))
+        total += envs.gains
+        seen |= set(envs.gains.tolist())
+    assert (total == (envs.boxes & envs.targets).sum(1) - before).all() and seen == {-1.0, 0.0, 1.0}
+
+
 def test_rows_step_alone():
     envs = started()
     before, changed = envs.keys(ROWS), set()
@@ -268,6 +283,9 @@ def test_textworld():
     assert start[0] == start[1]
     (prompt, _), (names, _) = envs.prompts(rows), envs.choices(rows)
     assert "coin" in prompt and all(name in prompt for name in names)
+    task = prompt.split("Your task: ")[-1].split("\n")[0]  # the last step of the solution, not the way
+    assert "coin" in task and not any(way in task for way in ("north", "south", "east", "west"))
+    assert prompt.endswith("\nAction:") and "$$" not in prompt and "|" not in prompt  # without the banner
     ways = [name for name in names if name.startswith("go ")]
     opposite = {"go north": "go south", "go south": "go north", "go east": "go west", "go west": "go east"}
     envs.step(rows[:1], np.array([names.index(ways[0])]))

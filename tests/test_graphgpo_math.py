@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from graphgpo_sokoban import (
     SUCCESS,
+    Args,
+    discounted_returns,
     episode_advantage,
-    graph_advantage,
     graph_diagnostics,
     graph_distances,
+    graph_rewards,
     standardise,
-    step_return_advantage,
+    step_rewards,
 )
 
 OMEGAS = pytest.mark.parametrize("omega", [0.1, 0.5, 0.8, 0.95])
@@ -30,6 +32,17 @@ def edges(*paths):
     rows = [(a, b, number) for number, path in enumerate(paths) for a, b in itertools.pairwise(path)]
     sources, targets, trajectories = (list(column) for column in zip(*rows, strict=True))
     return sources, targets, np.array(trajectories)
+
+
+def graph_advantage(sources, targets, distances, omega, divide_by_std=True, penalties=0.0, **options):
+    """A^G as the script makes it: the graph's rewards less the steps' own penalties, standardised by state."""
+    rewards = graph_rewards(sources, targets, distances, Args(omega=omega, **options))
+    return standardise(rewards - penalties, sources, divide_by_std)
+
+
+def step_return_advantage(sources, trajectories, rewards, gamma):
+    """GiGPO's A^S."""
+    return standardise(discounted_returns(trajectories, rewards, gamma), sources)
 
 
 def credit(*paths, omega=0.8, **options):
@@ -89,27 +102,22 @@ def test_chain_credit(omega):
 
 @pytest.mark.parametrize("seed", range(200))
 def test_distances_equal_scipy(seed):
-    """Random graphs with parallel edges and costs; scipy's matrix keeps one edge per pair, so it gets the cheapest."""
+    """Random graphs with parallel edges against Dijkstra's algorithm."""
     rng = np.random.default_rng(seed)
     nodes, number = int(rng.integers(2, 15)), int(rng.integers(1, 40))
     sources, targets = rng.integers(0, nodes, (2, number)).tolist()
     targets = [SUCCESS if rng.random() < 0.1 else target for target in targets]
-    costs = rng.integers(1, 5, number).tolist() if seed % 2 else None
     matrix = np.full((nodes + 1, nodes + 1), INF)
-    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+    for source, target in zip(sources, targets, strict=True):
         target = nodes if target == SUCCESS else target
-        matrix[source, target] = min(matrix[source, target], costs[i] if costs else 1)
+        matrix[source, target] = 1
     graph = scipy.sparse.csgraph.csgraph_from_dense(matrix, null_value=INF)
     expected = scipy.sparse.csgraph.dijkstra(graph.T, indices=nodes)
-    found = graph_distances(sources, targets, costs)
+    found = graph_distances(sources, targets)
     if SUCCESS not in targets:
         assert found == {}
     else:
         assert found == {SUCCESS if i == nodes else i: d for i, d in enumerate(expected) if d < INF}
-
-
-def test_the_cheapest_parallel_edge_counts():
-    assert graph_distances(["a", "a", "b"], ["b", "b", SUCCESS], [5.0, 2.0, 1.0]) == {SUCCESS: 0, "b": 1.0, "a": 3.0}
 
 
 def test_states_need_no_order():
@@ -139,7 +147,7 @@ def test_unreachable_states_are_one_further_than_the_farthest():
     """At X: to Y, reward 10 omega^2; to Z, from where nobody succeeded: d = 2 + 1, reward 10 omega^4, or 0 for `inf`."""
     plain = credit(*STITCH, divide_by_std=False)
     assert plain[0, 1] - plain[2, 1] == pytest.approx(10 * (0.8**2 - 0.8**4))
-    endless = credit(*STITCH, divide_by_std=False, unreachable="inf")
+    endless = credit(*STITCH, divide_by_std=False, unreachable_distance="inf")
     assert endless[0, 1] - endless[2, 1] == pytest.approx(10 * 0.8**2)
 
 
@@ -158,7 +166,7 @@ def test_credit_follows_the_distance(paths, omega, unreachable):
     """Among the steps that leave a state, the nearer the next state the higher the credit."""
     sources, targets, _ = edges(*paths)
     distances = graph_distances(sources, targets)
-    found = graph_advantage(sources, targets, distances, omega, unreachable=unreachable)
+    found = graph_advantage(sources, targets, distances, omega, unreachable_distance=unreachable)
     after = [distances.get(state, INF) for state in targets]
     for i, j in itertools.combinations(range(len(sources)), 2):
         if sources[i] == sources[j]:
@@ -216,7 +224,7 @@ def test_normalized_distances():
     options = {"normalize_distance": True, "divide_by_std": False}
     found = credit(["s0", "s1", "s2", SUCCESS], ["s0", "s1", "s0"], **options)
     assert found[0, 1] - found[1, 1] == pytest.approx(10 * (1 - 0.8**2))
-    lost = credit(*STITCH, **options, unreachable="inf")
+    lost = credit(*STITCH, **options, unreachable_distance="inf")
     assert all(math.isfinite(value) for value in lost.values()) and lost[0, 1] - lost[2, 1] == pytest.approx(10)
 
 
@@ -237,8 +245,56 @@ def test_scale_and_exponent_cancel(paths):
     sources, targets, _ = edges(*paths)
     distances = graph_distances(sources, targets)
     found = graph_advantage(sources, targets, distances, 0.8)
-    for options in ({"r_succ": 1.0}, {"r_succ": 1000.0}, {"costs": 0.0}):
+    for options in ({"r_succ": 1.0}, {"r_succ": 1000.0}, {"r_succ": 10.0 / 0.8}):
         np.testing.assert_allclose(graph_advantage(sources, targets, distances, 0.8, **options), found, atol=1e-4)
+
+
+# -------------------- Invalid answers, and rewards --------------------
+def test_an_invalid_answer_is_punished_itself():
+    """The authors' rule by hand: two failed rollouts of 15 steps, three and five of them invalid, over steps as in their code.
+
+    30 scores, eight of -0.1: mean -0.0267, standard deviation 0.0450.
+    """
+    invalid = np.zeros(30)
+    invalid[[0, 4, 9, 15, 16, 17, 20, 29]] = 1
+    found = episode_advantage([0.0, 0.0], np.repeat([0, 1], 15), "steps", True, 0.1 * invalid)
+    np.testing.assert_allclose(found[invalid == 0], 0.593, atol=1e-3)
+    np.testing.assert_allclose(found[invalid == 1], -1.630, atol=1e-3)
+
+
+def test_an_invalid_answer_where_every_rollout_counts_once():
+    """Rollouts of two and three steps, the first of each invalid: the mean is that of -0.05 and -0.1 / 3."""
+    returns, trajectories, penalties = [0.0, 0.0], np.array([0, 0, 1, 1, 1]), np.array([0.1, 0, 0.1, 0, 0])
+    mean = -(0.05 + 0.1 / 3) / 2
+    scores = -penalties - mean
+    variance = (scores[:2] ** 2).mean() + (scores[2:] ** 2).mean()  # divided by the number of rollouts less one
+    found = episode_advantage(returns, trajectories, "trajectories", True, penalties)
+    np.testing.assert_allclose(found, scores / (math.sqrt(variance) + 1e-6), rtol=1e-9)
+    assert (found[penalties > 0] < 0).all() and (found[penalties == 0] > 0).all()
+
+
+@given(groups(), st.sampled_from(["trajectories", "steps"]))
+def test_a_penalty_of_nothing_changes_nothing(paths, norm):
+    sources, _, trajectories = edges(*paths)
+    won = [float(path[-1] == SUCCESS) for path in paths]
+    plain = episode_advantage(won, trajectories, norm)
+    assert (episode_advantage(won, trajectories, norm, True, np.zeros(len(sources))) == plain).all()
+    almost = episode_advantage(won, trajectories, norm, True, np.full(len(sources), 1e-300))
+    np.testing.assert_allclose(almost, plain, atol=1e-9)
+
+
+def test_a_penalty_is_not_discounted():
+    """GiGPO: an invalid answer at the end costs the steps before it nothing."""
+    returns = discounted_returns([0, 0, 0], [0.0, 0.0, 10.0], 0.5)
+    assert returns.tolist() == [2.5, 5.0, 10.0]
+    found = standardise(returns - np.array([0.0, 0.1, 0.0]), ["s", "s", "t"], divide_by_std=False)
+    np.testing.assert_allclose(found, [-1.2, 1.2, 0.0])
+
+
+def test_rewards():
+    success, gains = np.array([True, False, False]), np.array([1.0, -1.0, 0.0])
+    assert step_rewards(success, gains, Args(success_reward=10.0, step_penalty=0.1)).tolist() == [9.9, -0.1, -0.1]
+    assert step_rewards(success, gains, Args(reward="gym-sokoban")).tolist() == [10.9, -1.1, -0.1]
 
 
 # -------------------- The other two credits --------------------

@@ -14,7 +14,7 @@ from graphgpo_sokoban import Args, LanguageAgent, main, make_env
 WORDS = "<pad> <end> <unk> # . O X P <think> </think> <action> </action> up down left right".split()
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} <think>{% endfor %}"
 FLAGS = {"num_groups": 2, "group_size": 3, "eval_episodes": 2, "max_new_tokens": 4, "minibatch_size": 24, "max_steps": 5}
-FLAGS |= {"max_solution": 5, "microbatch_size": 8}
+FLAGS |= {"max_solution": 5, "micro_batch": 8, "prompt": "chat"}
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def agent(folder):
     torch.manual_seed(0)
-    return LanguageAgent(Args(model=str(folder), max_new_tokens=6, microbatch_size=4, ent_coef=0.0))
+    return LanguageAgent(Args(model=str(folder), prompt="chat", max_new_tokens=6, micro_batch=4, ent_coef=0.0))
 
 
 def prompts(count):
-    envs = make_env(Args(model="any"), count)
+    envs = make_env(Args(model="any", prompt="chat"), count)
     envs.reset([(1, 1, 1, i) for i in range(count)])
     return np.array(envs.prompts(np.arange(count)), dtype=object), envs.choices(np.arange(count))
 
@@ -89,12 +89,12 @@ def test_generation_in_parts(agent, monkeypatch):
         return generate(input_ids=input_ids, **how)[:, : input_ids.shape[1] + (2 if len(sizes) == 1 else 9)]
 
     monkeypatch.setattr(agent.model, "generate", recorded)
-    agent.args.microbatch_size = 1
+    agent.args.micro_batch = 1
     obs, choices = prompts(12)
     with torch.no_grad():
         actions, tokens, mask, logprobs = agent.act(obs, choices)
     assert sizes == [6, 6] and len(actions) == 12 and tokens.shape == mask.shape == logprobs.shape == (12, 6)
-    assert not mask[:6, 2:].any() and (tokens[:6, 2:] == agent.tokenizer.pad_token_id).all() and mask[6:, 2:].any()
+    assert not mask[:6, 2:].any() and (tokens[:6, 2:] == agent.pad).all() and mask[6:, 2:].any()
     assert (logprobs[~mask] == 0).all()
 
 
@@ -146,8 +146,17 @@ def test_the_models_own_sampling_defaults_do_not_act(agent):
         ("", -1),
     ],
 )
-def test_parse(text, action):
-    assert LanguageAgent.parse(text, ("up", "down", "left", "right")) == action
+def test_parse(agent, text, action):
+    assert agent.parse(text, ("up", "down", "left", "right")) == action
+
+
+@pytest.mark.parametrize(
+    ("text", "action"), [(" up\nAction: left", 0), ("RIGHT ", 3), ("go up", -1), ("<action>up</action>", -1)]
+)
+def test_parse_few_shot(agent, text, action):
+    """The first line is the answer."""
+    agent.args.prompt = "few-shot"
+    assert agent.parse(text, ("up", "down", "left", "right")) == action
 
 
 def test_chat_template_and_prompt(agent):
@@ -167,7 +176,7 @@ def test_a_run_learns_to_answer(folder, tmp_path):
         "group_size": 8,
         "minibatch_size": 64,
     }
-    flags |= {"max_steps": 3, "max_solution": 3, "eval_episodes": 0, "total_episodes": 64 * 20, "microbatch_size": 64}
+    flags |= {"max_steps": 3, "max_solution": 3, "eval_episodes": 0, "total_episodes": 64 * 20, "micro_batch": 64}
     main(Args(model=str(folder), run_dir=str(tmp_path), **FLAGS | flags))
     invalid = [value for _, value in read_scalars(tmp_path / "Sokoban__graphgpo__1")["charts/invalid_actions"]]
     assert np.mean(invalid[:3]) > 0.95 and np.mean(invalid[-3:]) < 0.7, np.round(invalid, 2)
@@ -211,7 +220,7 @@ def test_gradients_add_up_over_microbatches(folder, tmp_path):
     """The smaller forward passes give the same run up to rounding."""
     settings = FLAGS | {"model": str(folder), "total_episodes": 6, "learning_rate": 1e-3, "eval_episodes": 0}
     for size in (3, 1000):
-        main(Args(run_dir=str(tmp_path), exp_name=str(size), **settings | {"microbatch_size": size}))
+        main(Args(run_dir=str(tmp_path), exp_name=str(size), **settings | {"micro_batch": size}))
     a, b = (read_pt(tmp_path / f"Sokoban__{size}__1" / "checkpoint.pt")["model"] for size in (3, 1000))
     assert max((a[name] - b[name]).abs().max() for name in a) < 2e-4  # Adam's steps are 1e-3
 
@@ -226,7 +235,7 @@ def test_command_line(folder, tmp_path):
 
 
 def test_a_model_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"--model .*nothing cannot be loaded: "):
+    with pytest.raises(ValueError, match=r"--model .*nothing cannot be loaded \(\w+\): give smollm2"):
         main(Args(model=str(tmp_path / "nothing"), run_dir=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
 
@@ -234,6 +243,7 @@ def test_a_model_that_is_not_there(tmp_path):
 def test_text_games_with_a_model(folder, tmp_path):
     """TextWorld end to end, choices that change from step to step."""
     settings = FLAGS | {"num_groups": 1, "group_size": 2, "eval_episodes": 1, "max_steps": 3}
+    del settings["max_solution"]
     args = Args(
         env_id="tw-coin_collector", model=str(folder), game_level=1, total_episodes=2, run_dir=str(tmp_path), **settings
     )
@@ -244,8 +254,8 @@ def test_text_games_with_a_model(folder, tmp_path):
 def test_choices_of_a_step_decide_what_is_valid(agent):
     bias(agent, **{"<action>": 0.0})
     agent.tokenizer = SimpleNamespace(
-        batch_decode=lambda *_, **__: ["<action> go east </action>"] * 2, pad_token_id=0, **{"chat_template": None}
+        batch_decode=lambda *_, **__: ["<action> go east </action>"] * 2, **{"chat_template": None}
     )
-    agent.encode = lambda texts: (torch.full((len(texts), 3), 2), torch.ones(len(texts), 3, dtype=torch.long))
+    agent.encode = lambda texts: (torch.full((len(texts), 3), 2), torch.ones(len(texts), 3, dtype=torch.bool))
     actions, *_ = agent.act(np.array(["", ""], dtype=object), [("look", "go east"), ("look",)])
     assert actions.tolist() == [1, -1]
