@@ -15,11 +15,11 @@ What differs from PPO, which is --trust-weight ppo here:
 3. Values and advantages of a segment are recomputed with the current critic in every update.
 4. The ratio is one per action token, step or chunk (--ratio); each has a sigma of its own.
 
-Where to look:
+Where to look; the algorithm comes first, what it is made of after it:
+policy_objective    where a new objective goes; `update`: one gradient step on replayed segments
 main -> train       the loop, under banners: EVAL, ROLLOUT, UPDATE, LOG, CHECKPOINT
-update              one gradient step on replayed segments; `policy_objective` is where a new objective goes
+LiberoEnv           one simulator; VectorEnv: a process for each; Simulators: the episodes that run in them
 Agent               the policy: 8 x 7 action tokens in one forward pass with attention in both directions, 256 bins each
-Simulators          episodes in flight; VectorEnv: a process per simulator; LiberoEnv: one simulator
 load_policy         checkpoint folders, public and our own; save_run, restore_run: checkpoints of a run
 scripted_expert     at the end, with `clone`: what the tiny preset has in place of a checkpoint
 Docs: docs/gipo_vla_libero.md.  Method: https://arxiv.org/abs/2603.03955
@@ -365,6 +365,583 @@ def parse_args(argv: list[str] | None = None) -> Args:
         check_args(args)  # before a download
         return tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
     return args
+
+
+# -------------------- Advantages and objective --------------------
+# ALGO LOGIC: advantages, and policy_objective, where a new objective goes
+def discounted_sum(deltas, decays):
+    """x[t] = deltas[t] + decays[t] * x[t + 1], backwards from zero; time first."""
+    sums, last = [], torch.zeros_like(deltas[0])
+    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind()), strict=True):
+        last = torch.addcmul(delta, decay, last)
+        sums.append(last)
+    return torch.stack(sums[::-1])
+
+
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalised advantage estimation (arXiv 1506.02438); every argument and the result (T, ...), time first.
+
+    Two masks: a termination has no future value; a done (termination or truncation) only ends the trace. `next_values` is
+    V of the real next observation: the episode's own last one where it is done, never the next episode's first.
+    """
+    deltas = rewards + gamma * (1.0 - terminations) * next_values - values
+    return discounted_sum(deltas, gamma * gae_lambda * (1.0 - dones))
+
+
+def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
+    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): (B,) or (B, d), advantages broadcast to it.
+
+    sigma_pos applies where A > 0. In log space, so that no product of a huge ratio and a tiny weight is formed.
+    """
+    x = logratio.detach() / torch.where(advantages > 0, sigma_pos, sigma_neg)
+    return {"gaussian": -0.5 * x**2, "laplacian": -x.abs(), "cauchy": -torch.log1p(x**2)}[kernel]
+
+
+def policy_objective(logratio, advantages, args):
+    """Per-sample surrogate to maximise, and its detached trust: d surrogate / d logratio = trust * ratio * advantage."""
+    ratio = torch.exp(logratio.clamp(max=MAX_LOG_COEF))
+    if args.trust_weight == "ppo":
+        clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
+        trust = torch.where(advantages > 0, ratio <= 1.0 + args.clip_coef, ratio >= 1.0 - args.clip_coef)
+        return torch.minimum(ratio * advantages, clipped * advantages), trust.float()
+    if args.trust_weight == "sapo":
+        tau = torch.where(advantages > 0, args.sapo_tau_pos, args.sapo_tau_neg)
+        gate = torch.sigmoid(tau * (ratio - 1.0))
+        return 4.0 / tau * gate * advantages, (4.0 * gate * (1.0 - gate)).detach()
+    log_trust = torch.zeros_like(logratio)
+    if args.trust_weight == "gipo":
+        log_trust = gipo_log_weight(logratio, advantages, args.sigma, args.sigma * args.sigma_neg_ratio, args.kernel)
+    return torch.exp((logratio + log_trust.detach()).clamp(max=MAX_LOG_COEF)) * advantages, log_trust.exp()
+
+
+def unit_logratio(logratio, executed, ratio):
+    """Token log-ratios (B, chunk, 7) -> those of the units of `--ratio`, and a mask: (B, chunk, 7), (B, chunk) or (B, 1).
+
+    Only the first `executed` (B,) steps of a chunk count: what comes after success was never seen by the simulator.
+    """
+    steps = torch.arange(logratio.shape[1], device=logratio.device) < executed[:, None]
+    if ratio == "token":
+        return logratio, steps.unsqueeze(-1).expand_as(logratio)
+    if ratio == "action":
+        return logratio.sum(-1), steps
+    return (logratio.sum(-1) * steps).sum(-1, keepdim=True), steps.any(-1, keepdim=True)
+
+
+# -------------------- Update --------------------
+# ALGO LOGIC: losses and gradient steps
+def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_policy: bool = True) -> dict:
+    """One gradient step on a minibatch of whole segments -> scalars, equal on all processes.
+
+    `mb`, time first: images, proprio, tasks and stored values of T + 1 rows; tokens, logprobs, rewards, executed, valid,
+    terminations, dones and lag (in rollouts) of T rows. Segments pass the network in pieces of `micro_batch` chunks, once
+    without gradient for the values that the advantages need, once with it; gradients add up over pieces and processes, and
+    every mean is one over all of them, so the step does not depend on how the minibatch is cut up.
+    """
+    (length, segments), device = mb["rewards"].shape, interface.device
+    flat = {key: value.flatten(0, 1) for key, value in mb.items()}
+
+    def inputs(index):
+        return interface.inputs(flat["images"][index], flat["proprio"][index], flat["tasks"][index])
+
+    with torch.no_grad():
+        values = mb["values"]
+        if args.recompute_advantages:
+            rows = torch.arange((length + 1) * segments).split(micro_batch)
+            values = torch.cat([agent.get_value(agent(**inputs(index))[1]).cpu() for index in rows]).view(length + 1, segments)
+        gae_args = mb["rewards"] * args.reward_scale, values[:-1], values[1:], mb["terminations"], mb["dones"]
+        advantages = compute_gae(*gae_args, args.gamma, args.gae_lambda)
+        returns = (advantages + values[:-1]).flatten()
+        index = mb["valid"].flatten().nonzero().squeeze(-1)  # rows on which an action was taken
+        a = advantages.flatten()[index].double()
+        counts = [unit_logratio(flat["logprobs"], flat["executed"], ratio)[1][index].sum() for ratio in (args.ratio, "token")]
+        sums = torch.stack([a.new_tensor(len(a)), a.sum(), (a**2).sum(), *counts])
+        rows, total, squares, units, tokens = sum_over_ranks(sums.to(device))[0].tolist()
+        mean, std = total / rows, max(squares / rows - (total / rows) ** 2, 0.0) ** 0.5
+        agent.adv_std_peak.fill_(max(agent.adv_std_peak.item(), std))
+        std = max(std, args.adv_std_floor * agent.adv_std_peak.item())
+        normalized = ((advantages.flatten() - mean) / (std + 1e-8)).to(device)
+
+    statistics = Statistics(rows, units, tokens, device)
+    optimizer.zero_grad()
+    pieces = index.split(micro_batch)
+    for number, piece in enumerate(pieces, 1):
+        for layer in sharded_layers(agent):
+            layer.set_requires_gradient_sync(number == len(pieces))
+            layer.set_reshard_after_backward(number == len(pieces))
+        chosen, behavior, executed = (flat[key][piece].to(device) for key in ("tokens", "logprobs", "executed"))
+        _, newlogprob, entropy, newvalue, _ = agent.get_action_and_logprob(
+            **inputs(piece), tokens=chosen, temperature=args.temperature, train_policy=train_policy
+        )
+        logratio, mask = unit_logratio(newlogprob - behavior, executed, args.ratio)
+        adv = normalized[piece].view(-1, *[1] * (logratio.dim() - 1))
+        objective, trust = policy_objective(logratio, adv, args)
+        pg_loss = -(objective * mask).sum() / units
+        entropy_loss = (entropy * unit_logratio(entropy, executed, "token")[1]).sum() / tokens
+        behavior_kl = -(logratio * mask).sum() / units  # KL(mu || pi), since the samples are mu's
+        v_loss = 0.5 * ((newvalue - returns[piece].to(device)) ** 2).sum() / rows
+        loss = args.vf_coef * v_loss
+        if train_policy:
+            loss = loss + pg_loss - args.ent_coef * entropy_loss + args.kl_coef * behavior_kl
+        loss.backward()
+        losses = {"policy_loss": pg_loss, "entropy": entropy_loss, "value_loss": v_loss}
+        statistics.add(losses, logratio[mask], trust[mask], newvalue, returns[piece].to(device), flat["lag"][piece])
+    policy, critic, *sharded = (part["params"] for part in optimizer.param_groups)
+    for p in [critic, *([policy, *sharded] if train_policy else [])]:  # a gradient of zeros would move Adam's averages
+        sum_gradients(p)
+    clip_gradients([critic], args.max_grad_norm)
+    grad_norm = clip_gradients([policy, *sharded], args.max_grad_norm)
+    optimizer.step()
+    gather_weights(agent)
+    return statistics.scalars() | {"losses/grad_norm": grad_norm}
+
+
+class Statistics:
+    """The scalars of an update: sums over its pieces and all processes, divided at the end."""
+
+    def __init__(self, rows: float, units: float, tokens: float, device):
+        self.rows, self.units, self.device = rows, units, device
+        self.sums, self.extremes = collections.defaultdict(float), torch.tensor([-1.0, 0.0], device=device)  # -trust, abs(l)
+
+    @torch.no_grad()
+    def add(self, losses: dict, log_r, trust, newvalue, returns, lag) -> None:
+        """A piece: its share of the losses, log-ratios and trust of its units, values, returns and lag of its rows."""
+        ratio = torch.exp(log_r.clamp(max=MAX_LOG_COEF))
+        coef, error = trust * ratio, returns - newvalue
+        for name, value in losses.items():
+            self.sums[name] += value.double().cpu()
+        for name, values in {
+            "approx_kl": (ratio - 1) - log_r,
+            "clipfrac": (ratio - 1).abs() > 0.2,
+            "trust": trust,
+            "coef": coef,
+            "coef2": coef**2,
+            "used": coef > 1e-3,
+            "l": log_r,
+            "l2": log_r**2,
+            "error": error,
+            "error2": error**2,
+            "lag": lag,
+            "returns": returns,
+            "returns2": returns**2,
+        }.items():
+            self.sums[name] += values.sum().double().cpu()
+        if len(log_r):  # none: only rows of simulators that had to be replaced
+            self.extremes = torch.maximum(self.extremes, torch.stack([-trust.min(), log_r.abs().max()]))
+
+    def scalars(self) -> dict:
+        names = list(self.sums)
+        (sums,) = sum_over_ranks(torch.stack([torch.as_tensor(self.sums[name]) for name in names]).to(self.device))
+        sums = dict(zip(names, sums.tolist(), strict=True))
+        unit, row = ({name: value / count for name, value in sums.items()} for count in (self.units, self.rows))
+        if dist.is_initialized():
+            dist.all_reduce(self.extremes, dist.ReduceOp.MAX)
+        returns_var = max(row["returns2"] - row["returns"] ** 2, 1e-12)
+        return {
+            "losses/policy_loss": sums["policy_loss"],
+            "losses/value_loss": sums["value_loss"],
+            "losses/entropy": sums["entropy"],
+            "losses/approx_kl": unit["approx_kl"],
+            "losses/clipfrac": unit["clipfrac"],
+            "losses/explained_variance": 1 - (row["error2"] - row["error"] ** 2) / returns_var,
+            "gipo/trust_mean": unit["trust"],
+            "gipo/trust_min": -self.extremes[0].item(),
+            "gipo/effective_sample_size": unit["coef"] ** 2 / max(unit["coef2"], 1e-12),
+            "gipo/utilization": unit["used"],
+            "gipo/logratio_std": max(unit["l2"] - unit["l"] ** 2, 0.0) ** 0.5,
+            "gipo/replay_logratio_max": self.extremes[1].item(),
+            "gipo/policy_lag": row["lag"],
+        }
+
+
+# -------------------- Main --------------------
+def main(args: Args) -> dict:
+    """Train, and return what result.json holds; with --evaluate, the evaluation.
+
+    ArgumentError (a ValueError) on bad arguments, before anything is written.
+    """
+    with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
+        try:
+            return (evaluate_saved_policy if args.evaluate is not None else train)(args, at_exit)
+        except Exception as error:
+            if isinstance(error, ArgumentError):
+                raise
+            checkpoint = run_folder_of(args) / "checkpoint.pt"
+            last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
+            if isinstance(error, BadNumber):
+                raise BadNumber(f"{error}; {last_good}") from error
+            if checkpoint.exists():
+                error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
+            raise
+
+
+def start(args, at_exit):
+    """Processes, device, policy: -> rank, world, agent, tokenizer, norm_stats, interface."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    if args.cuda:
+        torch.cuda.set_device(device)
+    if warning := version_warning():
+        say(warning)
+    render_variables(args.render)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(seconds=LONGEST_WAIT))
+        at_exit.callback(dist.destroy_process_group)
+    torch.manual_seed(args.seed)
+    if rank:
+        dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
+    ensure_assets()
+    if args.evaluate or args.model:
+        agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
+    else:
+        agent, tokenizer, norm_stats = tiny_policy(args, device)
+    if world > 1 and not rank:
+        dist.barrier()
+    if world > 1:  # the first process may have cloned, so that its adapters and heads are drawn from other random numbers
+        for p in [p for p in agent.parameters() if p.requires_grad]:
+            dist.broadcast(p.data, 0)
+        if args.train == "full" and not args.evaluate:
+            shard_training(agent, args)
+    return rank, world, agent, tokenizer, norm_stats, make_interface(agent, tokenizer, norm_stats, args, device)
+
+
+def catch_signals(at_exit) -> list:
+    """A first Ctrl-C or SIGTERM is put into the list that is returned; a second one ends the program at once."""
+    stop_signals = []
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
+    return stop_signals
+
+
+def all_tasks(args) -> Args:
+    return dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(num_tasks(args.suite))))
+
+
+def settings_of(args, norm_stats: dict) -> dict:
+    """All that an evaluation's number depends on beside the weights."""
+    names = [*INTERFACE_ARGS, *PROTOCOL_ARGS, *"eval_temperature eval_episodes train_init_states seed model evaluate".split()]
+    settings = {name: getattr(args, name) for name in [*names, "revision"]}
+    settings |= {"unnorm_key": resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}
+    return settings | {"max_steps": args.max_steps or MAX_STEPS[args.suite], "tasks": list(args.tasks)}
+
+
+def versions() -> dict:
+    """What a result was made with."""
+    packages = ("torch", "transformers", "numpy", "mujoco", "robosuite", "hf-libero")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION} | found
+
+
+def describe(evaluation: dict, args, first: bool = True) -> str:
+    """A line on an evaluation, and a warning where nothing succeeded in the first one."""
+    seen = sum(state < args.train_init_states for _, state, _ in evaluation["successes"])
+    line = f"success {evaluation['success_rate']:.1%} of {evaluation['episodes']} episodes"
+    how = f"sampled at temperature {args.eval_temperature:g}" if args.eval_temperature else "greedy"
+    line += f" ({how}; {seen} begin as RL's own episodes do)"
+    return line if evaluation["success_rate"] or not first else f"{line}\nWARNING: no episode succeeded. {NO_ACTION_TOKENS}"
+
+
+def evaluate_saved_policy(args, at_exit) -> dict:
+    """`--evaluate`: the policy as it was trained, each episode kept in evaluation.json, after what is there already."""
+    check_args(args)
+    args = all_tasks(args)
+    refuse_contradictions(args, {k: v for k, v in saved_interface(args).items() if k in INTERFACE_ARGS}, args.evaluate)
+    folder = run_folder_of(args)
+    file = folder / "evaluation.json"
+    if int(os.environ.get("RANK", 0)) == 0:
+        at_exit.enter_context(lock_folder(folder))
+    earlier = read_json(file).get("evaluations", []) if file.exists() else []
+    rank, _, agent, _, norm_stats, interface = start(args, at_exit)
+    stop_signals = catch_signals(at_exit)
+    simulators = Simulators(args, agent.config, args.num_envs)
+    at_exit.callback(simulators.close)
+    result = evaluate(agent, args, interface, simulators, stop_signals)
+    result |= {"settings": settings_of(args, norm_stats), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    if args.capture_video and not stop_signals:
+        record_videos(agent, interface, args, folder / "videos")
+    if rank == 0 and result["episodes"]:
+        write_json(file, {"evaluations": [*earlier, result]})
+        say(f"{describe(result, args)}\nevery episode: {file}")
+        say(json.dumps({key: value for key, value in result.items() if key != "successes"}, indent=2))
+    if stop_signals:
+        say("stopped: the rest of the episodes is missing")
+        sys.exit(128 + stop_signals[0])
+    return result
+
+
+def train(args: Args, at_exit) -> dict:
+    """What main() does without --evaluate."""
+    # ==================== SETUP ====================
+    # Nothing is written before all that can fail cheaply was tried.
+    run_folder = run_folder_of(args)
+    if args.resume and not args.overwrite:
+        refuse_contradictions(args, vars(saved_args(run_folder)), "the run to resume")
+    check_args(args)
+    args = all_tasks(args)
+    if args.model and not args.resume:
+        if Path(args.model).resolve().is_relative_to(run_folder.resolve()):
+            how = "which a new run replaces: --exp-name names another one"
+            raise ArgumentError(f"--model {args.model} lies in {run_folder}, {how}")
+        refuse_contradictions(args, {k: v for k, v in saved_interface(args).items() if k in INTERFACE_ARGS}, args.model)
+    if args.resume and (run_folder / "result.json").exists():
+        say(f"{run_folder} is finished already: nothing to resume")
+        return read_json(run_folder / "result.json")
+    if int(os.environ.get("RANK", 0)) == 0:
+        refuse_existing(run_folder, args)
+        at_exit.enter_context(lock_folder(run_folder))
+        refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
+    rank, world, agent, tokenizer, norm_stats, interface = start(args, at_exit)
+    stop_signals = catch_signals(at_exit)  # the first one ends the run after this iteration, with a checkpoint
+    config, device = agent.config, interface.device
+
+    chunk, length, size = config.chunk, args.num_steps, config.image_size
+    micro_batch = find_micro_batch(agent, interface, args) if args.micro_batch == "auto" else int(args.micro_batch)
+    plan = memory_plan(config, args, micro_batch, world)
+    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
+    parts = " + ".join(f"{name} {gib:.1f}" for name, gib in plan.items())
+    say(f"memory: {parts} = {sum(plan.values()):.1f} GiB per process; {trained:.1f} M parameters train")
+    # fused: otherwise a step needs four more bytes per parameter
+    optimizer = torch.optim.AdamW(optimizer_parameters(agent), lr=0.0, weight_decay=0.0, fused=args.cuda)
+
+    # Replay of whole segments, time first: rb[key][:, j] is segment j, one simulator's part of one rollout, (T, S, ...).
+    rollout_size = args.num_envs * args.num_steps * chunk * world
+    num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * chunk), 1) * args.num_envs
+    gigabytes = 1e-9 * (length + 1) * num_segments * args.num_images * size**2 * 3
+    if gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
+        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
+    rb = {
+        "images": torch.zeros(length + 1, num_segments, args.num_images, size, size, 3, dtype=torch.uint8),
+        "proprio": torch.zeros(length + 1, num_segments, 8),
+        "tasks": torch.zeros(length + 1, num_segments, dtype=torch.long),
+        "values": torch.zeros(length + 1, num_segments),  # of collection time; used with --no-recompute-advantages
+        "tokens": torch.zeros(length, num_segments, chunk, 7, dtype=torch.long),
+        "logprobs": torch.zeros(length, num_segments, chunk, 7),  # log mu of every token at the rollout's temperature
+        "executed": torch.zeros(length, num_segments),  # steps of the chunk that the simulator carried out
+        "rewards": torch.zeros(length, num_segments),  # summed over the chunk, not scaled
+        "terminations": torch.zeros(length, num_segments),
+        "dones": torch.zeros(length, num_segments),
+        "valid": torch.zeros(length, num_segments, dtype=torch.bool),  # False: an episode's last observation (see Simulators)
+        "versions": torch.zeros(length, num_segments),  # iteration whose policy acted
+    }
+    rng, progress = np.random.default_rng([args.seed, rank]), Progress()
+    seconds, evaluations = progress.seconds, progress.evaluations
+    torch.manual_seed(args.seed * 1000 + rank)  # equal networks, different actions
+    simulators = Simulators(args, config, args.num_envs)
+    at_exit.callback(simulators.close)
+    everyone = [i for group in simulators.groups for i in group]
+    if any_rank(bool(args.resume) and (run_folder / "checkpoint.pt").exists()):
+        restore_run(run_folder, args, agent, optimizer, rb, progress, simulators, rng)
+        seconds, evaluations = progress.seconds, progress.evaluations
+    else:
+        for i in everyone:
+            simulators.start(i, *next_episode({}, progress.failures, args, rng))
+        simulators.wait(everyone)
+    with torch.random.fork_rng([device] if args.cuda else []):  # so that a resumed run draws what an uninterrupted one does
+        few = slice(min(4, micro_batch))  # no more than an update has at once
+        few_inputs = interface.inputs(simulators.images[few], simulators.proprio[few], simulators.tasks[few])
+        self_check(agent, few_inputs, args.temperature)
+
+    config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
+    writer = None
+    if rank == 0:
+        wandb_id = read_json(run_folder / "args.json").get("wandb_id") if args.resume else None
+        if args.track:
+            import wandb
+
+            # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+            wandb_id = wandb_id or uuid.uuid4().hex
+            wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+            wandb.init(**wandb_args, config=config_json, sync_tensorboard=True)
+            at_exit.callback(wandb.finish)
+        for path in run_folder.iterdir() if args.overwrite else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+        write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+        from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
+
+        writer = SummaryWriter(str(run_folder), purge_step=progress.global_step + 1 if args.resume else None)
+        at_exit.callback(writer.close)
+    total_steps = math.ceil(args.total_timesteps / rollout_size) * rollout_size
+    last_print, tty = time.time(), sys.stdout and sys.stdout.isatty()
+    start_time = time.time() - seconds["wall"]
+    say(f"{run_folder}: {total_steps:,} steps of {args.suite}, from step {progress.global_step:,}")
+    say(f"actions are un-normalised by {resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}")
+
+    def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
+        return every > 0 and progress.global_step // every > (progress.global_step - rollout_size) // every
+
+    while True:
+        # ==================== EVAL ====================
+        # Before collecting more, so that a run which died here evaluates again when resumed; first the policy RL starts from.
+        finished, stop, step = progress.global_step >= total_steps, any_rank(bool(stop_signals)), progress.global_step
+        if args.eval_episodes > 0 and not stop and (finished or step == 0 or passed(args.eval_every)):
+            if not evaluations or evaluations[-1]["step"] < step:
+                evaluation = evaluate(agent, args, interface, simulators, stop_signals)
+                stop = any_rank(bool(stop_signals))
+                if not stop:
+                    evaluations.append({"step": step} | evaluation)
+                    if rank == 0:
+                        best = max([e["success_rate"] for e in evaluations[:-1]], default=-1.0)
+                        for name in ["model", *["best_model"] * (evaluation["success_rate"] > best)]:
+                            save_policy(run_folder / name, agent, tokenizer, norm_stats, args)
+                        record = {"settings": settings_of(args, norm_stats), "versions": versions()}
+                        write_json(run_folder / "evaluation.json", record | {"evaluations": evaluations})
+                        writer.add_scalar("eval/success_rate", evaluation["success_rate"], step)
+                        writer.add_scalar("eval/return_mean", evaluation["return_mean"], step)
+                        say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, step == 0)}")
+                    if args.capture_video:
+                        record_videos(agent, interface, args, run_folder / "videos" / str(step))
+        if finished and not args.eval_episodes and rank == 0:
+            save_policy(run_folder / "model", agent, tokenizer, norm_stats, args)
+        if finished or stop:
+            break
+        progress.iteration += 1
+        iteration, iteration_start = progress.iteration, time.perf_counter()
+        share = lr_share(args.lr_schedule, step / total_steps, 0.0)
+        ramp = min((iteration - args.critic_warmup) / max(args.lr_warmup * total_steps / rollout_size, 1e-9), 1.0)
+        for part in optimizer.param_groups[0::2]:
+            part["lr"] = args.learning_rate * share * max(ramp, 0.0)
+        optimizer.param_groups[1]["lr"] = args.critic_learning_rate * share
+
+        # ==================== ROLLOUT ====================
+        # T chunks of every simulator, into the oldest N segments of the ring; row T is what the last chunk led to.
+        slot = progress.slot
+        for t in range(length + 1):
+            for group in simulators.groups:
+                columns = torch.tensor([slot + i for i in group])
+                if t > 0:
+                    t0 = time.perf_counter()
+                    for key, value in simulators.wait(group).items():
+                        rb[key][t - 1, columns] = torch.as_tensor(value)
+                    seconds["env"] += time.perf_counter() - t0
+                    for i in [i for i in group if simulators.ended[i] and rb["valid"][t - 1, slot + i]]:
+                        progress.count(simulators.episodes[i])
+                t0 = time.perf_counter()
+                for key in ("images", "proprio", "tasks"):
+                    rb[key][t, columns] = getattr(simulators, key)[group]
+                if t < length or not args.recompute_advantages:
+                    inputs = interface.inputs(simulators.images[group], simulators.proprio[group], simulators.tasks[group])
+                    with torch.no_grad():
+                        tokens, logprobs, _, values, _ = agent.get_action_and_logprob(**inputs, temperature=args.temperature)
+                    rb["values"][t, columns] = values.cpu()
+                if t < length:
+                    rb["tokens"][t, columns], rb["logprobs"][t, columns] = tokens.cpu(), logprobs.cpu()
+                    rb["valid"][t, columns] = ~simulators.ended[group]
+                    actions = interface.actions(tokens)
+                    for i, action in zip(group, actions, strict=True):
+                        if simulators.ended[i]:
+                            simulators.start(i, *next_episode(simulators.episodes[i], progress.failures, args, rng))
+                        else:
+                            simulators.act([i], [action])
+                seconds["policy"] += time.perf_counter() - t0
+        new = slice(slot, slot + args.num_envs)
+        rb["versions"][:, new] = iteration
+        progress.slot = new.stop % num_segments
+        progress.filled = max(progress.filled, new.stop)
+        progress.global_step += rollout_size
+
+        # ==================== ADVANTAGES ====================
+        # In `update`, of the minibatch's segments. Here only: the update's forward pass must give the rollout's log-probs.
+        with torch.no_grad():
+            rows = rb["valid"][:, new].nonzero()
+            rows = rows[torch.linspace(0, len(rows) - 1, min(micro_batch, len(rows))).long()].T  # of all simulators and times
+            t, columns = rows[0], slot + rows[1]
+            inputs = interface.inputs(rb["images"][t, columns], rb["proprio"][t, columns], rb["tasks"][t, columns])
+            tokens = rb["tokens"][t, columns].to(device)
+            fresh = agent.get_action_and_logprob(**inputs, tokens=tokens, temperature=args.temperature)[1]
+            log_ratio_max = (fresh.cpu() - rb["logprobs"][t, columns]).abs().max().item()
+
+        # ==================== UPDATE ====================
+        t0, stats = time.perf_counter(), collections.defaultdict(list)
+        for mb_inds in sample_segments(progress.filled, args, chunk):
+            mb = {key: value[:, mb_inds] for key, value in rb.items()}
+            mb["lag"] = iteration - mb.pop("versions")
+            mb_stats = update(agent, optimizer, mb, interface, args, micro_batch, iteration > args.critic_warmup)
+            for name, value in mb_stats.items():
+                stats[name].append(value)
+        seconds["update"] += time.perf_counter() - t0
+
+        # ==================== LOG ====================
+        step, scalars = progress.global_step, {name: float(np.mean(values)) for name, values in stats.items()}
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                raise BadNumber(f"{name} is {value} at step {step:,}")
+        seconds["training"] += time.perf_counter() - iteration_start
+        sps = step / seconds["training"]
+        updates = iteration * args.updates_per_iteration / max(seconds["update"], 1e-9)
+        scalars |= {"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        scalars |= {"charts/chunks_per_second": sps / chunk, "charts/updates_per_second": updates}
+        scalars["gipo/log_ratio_max"] = log_ratio_max
+        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
+        success, episode_length = progress.recent_means(device)
+        if success is not None:
+            scalars["charts/episodic_return"] = scalars["charts/episodic_success"] = success
+            scalars["charts/episodic_length"] = episode_length
+        for name, value in scalars.items() if writer else ():
+            writer.add_scalar(name, value, step)
+        if tty or time.time() - last_print > 10 or step >= total_steps:
+            left = (total_steps - step) / sps
+            shown = "   -" if success is None else f"{success:4.0%}"
+            line = f"step {step:>9,}  success {shown}  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s"
+            line += f"  left {left // 60:.0f}m{left % 60:02.0f}s"
+            say(f"\r{line} " if tty else line, end="" if tty else "\n")
+            last_print = time.time()
+
+        # ==================== CHECKPOINT ====================
+        # Also before every evaluation, and when asked to stop.
+        seconds["wall"] = time.time() - start_time
+        due = step >= total_steps or passed(args.checkpoint_every) or passed(args.eval_every)
+        if any_rank(due or bool(stop_signals)):
+            save_run(run_folder, agent, optimizer, rb, progress, simulators, rng)
+            if writer:
+                writer.flush()
+
+    simulators.close()
+    if stop:
+        how = shlex.join(["python", os.path.relpath(__file__), "--resume", str(run_folder)])
+        say(f"\nstopped at step {progress.global_step:,}; continue with: {how}")
+        sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
+    seconds["wall"] = time.time() - start_time
+    last = evaluations[-1] if evaluations else {"success_rate": None, "return_mean": None, "episodes": 0}
+    success, _ = progress.recent_means(device)
+    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    result = {
+        "env_id": args.suite,
+        "exp_name": args.exp_name,
+        "seed": args.seed,
+        "total_timesteps": progress.global_step,
+        "eval_success_rate": last["success_rate"],
+        "eval_return_mean": last["return_mean"],
+        "eval_episodes": last["episodes"],
+        "evaluations": evaluations,
+        "train_return_mean": success,
+        "train_success_rate": success,
+        "sps": progress.global_step / seconds["training"],
+        "wall_seconds": seconds["wall"],
+        "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "args": config_json,
+    }
+    if args.cuda:
+        result["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20  # of this process
+    if rank == 0:
+        write_json(run_folder / "result.json", result)
+        shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
+        say(f"finished in {seconds['wall']:.0f} s, {result['sps'] / chunk:.1f} chunks/s ({shares})")
+        say(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
+    return result
 
 
 # -------------------- Environment --------------------
@@ -1502,6 +2079,33 @@ def trained_state(agent: Agent) -> dict:
     return {name: value for name, value in agent.state_dict().items() if name in trained}
 
 
+# -------------------- Many processes --------------------
+def sum_over_ranks(*values: torch.Tensor) -> list[torch.Tensor]:
+    """Each tensor summed over all processes of torchrun (as it is, without torchrun)."""
+    if dist.is_initialized():
+        for value in values:
+            dist.all_reduce(value)
+    return list(values)
+
+
+def sum_gradients(parameters) -> None:
+    """Sum the gradients of all processes: every loss is divided by the number of samples of all of them already."""
+    if dist.is_initialized():
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if not isinstance(p, DTensor):  # else it is this process's share of the sum already
+                dist.all_reduce(p.grad)
+
+
+def clip_gradients(parts: list[list], limit: float) -> float:
+    """Limit the joint gradient norm of lists of parameters that are either all whole or all sharded; -> the norm before."""
+    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for part in parts:
+        nn.utils.clip_grads_with_norm_(part, limit, norm)
+    return norm.item()
+
+
 # -------------------- Policy folders --------------------
 def find_folder(name: str, what: str, hint: str = "", revision: str = "", weights: bool = True) -> Path:
     """A local folder, or the download of a hub id, of its small files only without `weights`; ArgumentError if unusable."""
@@ -1919,99 +2523,6 @@ def check_memory(config: PolicyConfig, args, device) -> None:
     raise ArgumentError(f"{what}; what would fit: {', '.join(fitting) or 'nothing, take a GPU with more memory'}")
 
 
-# -------------------- Advantages and objective --------------------
-# ALGO LOGIC: advantages, and policy_objective, where a new objective goes
-def discounted_sum(deltas, decays):
-    """x[t] = deltas[t] + decays[t] * x[t + 1], backwards from zero; time first."""
-    sums, last = [], torch.zeros_like(deltas[0])
-    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind()), strict=True):
-        last = torch.addcmul(delta, decay, last)
-        sums.append(last)
-    return torch.stack(sums[::-1])
-
-
-def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
-    """Generalised advantage estimation (arXiv 1506.02438); every argument and the result (T, ...), time first.
-
-    Two masks: a termination has no future value; a done (termination or truncation) only ends the trace. `next_values` is
-    V of the real next observation: the episode's own last one where it is done, never the next episode's first.
-    """
-    deltas = rewards + gamma * (1.0 - terminations) * next_values - values
-    return discounted_sum(deltas, gamma * gae_lambda * (1.0 - dones))
-
-
-def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
-    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): (B,) or (B, d), advantages broadcast to it.
-
-    sigma_pos applies where A > 0. In log space, so that no product of a huge ratio and a tiny weight is formed.
-    """
-    x = logratio.detach() / torch.where(advantages > 0, sigma_pos, sigma_neg)
-    if kernel == "gaussian":
-        return -0.5 * x**2
-    if kernel == "laplacian":
-        return -x.abs()
-    if kernel == "cauchy":
-        return -torch.log1p(x**2)
-    raise ValueError(f"unknown kernel {kernel}")
-
-
-def policy_objective(logratio, advantages, args):
-    """Per-sample surrogate to maximise, and its detached trust: d surrogate / d logratio = trust * ratio * advantage."""
-    ratio = torch.exp(logratio.clamp(max=MAX_LOG_COEF))
-    if args.trust_weight == "ppo":
-        clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
-        trust = torch.where(advantages > 0, ratio <= 1.0 + args.clip_coef, ratio >= 1.0 - args.clip_coef)
-        return torch.minimum(ratio * advantages, clipped * advantages), trust.float()
-    if args.trust_weight == "sapo":
-        tau = torch.where(advantages > 0, args.sapo_tau_pos, args.sapo_tau_neg)
-        gate = torch.sigmoid(tau * (ratio - 1.0))
-        return 4.0 / tau * gate * advantages, (4.0 * gate * (1.0 - gate)).detach()
-    log_trust = torch.zeros_like(logratio)
-    if args.trust_weight == "gipo":
-        log_trust = gipo_log_weight(logratio, advantages, args.sigma, args.sigma * args.sigma_neg_ratio, args.kernel)
-    return torch.exp((logratio + log_trust.detach()).clamp(max=MAX_LOG_COEF)) * advantages, log_trust.exp()
-
-
-def unit_logratio(logratio, executed, ratio):
-    """Token log-ratios (B, chunk, 7) -> those of the units of `--ratio`, and a mask: (B, chunk, 7), (B, chunk) or (B, 1).
-
-    Only the first `executed` (B,) steps of a chunk count: what comes after success was never seen by the simulator.
-    """
-    steps = torch.arange(logratio.shape[1], device=logratio.device) < executed[:, None]
-    if ratio == "token":
-        return logratio, steps.unsqueeze(-1).expand_as(logratio)
-    if ratio == "action":
-        return logratio.sum(-1), steps
-    return (logratio.sum(-1) * steps).sum(-1, keepdim=True), steps.any(-1, keepdim=True)
-
-
-# -------------------- Many processes --------------------
-def sum_over_ranks(*values: torch.Tensor) -> list[torch.Tensor]:
-    """Each tensor summed over all processes of torchrun (as it is, without torchrun)."""
-    if dist.is_initialized():
-        for value in values:
-            dist.all_reduce(value)
-    return list(values)
-
-
-def sum_gradients(parameters) -> None:
-    """Sum the gradients of all processes: every loss is divided by the number of samples of all of them already."""
-    if dist.is_initialized():
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if not isinstance(p, DTensor):  # else it is this process's share of the sum already
-                dist.all_reduce(p.grad)
-
-
-def clip_gradients(parts: list[list], limit: float) -> float:
-    """Limit the joint gradient norm of lists of parameters that are either all whole or all sharded; -> the norm before."""
-    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
-    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-    for part in parts:
-        nn.utils.clip_grads_with_norm_(part, limit, norm)
-    return norm.item()
-
-
 # -------------------- Policy and simulators together --------------------
 @dataclass
 class Interface:
@@ -2202,132 +2713,6 @@ def record_videos(agent, interface, args, folder: Path) -> None:
     simulators.close()
 
 
-# -------------------- Update --------------------
-# ALGO LOGIC: losses and gradient steps
-def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_policy: bool = True) -> dict:
-    """One gradient step on a minibatch of whole segments -> scalars, equal on all processes.
-
-    `mb`, time first: images, proprio, tasks and stored values of T + 1 rows; tokens, logprobs, rewards, executed, valid,
-    terminations, dones and lag (in rollouts) of T rows. Segments pass the network in pieces of `micro_batch` chunks, once
-    without gradient for the values that the advantages need, once with it; gradients add up over pieces and processes, and
-    every mean is one over all of them, so the step does not depend on how the minibatch is cut up.
-    """
-    (length, segments), device = mb["rewards"].shape, interface.device
-    flat = {key: value.flatten(0, 1) for key, value in mb.items()}
-
-    def inputs(index):
-        return interface.inputs(flat["images"][index], flat["proprio"][index], flat["tasks"][index])
-
-    with torch.no_grad():
-        values = mb["values"]
-        if args.recompute_advantages:
-            rows = torch.arange((length + 1) * segments).split(micro_batch)
-            values = torch.cat([agent.get_value(agent(**inputs(index))[1]).cpu() for index in rows]).view(length + 1, segments)
-        gae_args = mb["rewards"] * args.reward_scale, values[:-1], values[1:], mb["terminations"], mb["dones"]
-        advantages = compute_gae(*gae_args, args.gamma, args.gae_lambda)
-        returns = (advantages + values[:-1]).flatten()
-        index = mb["valid"].flatten().nonzero().squeeze(-1)  # rows on which an action was taken
-        a = advantages.flatten()[index].double()
-        counts = [unit_logratio(flat["logprobs"], flat["executed"], ratio)[1][index].sum() for ratio in (args.ratio, "token")]
-        sums = torch.stack([a.new_tensor(len(a)), a.sum(), (a**2).sum(), *counts])
-        rows, total, squares, units, tokens = sum_over_ranks(sums.to(device))[0].tolist()
-        mean, std = total / rows, max(squares / rows - (total / rows) ** 2, 0.0) ** 0.5
-        agent.adv_std_peak.fill_(max(agent.adv_std_peak.item(), std))
-        std = max(std, args.adv_std_floor * agent.adv_std_peak.item())
-        normalized = ((advantages.flatten() - mean) / (std + 1e-8)).to(device)
-
-    statistics = Statistics(rows, units, tokens, device)
-    optimizer.zero_grad()
-    pieces = index.split(micro_batch)
-    for number, piece in enumerate(pieces, 1):
-        for layer in sharded_layers(agent):
-            layer.set_requires_gradient_sync(number == len(pieces))
-            layer.set_reshard_after_backward(number == len(pieces))
-        chosen, behavior, executed = (flat[key][piece].to(device) for key in ("tokens", "logprobs", "executed"))
-        _, newlogprob, entropy, newvalue, _ = agent.get_action_and_logprob(
-            **inputs(piece), tokens=chosen, temperature=args.temperature, train_policy=train_policy
-        )
-        logratio, mask = unit_logratio(newlogprob - behavior, executed, args.ratio)
-        adv = normalized[piece].view(-1, *[1] * (logratio.dim() - 1))
-        objective, trust = policy_objective(logratio, adv, args)
-        pg_loss = -(objective * mask).sum() / units
-        entropy_loss = (entropy * unit_logratio(entropy, executed, "token")[1]).sum() / tokens
-        behavior_kl = -(logratio * mask).sum() / units  # KL(mu || pi), since the samples are mu's
-        v_loss = 0.5 * ((newvalue - returns[piece].to(device)) ** 2).sum() / rows
-        loss = args.vf_coef * v_loss
-        if train_policy:
-            loss = loss + pg_loss - args.ent_coef * entropy_loss + args.kl_coef * behavior_kl
-        loss.backward()
-        losses = {"policy_loss": pg_loss, "entropy": entropy_loss, "value_loss": v_loss}
-        statistics.add(losses, logratio[mask], trust[mask], newvalue, returns[piece].to(device), flat["lag"][piece])
-    policy, critic, *sharded = (part["params"] for part in optimizer.param_groups)
-    for p in [critic, *([policy, *sharded] if train_policy else [])]:  # a gradient of zeros would move Adam's averages
-        sum_gradients(p)
-    clip_gradients([critic], args.max_grad_norm)
-    grad_norm = clip_gradients([policy, *sharded], args.max_grad_norm)
-    optimizer.step()
-    gather_weights(agent)
-    return statistics.scalars() | {"losses/grad_norm": grad_norm}
-
-
-class Statistics:
-    """The scalars of an update: sums over its pieces and all processes, divided at the end."""
-
-    def __init__(self, rows: float, units: float, tokens: float, device):
-        self.rows, self.units, self.device = rows, units, device
-        self.sums, self.extremes = collections.defaultdict(float), torch.tensor([-1.0, 0.0], device=device)  # -trust, abs(l)
-
-    @torch.no_grad()
-    def add(self, losses: dict, log_r, trust, newvalue, returns, lag) -> None:
-        """A piece: its share of the losses, log-ratios and trust of its units, values, returns and lag of its rows."""
-        ratio = torch.exp(log_r.clamp(max=MAX_LOG_COEF))
-        coef, error = trust * ratio, returns - newvalue
-        for name, value in losses.items():
-            self.sums[name] += value.double().cpu()
-        for name, values in {
-            "approx_kl": (ratio - 1) - log_r,
-            "clipfrac": (ratio - 1).abs() > 0.2,
-            "trust": trust,
-            "coef": coef,
-            "coef2": coef**2,
-            "used": coef > 1e-3,
-            "l": log_r,
-            "l2": log_r**2,
-            "error": error,
-            "error2": error**2,
-            "lag": lag,
-            "returns": returns,
-            "returns2": returns**2,
-        }.items():
-            self.sums[name] += values.sum().double().cpu()
-        if len(log_r):  # none: only rows of simulators that had to be replaced
-            self.extremes = torch.maximum(self.extremes, torch.stack([-trust.min(), log_r.abs().max()]))
-
-    def scalars(self) -> dict:
-        names = list(self.sums)
-        (sums,) = sum_over_ranks(torch.stack([torch.as_tensor(self.sums[name]) for name in names]).to(self.device))
-        sums = dict(zip(names, sums.tolist(), strict=True))
-        unit, row = ({name: value / count for name, value in sums.items()} for count in (self.units, self.rows))
-        if dist.is_initialized():
-            dist.all_reduce(self.extremes, dist.ReduceOp.MAX)
-        returns_var = max(row["returns2"] - row["returns"] ** 2, 1e-12)
-        return {
-            "losses/policy_loss": sums["policy_loss"],
-            "losses/value_loss": sums["value_loss"],
-            "losses/entropy": sums["entropy"],
-            "losses/approx_kl": unit["approx_kl"],
-            "losses/clipfrac": unit["clipfrac"],
-            "losses/explained_variance": 1 - (row["error2"] - row["error"] ** 2) / returns_var,
-            "gipo/trust_mean": unit["trust"],
-            "gipo/trust_min": -self.extremes[0].item(),
-            "gipo/effective_sample_size": unit["coef"] ** 2 / max(unit["coef2"], 1e-12),
-            "gipo/utilization": unit["used"],
-            "gipo/logratio_std": max(unit["l2"] - unit["l"] ** 2, 0.0) ** 0.5,
-            "gipo/replay_logratio_max": self.extremes[1].item(),
-            "gipo/policy_lag": row["lag"],
-        }
-
-
 # -------------------- Files and arguments --------------------
 def sample_segments(num_filled: int, args, chunk: int) -> torch.Tensor:
     """Indices of each update's segments, (updates, S), in shuffled passes: none is drawn again before all others were."""
@@ -2402,10 +2787,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, device="cpu") -> dict:
+def load_checkpoint(path: Path) -> dict:
     """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         how = "it is missing, damaged, or no .pt file of this script"
         raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
@@ -2665,396 +3050,6 @@ def load_training_state(folder: Path, agent: Agent, optimizer) -> None:
         raise ArgumentError(f"cannot read {folder} ({type(error).__name__}): {how}") from error
 
 
-# -------------------- Main --------------------
-def main(args: Args) -> dict:
-    """Train, and return what result.json holds; with --evaluate, the evaluation.
-
-    ArgumentError (a ValueError) on bad arguments, before anything is written.
-    """
-    with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
-        try:
-            return (evaluate_saved_policy if args.evaluate is not None else train)(args, at_exit)
-        except Exception as error:
-            if isinstance(error, ArgumentError):
-                raise
-            checkpoint = run_folder_of(args) / "checkpoint.pt"
-            last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
-            if isinstance(error, BadNumber):
-                raise BadNumber(f"{error}; {last_good}") from error
-            if checkpoint.exists():
-                error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
-            raise
-
-
-def start(args, at_exit):
-    """Processes, device, policy: -> rank, world, agent, tokenizer, norm_stats, interface."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
-    if args.cuda:
-        torch.cuda.set_device(device)
-    if warning := version_warning():
-        say(warning)
-    render_variables(args.render)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(seconds=LONGEST_WAIT))
-        at_exit.callback(dist.destroy_process_group)
-    torch.manual_seed(args.seed)
-    if rank:
-        dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
-    ensure_assets()
-    if args.evaluate or args.model:
-        agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
-    else:
-        agent, tokenizer, norm_stats = tiny_policy(args, device)
-    if world > 1 and not rank:
-        dist.barrier()
-    if world > 1:  # the first process may have cloned, so that its adapters and heads are drawn from other random numbers
-        for p in [p for p in agent.parameters() if p.requires_grad]:
-            dist.broadcast(p.data, 0)
-        if args.train == "full" and not args.evaluate:
-            shard_training(agent, args)
-    return rank, world, agent, tokenizer, norm_stats, make_interface(agent, tokenizer, norm_stats, args, device)
-
-
-def catch_signals(at_exit) -> list:
-    """A first Ctrl-C or SIGTERM is put into the list that is returned; a second one ends the program at once."""
-    stop_signals = []
-
-    def ask_to_stop(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        before = signal.getsignal(signum) or signal.SIG_DFL
-        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
-            at_exit.callback(signal.signal, signum, before)
-            signal.signal(signum, ask_to_stop)
-    return stop_signals
-
-
-def all_tasks(args) -> Args:
-    return dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(num_tasks(args.suite))))
-
-
-def settings_of(args, norm_stats: dict) -> dict:
-    """All that an evaluation's number depends on beside the weights."""
-    names = [*INTERFACE_ARGS, *PROTOCOL_ARGS, *"eval_temperature eval_episodes train_init_states seed model evaluate".split()]
-    settings = {name: getattr(args, name) for name in [*names, "revision"]}
-    settings |= {"unnorm_key": resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}
-    return settings | {"max_steps": args.max_steps or MAX_STEPS[args.suite], "tasks": list(args.tasks)}
-
-
-def versions() -> dict:
-    """What a result was made with."""
-    packages = ("torch", "transformers", "numpy", "mujoco", "robosuite", "hf-libero")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION} | found
-
-
-def describe(evaluation: dict, args, first: bool = True) -> str:
-    """A line on an evaluation, and a warning where nothing succeeded in the first one."""
-    seen = sum(state < args.train_init_states for _, state, _ in evaluation["successes"])
-    line = f"success {evaluation['success_rate']:.1%} of {evaluation['episodes']} episodes"
-    how = f"sampled at temperature {args.eval_temperature:g}" if args.eval_temperature else "greedy"
-    line += f" ({how}; {seen} begin as RL's own episodes do)"
-    return line if evaluation["success_rate"] or not first else f"{line}\nWARNING: no episode succeeded. {NO_ACTION_TOKENS}"
-
-
-def evaluate_saved_policy(args, at_exit) -> dict:
-    """`--evaluate`: the policy as it was trained, each episode kept in evaluation.json, after what is there already."""
-    check_args(args)
-    args = all_tasks(args)
-    refuse_contradictions(args, {k: v for k, v in saved_interface(args).items() if k in INTERFACE_ARGS}, args.evaluate)
-    folder = run_folder_of(args)
-    if int(os.environ.get("RANK", 0)) == 0:
-        at_exit.enter_context(lock_folder(folder))
-    rank, _, agent, _, norm_stats, interface = start(args, at_exit)
-    stop_signals = catch_signals(at_exit)
-    simulators = Simulators(args, agent.config, args.num_envs)
-    at_exit.callback(simulators.close)
-    result = evaluate(agent, args, interface, simulators, stop_signals)
-    result |= {"settings": settings_of(args, norm_stats), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M")}
-    if args.capture_video and not stop_signals:
-        record_videos(agent, interface, args, folder / "videos")
-    if rank == 0 and result["episodes"]:
-        file = folder / "evaluation.json"
-        write_json(file, {"evaluations": [*(read_json(file)["evaluations"] if file.exists() else []), result]})
-        say(f"{describe(result, args)}\nevery episode: {file}")
-        say(json.dumps({key: value for key, value in result.items() if key != "successes"}, indent=2))
-    if stop_signals:
-        say("stopped: the rest of the episodes is missing")
-        sys.exit(128 + stop_signals[0])
-    return result
-
-
-def train(args: Args, at_exit) -> dict:
-    """What main() does without --evaluate."""
-    # ==================== SETUP ====================
-    # Nothing is written before all that can fail cheaply was tried.
-    run_folder = run_folder_of(args)
-    if args.resume and not args.overwrite:
-        refuse_contradictions(args, vars(saved_args(run_folder)), "the run to resume")
-    check_args(args)
-    args = all_tasks(args)
-    if args.model and not args.resume:
-        if Path(args.model).resolve().is_relative_to(run_folder.resolve()):
-            how = "which a new run replaces: --exp-name names another one"
-            raise ArgumentError(f"--model {args.model} lies in {run_folder}, {how}")
-        refuse_contradictions(args, {k: v for k, v in saved_interface(args).items() if k in INTERFACE_ARGS}, args.model)
-    if args.resume and (run_folder / "result.json").exists():
-        say(f"{run_folder} is finished already: nothing to resume")
-        return read_json(run_folder / "result.json")
-    if int(os.environ.get("RANK", 0)) == 0:
-        refuse_existing(run_folder, args)
-        at_exit.enter_context(lock_folder(run_folder))
-        refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
-    rank, world, agent, tokenizer, norm_stats, interface = start(args, at_exit)
-    stop_signals = catch_signals(at_exit)  # the first one ends the run after this iteration, with a checkpoint
-    config, device = agent.config, interface.device
-
-    chunk, length, size = config.chunk, args.num_steps, config.image_size
-    micro_batch = find_micro_batch(agent, interface, args) if args.micro_batch == "auto" else int(args.micro_batch)
-    plan = memory_plan(config, args, micro_batch, world)
-    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
-    parts = " + ".join(f"{name} {gib:.1f}" for name, gib in plan.items())
-    say(f"memory: {parts} = {sum(plan.values()):.1f} GiB per process; {trained:.1f} M parameters train")
-    # fused: otherwise a step needs four more bytes per parameter
-    optimizer = torch.optim.AdamW(optimizer_parameters(agent), lr=0.0, weight_decay=0.0, fused=args.cuda)
-
-    # Replay of whole segments, time first: rb[key][:, j] is segment j, one simulator's part of one rollout, (T, S, ...).
-    rollout_size = args.num_envs * args.num_steps * chunk * world
-    num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * chunk), 1) * args.num_envs
-    gigabytes = 1e-9 * (length + 1) * num_segments * args.num_images * size**2 * 3
-    if gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
-        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
-    rb = {
-        "images": torch.zeros(length + 1, num_segments, args.num_images, size, size, 3, dtype=torch.uint8),
-        "proprio": torch.zeros(length + 1, num_segments, 8),
-        "tasks": torch.zeros(length + 1, num_segments, dtype=torch.long),
-        "values": torch.zeros(length + 1, num_segments),  # of collection time; used with --no-recompute-advantages
-        "tokens": torch.zeros(length, num_segments, chunk, 7, dtype=torch.long),
-        "logprobs": torch.zeros(length, num_segments, chunk, 7),  # log mu of every token at the rollout's temperature
-        "executed": torch.zeros(length, num_segments),  # steps of the chunk that the simulator carried out
-        "rewards": torch.zeros(length, num_segments),  # summed over the chunk, not scaled
-        "terminations": torch.zeros(length, num_segments),
-        "dones": torch.zeros(length, num_segments),
-        "valid": torch.zeros(length, num_segments, dtype=torch.bool),  # False: an episode's last observation (see Simulators)
-        "versions": torch.zeros(length, num_segments),  # iteration whose policy acted
-    }
-    rng, progress = np.random.default_rng([args.seed, rank]), Progress()
-    seconds, evaluations = progress.seconds, progress.evaluations
-    torch.manual_seed(args.seed * 1000 + rank)  # equal networks, different actions
-    simulators = Simulators(args, config, args.num_envs)
-    at_exit.callback(simulators.close)
-    everyone = [i for group in simulators.groups for i in group]
-    if any_rank(bool(args.resume) and (run_folder / "checkpoint.pt").exists()):
-        restore_run(run_folder, args, agent, optimizer, rb, progress, simulators, rng)
-        seconds, evaluations = progress.seconds, progress.evaluations
-    else:
-        for i in everyone:
-            simulators.start(i, *next_episode({}, progress.failures, args, rng))
-        simulators.wait(everyone)
-    with torch.random.fork_rng([device] if args.cuda else []):  # so that a resumed run draws what an uninterrupted one does
-        few = slice(min(4, micro_batch))  # no more than an update has at once
-        few_inputs = interface.inputs(simulators.images[few], simulators.proprio[few], simulators.tasks[few])
-        self_check(agent, few_inputs, args.temperature)
-
-    config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
-    writer = None
-    if rank == 0:
-        wandb_id = read_json(run_folder / "args.json").get("wandb_id") if args.resume else None
-        if args.track:
-            import wandb
-
-            # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
-            wandb_id = wandb_id or uuid.uuid4().hex
-            wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-            wandb.init(**wandb_args, config=config_json, sync_tensorboard=True)
-            at_exit.callback(wandb.finish)
-        for path in run_folder.iterdir() if args.overwrite else ():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
-        write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
-        from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
-
-        writer = SummaryWriter(str(run_folder), purge_step=progress.global_step + 1 if args.resume else None)
-        at_exit.callback(writer.close)
-    total_steps = math.ceil(args.total_timesteps / rollout_size) * rollout_size
-    last_print, tty = time.time(), sys.stdout and sys.stdout.isatty()
-    start_time = time.time() - seconds["wall"]
-    say(f"{run_folder}: {total_steps:,} steps of {args.suite}, from step {progress.global_step:,}")
-    say(f"actions are un-normalised by {resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}")
-
-    def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
-        return every > 0 and progress.global_step // every > (progress.global_step - rollout_size) // every
-
-    while True:
-        # ==================== EVAL ====================
-        # Before collecting more, so that a run which died here evaluates again when resumed; first the policy RL starts from.
-        finished, stop, step = progress.global_step >= total_steps, any_rank(bool(stop_signals)), progress.global_step
-        if args.eval_episodes > 0 and not stop and (finished or step == 0 or passed(args.eval_every)):
-            if not evaluations or evaluations[-1]["step"] < step:
-                evaluation = evaluate(agent, args, interface, simulators, stop_signals)
-                stop = any_rank(bool(stop_signals))
-                if not stop:
-                    evaluations.append({"step": step} | evaluation)
-                    if rank == 0:
-                        best = max([e["success_rate"] for e in evaluations[:-1]], default=-1.0)
-                        for name in ["model", *["best_model"] * (evaluation["success_rate"] > best)]:
-                            save_policy(run_folder / name, agent, tokenizer, norm_stats, args)
-                        record = {"settings": settings_of(args, norm_stats), "versions": versions()}
-                        write_json(run_folder / "evaluation.json", record | {"evaluations": evaluations})
-                        writer.add_scalar("eval/success_rate", evaluation["success_rate"], step)
-                        writer.add_scalar("eval/return_mean", evaluation["return_mean"], step)
-                        say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, step == 0)}")
-                    if args.capture_video:
-                        record_videos(agent, interface, args, run_folder / "videos" / str(step))
-        if finished and not args.eval_episodes and rank == 0:
-            save_policy(run_folder / "model", agent, tokenizer, norm_stats, args)
-        if finished or stop:
-            break
-        progress.iteration += 1
-        iteration, iteration_start = progress.iteration, time.perf_counter()
-        share = lr_share(args.lr_schedule, step / total_steps, 0.0)
-        ramp = min((iteration - args.critic_warmup) / max(args.lr_warmup * total_steps / rollout_size, 1e-9), 1.0)
-        for part in optimizer.param_groups[0::2]:
-            part["lr"] = args.learning_rate * share * max(ramp, 0.0)
-        optimizer.param_groups[1]["lr"] = args.critic_learning_rate * share
-
-        # ==================== ROLLOUT ====================
-        # T chunks of every simulator, into the oldest N segments of the ring; row T is what the last chunk led to.
-        slot = progress.slot
-        for t in range(length + 1):
-            for group in simulators.groups:
-                columns = torch.tensor([slot + i for i in group])
-                if t > 0:
-                    t0 = time.perf_counter()
-                    for key, value in simulators.wait(group).items():
-                        rb[key][t - 1, columns] = torch.as_tensor(value)
-                    seconds["env"] += time.perf_counter() - t0
-                    for i in [i for i in group if simulators.ended[i] and rb["valid"][t - 1, slot + i]]:
-                        progress.count(simulators.episodes[i])
-                t0 = time.perf_counter()
-                for key in ("images", "proprio", "tasks"):
-                    rb[key][t, columns] = getattr(simulators, key)[group]
-                if t < length or not args.recompute_advantages:
-                    inputs = interface.inputs(simulators.images[group], simulators.proprio[group], simulators.tasks[group])
-                    with torch.no_grad():
-                        tokens, logprobs, _, values, _ = agent.get_action_and_logprob(**inputs, temperature=args.temperature)
-                    rb["values"][t, columns] = values.cpu()
-                if t < length:
-                    rb["tokens"][t, columns], rb["logprobs"][t, columns] = tokens.cpu(), logprobs.cpu()
-                    rb["valid"][t, columns] = ~simulators.ended[group]
-                    actions = interface.actions(tokens)
-                    for i, action in zip(group, actions, strict=True):
-                        if simulators.ended[i]:
-                            simulators.start(i, *next_episode(simulators.episodes[i], progress.failures, args, rng))
-                        else:
-                            simulators.act([i], [action])
-                seconds["policy"] += time.perf_counter() - t0
-        new = slice(slot, slot + args.num_envs)
-        rb["versions"][:, new] = iteration
-        progress.slot = new.stop % num_segments
-        progress.filled = max(progress.filled, new.stop)
-        progress.global_step += rollout_size
-
-        # ==================== ADVANTAGES ====================
-        # In `update`, of the minibatch's segments. Here only: the update's forward pass must give the rollout's log-probs.
-        with torch.no_grad():
-            rows = rb["valid"][:, new].nonzero()
-            rows = rows[torch.linspace(0, len(rows) - 1, min(micro_batch, len(rows))).long()].T  # of all simulators and times
-            t, columns = rows[0], slot + rows[1]
-            inputs = interface.inputs(rb["images"][t, columns], rb["proprio"][t, columns], rb["tasks"][t, columns])
-            tokens = rb["tokens"][t, columns].to(device)
-            fresh = agent.get_action_and_logprob(**inputs, tokens=tokens, temperature=args.temperature)[1]
-            log_ratio_max = (fresh.cpu() - rb["logprobs"][t, columns]).abs().max().item()
-
-        # ==================== UPDATE ====================
-        t0, stats = time.perf_counter(), collections.defaultdict(list)
-        for mb_inds in sample_segments(progress.filled, args, chunk):
-            mb = {key: value[:, mb_inds] for key, value in rb.items()}
-            mb["lag"] = iteration - mb.pop("versions")
-            mb_stats = update(agent, optimizer, mb, interface, args, micro_batch, iteration > args.critic_warmup)
-            for name, value in mb_stats.items():
-                stats[name].append(value)
-        seconds["update"] += time.perf_counter() - t0
-
-        # ==================== LOG ====================
-        step, scalars = progress.global_step, {name: float(np.mean(values)) for name, values in stats.items()}
-        for name, value in scalars.items():
-            if not math.isfinite(value):
-                raise BadNumber(f"{name} is {value} at step {step:,}")
-        seconds["training"] += time.perf_counter() - iteration_start
-        sps = step / seconds["training"]
-        updates = iteration * args.updates_per_iteration / max(seconds["update"], 1e-9)
-        scalars |= {"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-        scalars |= {"charts/chunks_per_second": sps / chunk, "charts/updates_per_second": updates}
-        scalars["gipo/log_ratio_max"] = log_ratio_max
-        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
-        success, episode_length = progress.recent_means(device)
-        if success is not None:
-            scalars["charts/episodic_return"] = scalars["charts/episodic_success"] = success
-            scalars["charts/episodic_length"] = episode_length
-        for name, value in scalars.items() if writer else ():
-            writer.add_scalar(name, value, step)
-        if tty or time.time() - last_print > 10 or step >= total_steps:
-            left = (total_steps - step) / sps
-            shown = "   -" if success is None else f"{success:4.0%}"
-            line = f"step {step:>9,}  success {shown}  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s"
-            line += f"  left {left // 60:.0f}m{left % 60:02.0f}s"
-            say(f"\r{line} " if tty else line, end="" if tty else "\n")
-            last_print = time.time()
-
-        # ==================== CHECKPOINT ====================
-        # Also before every evaluation, and when asked to stop.
-        seconds["wall"] = time.time() - start_time
-        due = step >= total_steps or passed(args.checkpoint_every) or passed(args.eval_every)
-        if any_rank(due or bool(stop_signals)):
-            save_run(run_folder, agent, optimizer, rb, progress, simulators, rng)
-            if writer:
-                writer.flush()
-
-    simulators.close()
-    if stop:
-        how = shlex.join(["--resume", str(run_folder)])
-        say(f"\nstopped at step {progress.global_step:,} with a checkpoint; continue with: {how}")
-        sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
-    seconds["wall"] = time.time() - start_time
-    last = evaluations[-1] if evaluations else {"success_rate": None, "return_mean": None, "episodes": 0}
-    success, _ = progress.recent_means(device)
-    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    result = {
-        "env_id": args.suite,
-        "exp_name": args.exp_name,
-        "seed": args.seed,
-        "total_timesteps": progress.global_step,
-        "eval_success_rate": last["success_rate"],
-        "eval_return_mean": last["return_mean"],
-        "eval_episodes": last["episodes"],
-        "evaluations": evaluations,
-        "train_return_mean": success,
-        "train_success_rate": success,
-        "sps": progress.global_step / seconds["training"],
-        "wall_seconds": seconds["wall"],
-        "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "args": config_json,
-    }
-    if args.cuda:
-        result["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20  # of this process
-    if rank == 0:
-        write_json(run_folder / "result.json", result)
-        shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
-        say(f"finished in {seconds['wall']:.0f} s, {result['sps'] / chunk:.1f} chunks/s ({shares})")
-        say(f"files: {run_folder}   curves: tensorboard --logdir {args.run_dir}")
-    return result
-
-
 # -------------------- Scripted expert, demonstrations, cloning (tiny preset) --------------------
 def scripted_expert(env: LiberoEnv, task: int, init_state: int, noise: float, rng) -> dict | None:
     """Put the bowl on the plate (libero_spatial), looking into the simulator: -> a demonstration, or None if that failed.
@@ -3181,7 +3176,7 @@ def clone(agent, demos: dict, interface, args, path: Path) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=args.clone_learning_rate, weight_decay=0.01)
     done, state = 0, path.with_suffix(".part.pt")
     if state.exists():
-        saved = load_checkpoint(state, interface.device)
+        saved = load_checkpoint(state)
         agent.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["updates"]

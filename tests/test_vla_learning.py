@@ -100,7 +100,7 @@ def parsed(module, name):
     return ast.dump(next(node for node in tree.body if getattr(node, "name", None) == name))
 
 
-COPIED = "discounted_sum compute_gae gipo_log_weight lr_share save_checkpoint load_checkpoint write_json git_commit"
+COPIED = "discounted_sum compute_gae gipo_log_weight lr_share save_checkpoint load_checkpoint write_json"
 COPIED += " lock_folder refuse_existing"
 
 
