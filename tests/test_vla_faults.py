@@ -361,6 +361,63 @@ def test_an_evaluation_without_success_is_a_warning():
     assert "sampled at temperature 1.6" in vla.describe(result, dataclasses.replace(args, eval_temperature=1.6))
 
 
+@pytest.mark.parametrize(("temperature", "expected"), [(0.0, (True, 1.0)), (1.6, (False, 1.6))])
+def test_an_evaluation_is_greedy_or_sampled(temperature, expected):
+    args = dataclasses.replace(tiny_args(tasks=(0,)), eval_episodes=2, eval_temperature=temperature)
+    asked = []
+
+    class TwoSteps:
+        """A simulator whose second episode succeeds; each ends after one chunk."""
+
+        groups, images, proprio, tasks = [[0]], torch.zeros(1), torch.zeros(1), torch.zeros(1)
+        ended, episodes = [False], [{}]
+
+        def start(self, i, task, init_state):
+            self.episodes[i] = {"task": task, "init_state": init_state, "return": 0.0}
+            self.ended[i] = False
+
+        def act(self, indices, actions):
+            self.episodes[0]["return"] = float(self.episodes[0]["init_state"] == 1)
+            self.acted = True
+
+        def wait(self, indices):
+            self.ended[0] = self.__dict__.pop("acted", False)
+
+    def act(deterministic, temperature):
+        asked.append((deterministic, temperature))
+        return (torch.zeros(1, 8, 7),)
+
+    agent = SimpleNamespace(get_action_and_logprob=act)
+    interface = SimpleNamespace(inputs=lambda *a: {}, actions=lambda tokens: tokens)
+    result = vla.evaluate(agent, args, interface, TwoSteps())
+    assert result["successes"] == [[0, 0, 0.0], [0, 1, 1.0]] and set(asked) == {expected}
+
+
+def test_training_success_is_that_of_all_processes(monkeypatch):
+    progress = vla.Progress()
+    assert progress.recent_means("cpu") == (None, None)
+    for success in [0.0] * 50 + [1.0] * 100:
+        progress.count({"task": 3, "return": success, "length": 20})
+    assert progress.recent_means("cpu") == (1.0, 20.0) and sum(progress.failures[3]) == 0
+    other = torch.tensor([300.0, 0.0, 0.0], dtype=torch.float64)  # another process's episodes, successes and steps
+    monkeypatch.setattr(vla, "sum_over_ranks", lambda sums: [sums + other])
+    assert progress.recent_means("cpu") == (0.25, 5.0)
+
+
+def test_a_bad_number_names_the_last_good_checkpoint(tmp_path, monkeypatch):
+    def train(args, at_exit):
+        raise vla.BadNumber("losses/entropy is nan at step 8")
+
+    monkeypatch.setattr(vla, "train", train)
+    args = vla.parse_args(["--preset", "tiny", "--run-dir", str(tmp_path)])
+    with pytest.raises(vla.BadNumber, match="nan at step 8; last good checkpoint: none yet"):
+        vla.main(args)
+    (tmp_path / "libero_spatial__gipo__1").mkdir()
+    (tmp_path / "libero_spatial__gipo__1" / "checkpoint.pt").touch()
+    with pytest.raises(vla.BadNumber, match=r"last good checkpoint: .*checkpoint.pt"):
+        vla.main(args)
+
+
 def test_one_process_speaks(monkeypatch, capsys):
     vla.say("from the first")
     monkeypatch.setenv("RANK", "1")
