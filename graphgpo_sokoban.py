@@ -834,63 +834,50 @@ def plot_graph(path: Path, sources, targets, distances, credits, draw=None, titl
     import matplotlib.pyplot as plt
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-    edges = collections.defaultdict(list)
+    edges, neighbours = collections.defaultdict(list), collections.defaultdict(list)
     for source, target, credit in zip(sources, targets, credits, strict=True):
         edges[source, target].append(credit)
-    states, start = list(dict.fromkeys([*sources, *targets])), sources[0]
-    far = int(max(distances.values(), default=0))
-    column = {state: far - distances[state] for state in states if state in distances}
-    lost = [state for state in states if state not in distances]  # packed into columns at the left
-    tall = max(4, *collections.Counter([*column.values(), -1, -1]).values(), math.ceil(len(lost) / 4))
-    column |= {state: -1.5 - i // tall for i, state in enumerate(lost)}
-    columns, height, neighbours = collections.defaultdict(list), dict.fromkeys(states, 0.0), collections.defaultdict(list)
-    for state in states:
-        columns[column[state]].append(state)
-    for source, target in edges:
         neighbours[source].append(target)
         neighbours[target].append(source)
+    far, lost = int(max(distances.values())), [state for state in neighbours if state not in distances]
+    tall = max(4, *collections.Counter(distances.values()).values(), math.ceil(len(lost) / 4))
+    column = {state: far - d for state, d in distances.items()}
+    column |= {state: -1.5 - i // tall for i, state in enumerate(lost)}  # packed into columns at the left
+    height = dict.fromkeys(neighbours, 0.0)
     for _ in range(10):  # order every column by the mean height of its neighbours: fewer crossings
-        for members in columns.values():
-            members.sort(key=lambda s: np.mean([height[n] for n in neighbours[s]]))
+        for x in set(column.values()):
+            members = sorted((s for s in column if column[s] == x), key=lambda s: np.mean([height[n] for n in neighbours[s]]))
             height |= {state: (i + 0.5) / len(members) * tall for i, state in enumerate(members)}
-    place = {state: np.array([column[state], height[state]]) for state in states}
 
-    left, right, grey = min([-0.0, *columns]) - 0.6, max(far, 5) + 0.6, "#666666"
-    fig, axis = plt.subplots(figsize=(1.25 * (right - left), 0.78 * (tall + 2.6)))
-    axis.set(xlim=(left, right), ylim=(-1.1, tall + 1.5))
+    left, strongest = min(column.values()) - 0.6, max(np.abs(credits).max(), 1e-9)
+    fig, axis = plt.subplots(figsize=(1.25 * (max(far, 5) + 0.6 - left), 0.78 * (tall + 2)))
+    axis.set(xlim=(left, max(far, 5) + 0.6), ylim=(-1.1, tall + 0.9))
     axis.axis("off")
-    good, bad, strongest = np.array([0, 114, 178]) / 255, np.array([213, 94, 0]) / 255, max(np.abs(credits).max(), 1e-9)
     for (source, target), values in edges.items():
-        strength, begin, end, bend, gap = abs(values[0]) / strongest, place[source], place[target], 0.12, 15
+        strength, bend, gap = abs(values[0]) / strongest, 0.3 if column[source] == column[target] else 0.12, 14
+        begin, end = (np.array([column[state], height[state]]) for state in (source, target))
         if source == target:  # a step that changed nothing, such as one into a wall: a loop above the state
             begin, end, bend, gap = begin + np.array([0.14, 0.28]), end + np.array([-0.14, 0.28]), 1.3, 0
-        elif begin[0] == end[0]:
-            bend = 0.3
+        hue = np.array([0, 114, 178] if values[0] > 0 else [213, 94, 0]) / 255
         arrow = {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bend}", "shrinkA": gap, "shrinkB": gap}
-        arrow["color"] = (1 - strength) * np.array([0.8, 0.8, 0.8]) + strength * (good if values[0] > 0 else bad)
-        arrow |= {"linewidth": 0.8 + 0.7 * math.sqrt(len(values)), "zorder": 1 + strength}
-        axis.annotate("", end, begin, arrowprops=arrow)
-    for state, spot in place.items():
-        frame = {"edgecolor": "#CC79A7" if state == start else grey, "linewidth": 3 if state == start else 0.6}
+        arrow |= {"color": (1 - strength) * 0.8 + strength * hue, "linewidth": 0.8 + 0.7 * math.sqrt(len(values))}
+        axis.annotate("", end, begin, arrowprops=arrow | {"zorder": 1 + strength})
+    for state, spot in ((state, (column[state], height[state])) for state in neighbours):
+        frame = {"edgecolor": "#CC79A7", "linewidth": 3} if state == sources[0] else {"edgecolor": "grey", "linewidth": 0.6}
         if state == SUCCESS:
-            box = {"boxstyle": "round", "facecolor": "#009E73", "edgecolor": "none"}
-            axis.text(*spot, SUCCESS, ha="center", va="center", color="white", zorder=5, bbox=box)
+            axis.text(*spot, SUCCESS, ha="center", zorder=5, color="white", bbox={"facecolor": "#009E73", "boxstyle": "round"})
         elif draw is None:
             axis.scatter(*spot, s=200, facecolor="white", zorder=5, **frame)
         else:
             image = OffsetImage(draw(state), zoom=30 / len(draw(state)), interpolation="nearest")
             axis.add_artist(AnnotationBbox(image, spot, pad=0.15, bboxprops=frame, zorder=5))
-    for distance in range(far + 1 if distances else 0):
+    for distance in range(far + 1):
         axis.text(far - distance, -0.45, str(distance), ha="center")
-    if distances:
-        axis.text(far / 2, -0.95, "distance to success along observed steps", ha="center")
-    if lost:
-        axis.text((left - 0.9) / 2, -0.95, f"{len(lost)} states, no way observed", ha="center")
-    axis.text(left + 0.1, tall + 1.1, title, fontsize=12)
-    words = [("credit of a step: better than its state's mean", good), ("worse", bad), ("equal", "#999999")]
-    words.append(("thicker: more often      pink frame: start", grey))
-    for (text, color), x in zip(words, (0, 3.4, 3.95, 4.5), strict=True):
-        axis.text(left + 0.1 + x, tall + 0.65, text, fontsize=9, color=color)
+    axis.text(
+        left + 0.1, -0.95, f"{len(lost)} states without an observed way; then by distance to success along observed steps"
+    )
+    words = "blue: better than the mean of the state, orange: worse, thicker: more often, pink frame: start"
+    axis.set_title(f"{title}\n{words}", loc="left", fontsize=10)
     fig.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(fig)
 
