@@ -587,7 +587,8 @@ def start(args, at_exit):
     render_variables(args.render)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(seconds=LONGEST_WAIT))
-        at_exit.callback(dist.destroy_process_group)
+        # After an error the others may be anywhere: no farewell then, which might wait for them.
+        at_exit.push(lambda kind, error, trace: None if kind else dist.destroy_process_group())
     torch.manual_seed(args.seed)
     if rank:
         dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
