@@ -1469,7 +1469,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                     entropy_loss = entropy.sum() / num_tokens
                     loss = pg_loss - args.ent_coef * entropy_loss
                     if reference:  # k3, the estimate of KL(pi || start policy) that is never negative
-                        ref_logratio = mb["reference_logprobs"] - newlogprob
+                        ref_logratio = (mb["reference_logprobs"] - newlogprob).clamp(max=MAX_LOG_COEF)
                         reference_kl = ((ref_logratio.exp() - 1 - ref_logratio) * mask).sum() / num_tokens
                         loss = loss + args.kl_coef * reference_kl
                         stats["losses/reference_kl"].append(reference_kl.detach())
