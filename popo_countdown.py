@@ -7,7 +7,8 @@
 
     python popo_countdown.py                        # --method {popo,grpo,grpo-filter,dapo}
     -> from 8 % to 15 % of the held-out problems (5 seeds: 11 to 17 %), 1.5 to 4 minutes on one thread of a busy machine
-    python popo_countdown.py --model smollm2 --env-id countdown-2    # a real language model, see the docs
+    python popo_countdown.py --model smollm2 --env-id countdown-2    # a real language model
+    -> from 26 % to 52 % of the held-out problems (one seed), in 23 minutes on a shared core with the flags of the docs
 
 The task, Countdown in reverse Polish form ("3 5 7 = 2 2" -> "3 5 7 * + ..."), is generated on the fly and verified by a stack
 machine. The policy is a small GPT from scratch; a warm-up of next-token loss on random valid expressions with UNRELATED

@@ -134,3 +134,14 @@ def test_the_committed_matrix_is_complete():
         assert 0 < result["eval_success_rate"] < 1
     assert all(found == set(range(1, len(found) + 1)) for found in seeds.values())
     assert all(len(seeds["51200", method]) >= 5 for method in ("grpo", "grpo-filter", "dapo", "popo"))
+
+
+def test_the_page_says_what_the_run_of_the_real_model_says():
+    result = json.loads((ROOT / "results" / "popo_countdown" / "smollm2" / "countdown-2__popo__1.json").read_text())
+    page = (ROOT / "docs" / "popo_countdown.md").read_text()
+    for key, cells in (("rollouts", "| rollouts |"), ("success_rate", "| right held-out answers, % |")):
+        (line,) = (line for line in page.splitlines() if line.startswith(cells))
+        values = [point[key] for point in result["curve"]]
+        shown = [f"{value:,}" if key == "rollouts" else f"{100 * value:.1f}" for value in values]
+        assert line == f"{cells} {' | '.join(shown)} |"
+    assert not result["git_commit"].endswith("-dirty")
