@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -282,6 +283,19 @@ def test_exit_code_of_bad_arguments(tmp_path):
     process, folder = run_script(SCRIPT, tmp_path, "--omega", 2)
     assert process.returncode == 2 and folder is None
     assert process.stderr == "error: --omega 2.0 must be above 0 and below 1\n"
+
+
+def test_commands_of_the_page_are_accepted(monkeypatch):
+    """Every command line of the docs page but those that need a run folder: known flags, and none that contradicts another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    page = (ROOT / "docs" / "graphgpo_sokoban.md").read_text().replace("\\\n", " ")
+    commands = [
+        shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("python graphgpo_sokoban.py")
+    ]
+    assert len(commands) > 5
+    for _, _, *flags in commands:
+        if not {"--resume", "--evaluate"} & set(flags):
+            graphgpo_sokoban.check_args(graphgpo_sokoban.parse_args(flags))
 
 
 def test_resume_refuses_other_arguments(finished):

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -564,6 +565,17 @@ def test_bad_command_line_in_a_process_of_its_own(tmp_path):
     assert process.returncode == 2 and process.stderr.startswith("error: --group-size 1") and process.stderr.count("\n") == 1
     process, _ = run_script("popo_countdown", tmp_path, "--method", "ppo")
     assert process.returncode == 2 and "--method" in process.stderr
+
+
+def test_commands_of_the_page_are_accepted(monkeypatch):
+    """Every command line of the docs page but those that need a run folder: known flags, and none that contradicts another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    page = (ROOT / "docs" / "popo_countdown.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("python popo_countdown.py")]
+    assert len(commands) > 5
+    for _, _, *flags in commands:
+        if not {"--resume", "--evaluate"} & set(flags):
+            popo.check_args(popo.parse_args(flags))
 
 
 def test_evaluate_refuses_other_files(tmp_path, command):
