@@ -532,6 +532,11 @@ class TextWorld:
         return texts
 
 
+def observations(envs, rows, args) -> np.ndarray:
+    """What the policy reads: vectors, or texts for a language model."""
+    return np.array(envs.prompts(rows), dtype=object) if args.model else envs.observe(rows)
+
+
 def make_env(args, num_envs: int):
     """N parallel episodes of `--env-id`."""
     kinds = {"tw": TextWorld, "MiniGrid": MiniGrid, "BabyAI": MiniGrid}
@@ -737,8 +742,8 @@ def standardise(values, groups, divide_by_std: bool = True, eps: float = 1e-6) -
     std is the unbiased one (n - 1). `groups` holds any hashable labels.
     """
     index = {}
-    labels = np.array([index.setdefault(label, len(index)) for label in groups])
-    _, first, group, count = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    group = np.array([index.setdefault(label, len(index)) for label in groups])
+    count, (_, first) = np.bincount(group), np.unique(group, return_index=True)
     centred = np.asarray(values, dtype=np.float64)
     centred = centred - centred[first][group]  # equal values are exactly 0 from here on, whatever the rounding of a mean
     centred -= (np.bincount(group, centred) / count)[group]
@@ -905,7 +910,7 @@ def evaluate(agent, args, envs, stop_signals=()) -> dict:
         alive, returns = np.arange(envs.num_envs), np.zeros(envs.num_envs)
         successes, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
         while len(alive) and not stop_signals:
-            obs = np.array(envs.prompts(alive), dtype=object) if args.model else envs.observe(alive)
+            obs = observations(envs, alive, args)
             actions, *_ = agent.act(obs, envs.choices(alive), args.eval_temperature, want_logprobs=False)
             success, done = envs.step(alive, actions)
             lengths[alive] += 1
@@ -1161,6 +1166,14 @@ def evaluate_saved_model(args) -> dict:
 
 
 # -------------------- Main --------------------
+@contextlib.contextmanager
+def timed(seconds: dict, part: str):
+    """Add the time that a block takes to seconds[part]."""
+    start = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - start
+
+
 def main(args: Args) -> dict:
     """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
     if args.evaluate is not None:
@@ -1294,23 +1307,18 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # ==================== ROLLOUT ====================
         # B groups of G rollouts side by side, rows g * G to g * G + G - 1 being group g. A level depends on (seed, iteration,
         # group) alone, so no generator of levels has to be saved.
-        levels = [(1, args.seed, iteration, row // args.group_size) for row in range(num_envs)]
-        t0 = time.perf_counter()
-        envs.reset(levels)
-        seconds["env"] += time.perf_counter() - t0
+        with timed(seconds, "env"):
+            envs.reset([(1, args.seed, iteration, row // args.group_size) for row in range(num_envs)])
         alive, keys, steps = np.arange(num_envs), envs.keys(np.arange(num_envs)), collections.defaultdict(list)
         returns, successes, lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=int)
         while len(alive):
-            t0 = time.perf_counter()
-            obs = np.array(envs.prompts(alive), dtype=object) if args.model else envs.observe(alive)
-            t1 = time.perf_counter()
-            with torch.no_grad():
+            with timed(seconds, "env"):
+                obs = observations(envs, alive, args)
+            with timed(seconds, "policy"), torch.no_grad():
                 actions, tokens, mask, logprobs = agent.act(obs, envs.choices(alive))
-            t2 = time.perf_counter()
-            success, done = envs.step(alive, actions)
-            next_keys = envs.keys(alive)
-            seconds["policy"] += t2 - t1
-            seconds["env"] += time.perf_counter() - t2 + t1 - t0
+            with timed(seconds, "env"):
+                success, done = envs.step(alive, actions)
+                next_keys = envs.keys(alive)
             rewards = step_rewards(success, envs.gains, args)
             # The last state of a success is never compared with others: it becomes the goal node, whatever it looks like.
             targets = [SUCCESS if won else key for won, key in zip(success, next_keys, strict=True)]
@@ -1331,37 +1339,34 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         recent_successes.extend(successes.astype(float).tolist())
 
         # ==================== ADVANTAGES ====================
-        t0 = time.perf_counter()
         credit_step, credit_episode, found = np.zeros(num_steps), np.zeros(num_steps), collections.defaultdict(list)
         pictured, richest = None, (False, 0)
-        for group in range(args.num_groups):
-            inds = np.flatnonzero(rows // args.group_size == group)
-            start, trajectories = group * args.group_size, rows[inds] % args.group_size
-            s, s_next = [sources[i] for i in inds], [targets[i] for i in inds]
-            distances = graph_distances(s, s_next)
-            step_values = np.zeros(len(inds))
-            if args.advantage == "graphgpo":
-                step_values = graph_rewards(s, s_next, distances, args)
-            elif args.advantage == "gigpo":
-                step_values = discounted_returns(trajectories, rewards[inds], args.step_gamma)
-            # The authors' rule: the penalty of an invalid answer is its own, and comes after all discounting.
-            penalties, credit = args.invalid_penalty * invalid[inds], np.zeros(len(inds))
-            if args.advantage != "grpo":
-                credit = standardise(step_values - penalties, s, args.divide_by_std)
-            credit_step[inds] = credit
-            options = args.episode_norm, args.divide_by_std, penalties
-            credit_episode[inds] = episode_advantage(returns[start : start + args.group_size], trajectories, *options)
-            for name, value in graph_diagnostics(s, s_next, distances, successes[rows[inds]]).items():
-                found[name].append(value)
-            won = int(successes[start : start + args.group_size].sum())
-            worth = (won < args.group_size, len(set(s)))  # mixed outcomes first, then many states
-            if distances and worth > richest:
-                pictured, richest = (s, s_next, distances, credit, start, won), worth
+        with timed(seconds, "credit"):
+            for group in range(args.num_groups):
+                inds = np.flatnonzero(rows // args.group_size == group)
+                start, trajectories = group * args.group_size, rows[inds] % args.group_size
+                s, s_next = [sources[i] for i in inds], [targets[i] for i in inds]
+                distances = graph_distances(s, s_next)
+                step_values = np.zeros(len(inds))
+                if args.advantage == "graphgpo":
+                    step_values = graph_rewards(s, s_next, distances, args)
+                elif args.advantage == "gigpo":
+                    step_values = discounted_returns(trajectories, rewards[inds], args.step_gamma)
+                # The authors' rule: the penalty of an invalid answer is its own, and comes after all discounting.
+                penalties, credit = args.invalid_penalty * invalid[inds], np.zeros(len(inds))
+                if args.advantage != "grpo":
+                    credit = standardise(step_values - penalties, s, args.divide_by_std)
+                credit_step[inds] = credit
+                options = args.episode_norm, args.divide_by_std, penalties
+                credit_episode[inds] = episode_advantage(returns[start : start + args.group_size], trajectories, *options)
+                for name, value in graph_diagnostics(s, s_next, distances, successes[rows[inds]]).items():
+                    found[name].append(value)
+                won = int(successes[start : start + args.group_size].sum())
+                worth = (won < args.group_size, len(set(s)))  # mixed outcomes first, then many states
+                if distances and worth > richest:
+                    pictured, richest = (s, s_next, distances, credit, start, won), worth
         advantages = args.beta_graph * credit_step + args.beta_episode * credit_episode
-        advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).unsqueeze(
-            -1
-        )  # every token gets its step's
-        seconds["credit"] += time.perf_counter() - t0
+        advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).unsqueeze(-1)  # of all tokens of a step
 
         # ==================== UPDATE ====================
         # ALGO LOGIC: losses and gradient steps
