@@ -2403,7 +2403,9 @@ def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, args) -> None
     tokenizer.save(str(new / "tokenizer.json"))
     write_json(new / "config.json", content | {"norm_stats": norm_stats})
     write_json(new / "dataset_statistics.json", norm_stats)
-    write_json(new / "interface.json", {name: getattr(args, name) for name in INTERFACE_ARGS + PROTOCOL_ARGS})
+    interface = {name: getattr(args, name) for name in INTERFACE_ARGS + PROTOCOL_ARGS}
+    interface["tasks"] = args.tasks if len(args.tasks) < num_tasks(args.suite) else ()  # all, also of another suite
+    write_json(new / "interface.json", interface)
     tensors = dict(export_tensors(agent, source))
     save_torch_state_dict(tensors, new, max_shard_size=SHARD_BYTES)
     torch.save(agent.value_head.state_dict(), new / "value_head.pt")

@@ -318,13 +318,14 @@ def test_no_chunk_fits(monkeypatch):
 def test_a_saved_policy_knows_its_interface(public, tmp_path):
     settings = {"append_stop": False, "preprocess": "rlinf", "jpeg": False, "noop_steps": 15, "noop_gripper": 0.0}
     settings |= {"temperature": 1.6, "dtype": "float32", "camera_size": 128, "max_steps": 512, "suite": "libero_goal"}
-    saved_by_us(public, tmp_path / "saved", **settings)
+    saved_by_us(public, tmp_path / "saved", **settings, tasks=tuple(range(10)))
     args = vla.parse_args(["--no-cuda", "--evaluate", str(tmp_path / "saved")])
     assert {name: getattr(args, name) for name in settings} == settings
     changed = vla.parse_args(
         ["--no-cuda", "--evaluate", str(tmp_path / "saved"), "--suite", "libero_spatial", "--max-steps", "9"]
     )
     assert (changed.suite, changed.max_steps, changed.preprocess) == ("libero_spatial", 9, "rlinf")
+    assert changed.tasks == ()  # it was trained on all of another suite, so this is not its first ten
     for kind in ("--evaluate", "--model"):
         flags = ["--no-cuda", kind, str(tmp_path / "saved"), "--preprocess", "oft", "--run-dir", str(tmp_path)]
         with pytest.raises(vla.ArgumentError, match=r"--preprocess oft contradicts .*saved, which has rlinf: drop the flag"):

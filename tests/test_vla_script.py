@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_script, start_script
+from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_script, start_script, wait_for_line
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import gipo_vla_libero as vla
@@ -92,7 +93,7 @@ def resume_and_compare(folder, run_dir, flags):
 
 
 def test_interrupted_run_continues_exactly(finished):
-    """SIGTERM in the middle: exit code 143, and the resumed run ends with the weights and replay of the uninterrupted one."""
+    """SIGTERM in the middle: exit code 143; kill -9 after the resume; the run ends as the uninterrupted one."""
     run_dir, folder, _ = finished
     flags = [*SMALL, "--exp-name", "stopped"]
     process = start_script(NAME, run_dir, *flags)
@@ -105,6 +106,11 @@ def test_interrupted_run_continues_exactly(finished):
     assert process.returncode == 143, output
     assert "--resume" in output
     assert not (stopped / "result.json").exists()
+    again = start_script(NAME, run_dir, "--resume", stopped)
+    wait_for_line(again, "from step")
+    time.sleep(random.uniform(0, 3))
+    again.send_signal(signal.SIGKILL)
+    again.communicate()
     resume_and_compare(folder, run_dir, flags)
     steps = [step for step, _ in read_scalars(stopped)["losses/entropy"]]
     assert sorted(set(steps)) == [32, 64, 96, 128, 160, 192]
