@@ -1439,9 +1439,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                         b[f"{key}_logprobs"] = torch.cat(parts)
             b.setdefault("prox_logprobs", b["logprobs"])  # an objective without a clip has no centre
             l_prox = b["prox_logprobs"] - b["logprobs"]
-            # Nothing changed since the fresh responses were sampled, so l is 0 up to rounding, or something is broken.
-            if is_fresh.any():
-                scalars["is/log_ratio_max_fresh"] = l_prox[is_fresh].abs().max().item()
             if args.objective in CLIPPED and not is_fresh.all():
                 old_mask = b["mask"][~is_fresh]
                 old = importance_weight(b["prox_logprobs"][~is_fresh], b["logprobs"][~is_fresh], old_mask, args.is_level)
@@ -1478,21 +1475,14 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                     with torch.no_grad():
                         ages = (iteration - mb["versions"])[:, None, None].expand(mask.shape)
                         l_behaviour = newlogprob - mb["logprobs"]
-                        used.append(torch.stack([x[mask].float() for x in (ages, l_behaviour, coefficient)]))
+                        too_low = (advantages < 0) & (ratio < 1 - args.clip_low)
+                        too_high = (advantages > 0) & (ratio > 1 + args.clip_high)
+                        columns = ages, l_behaviour, coefficient, too_low, too_high
+                        used.append(torch.stack([x[mask].float() for x in columns]))
                         stats["losses/policy_loss"].append(pg_loss.detach())
                         stats["losses/entropy"].append(entropy_loss.detach())
                         logratio = newlogprob - mb["prox_logprobs"]
                         stats["losses/approx_kl"].append(((logratio.exp() - 1 - logratio) * mask).sum() / num_tokens)
-                        if args.objective in CLIPPED:
-                            clipped_high = mask & (advantages > 0) & (ratio > 1 + args.clip_high)
-                            clipped_low = mask & (advantages < 0) & (ratio < 1 - args.clip_low)
-                            for side, clipped in (("low", clipped_low), ("high", clipped_high)):
-                                for age, chosen in (("fresh", is_fresh[inds]), ("replay", ~is_fresh[inds])):
-                                    share = (clipped & chosen[:, None, None]).sum() / num_tokens
-                                    stats[f"clip/frac_{side}_{age}"].append(share)
-                        elif is_fresh[inds].any() and not stats["losses/grad_norm"]:  # before the first step, see above
-                            l_fresh = l_behaviour[is_fresh[inds]].abs().max().item()
-                            scalars["is/log_ratio_max_fresh"] = max(scalars["is/log_ratio_max_fresh"], l_fresh)
                 stats["losses/grad_norm"].append(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
                 optimizer.step()
                 updates += 1
@@ -1504,7 +1494,15 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         num_updates = len(stats["losses/grad_norm"])
         scalars |= {name: torch.stack(values).sum().item() / num_updates for name, values in stats.items() if values}
         if used:
-            scalars |= age_statistics(*torch.cat(used, 1))
+            ages, logratios, coefficients, too_low, too_high = torch.cat(used, 1)
+            scalars |= age_statistics(ages, logratios, coefficients)
+            for name, tokens in (("fresh", ages == 0), ("replay", ages > 0)) if args.objective in CLIPPED else ():
+                scalars[f"clip/frac_low_{name}"] = (too_low * tokens).mean().item()
+                scalars[f"clip/frac_high_{name}"] = (too_high * tokens).mean().item()
+            # In the first pass nothing has changed since the fresh responses were sampled: l is 0 up to rounding there.
+            l_fresh = used[0][1][used[0][0] == 0]
+            if len(l_fresh):
+                scalars["is/log_ratio_max_fresh"] = l_fresh.abs().max().item()
         for name, value in scalars.items():
             if not math.isfinite(value):
                 raise BadNumber(f"{name} is {value} at step {global_step:,}")
