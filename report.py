@@ -66,6 +66,18 @@ POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours;
     "popo-uncapped": "ablations",
 }
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#999999"]  # Okabe and Ito, 2008
+# A flag that only one script has: what runs of that script had before other flags came.
+AS_BEFORE = {
+    "method": {"kl_coef": 0.0, "sigma": 0.5, "sigma_neg_ratio": 1.0, "kernel": "gaussian", "m2_threshold": 0.04, "lag": 0}
+    | {"sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05},
+    "advantage": {"reward": "sparse", "success_reward": None, "step_penalty": 0.0},
+    "suite": {"fast_env": False, "episodes_per_task": 1},
+}
+# What matters to a language model only, some under an earlier name.
+MODEL_ONLY = (
+    "prompt max_number max_new_tokens response_length micro_batch micro_batch_groups microbatch_size dtype bf16".split()
+)
+MODEL_ONLY += ["generate_groups", "export"]
 METHODS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5", "sapo", "none", "ppo")  # the main rows; each has one colour in all plots
 LINES = {"on-policy": "solid", "512": "dotted", "5120": "solid", "20000": "dashed", "100000": "dashdot"}
 
@@ -186,11 +198,12 @@ def outcome_args(args: dict) -> dict:
         args = {"num_bins": 256} | args  # runs from before the flag
     if "trust_side" in args and "suite" not in args:  # algorithm version 1
         args = {"adaptive_sigma": 0.0} | args  # likewise
-    if "method" in args:
-        args = {"generate_groups": 0} | args  # likewise
-    if "suite" in args:
-        args = {"fast_env": False, "episodes_per_task": 1} | args  # likewise
-    else:
+    for mark, before in AS_BEFORE.items():
+        if mark in args:
+            args = before | args
+    if args.get("model", "") is None and not {"method", "advantage"}.isdisjoint(args):  # a network of POPO's or GraphGPO's own
+        unused += MODEL_ONLY
+    if "suite" not in args:
         unused.append("fast_env")  # Meta-World's is equal to 1e-15, LIBERO's up to the solver's tolerance only
     return {key: value for key, value in args.items() if key not in [*NOT_OUTCOME, *unused]}
 
