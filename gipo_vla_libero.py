@@ -587,8 +587,7 @@ def start(args, at_exit):
     render_variables(args.render)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(seconds=LONGEST_WAIT))
-        # After an error the others may be anywhere: no farewell then, which might wait for them.
-        at_exit.push(lambda kind, error, trace: None if kind else dist.destroy_process_group())
+        at_exit.push(leave_processes)
     torch.manual_seed(args.seed)
     if rank:
         dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
@@ -605,6 +604,13 @@ def start(args, at_exit):
         if args.train == "full" and not args.evaluate:
             shard_training(agent, args)
     return rank, world, agent, tokenizer, norm_stats, make_interface(agent, tokenizer, norm_stats, args, device)
+
+
+def leave_processes(kind, error, trace) -> None:
+    """Part from the other processes, all at once; after an error they may be anywhere, so nobody waits for them then."""
+    if kind is None:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def catch_signals(at_exit) -> list:
@@ -3267,6 +3273,9 @@ def demonstration_statistics(demos: dict) -> dict:
 if __name__ == "__main__":
     try:
         main(parse_args())
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # all is written, and threads of PyTorch sometimes abort an orderly exit
+            sys.stdout.flush()
+            os._exit(0)
     except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

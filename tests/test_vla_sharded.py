@@ -60,7 +60,8 @@ def worker(rank, world, port, args, out, save="", load="", steps=2):
     result |= {"versions": rb["versions"], "restored": simulators.restored, "started": simulators.started}
     torch.save(result, out / f"{world}-{rank}{load}.pt")
     if world > 1:
-        dist.destroy_process_group()
+        vla.leave_processes(None, None, None)
+        os._exit(0)  # as the script does: threads of PyTorch sometimes abort an orderly exit
 
 
 class Recorder:
