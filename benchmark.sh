@@ -95,8 +95,8 @@ case "$suite" in
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm=""
-if [ "$suite" = vla ]; then # 6 GB for the five processes of a run
-    fitting=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 4000000) / 1000 * $(getconf PAGESIZE) / 6000000))
+if [ "$suite" = vla ]; then # 9 GB for the five processes of a run
+    fitting=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 4000000) / 1000 * $(getconf PAGESIZE) / 9000000))
     [ "$fitting" -ge "$workers" ] || workers=$((fitting > 0 ? fitting : 1))
 fi
 meaningless="" # options
@@ -213,7 +213,7 @@ if [ -n "$slurm" ]; then
 #SBATCH --job-name=gipo-benchmark
 #SBATCH --array=1-$jobs
 #SBATCH --cpus-per-task=$([ "$suite" = vla ] && echo 2 || echo 1)
-#SBATCH --mem=$([ "$suite" = vla ] && echo 8G || echo 2G)
+#SBATCH --mem=$([ "$suite" = vla ] && echo 12G || echo 2G)
 #SBATCH --time=04:00:00
 #SBATCH --output=$run_dir/slurm-%A_%a.out
 cd $(printf %q "$PWD")
