@@ -57,6 +57,8 @@ graphgpo  gigpo-entropy-0.03      graphgpo_sokoban.py --advantage gigpo --ent-co
 graphgpo  graphgpo-entropy-0.03   graphgpo_sokoban.py --advantage graphgpo --ent-coef 0.03
 graphgpo  graphgpo-omega-0.5      graphgpo_sokoban.py --advantage graphgpo --omega 0.5
 graphgpo  graphgpo-inf            graphgpo_sokoban.py --advantage graphgpo --unreachable-distance inf
+graphgpo  gigpo-step-gym          graphgpo_sokoban.py --advantage gigpo --beta-episode 0 --reward gym-sokoban
+graphgpo  graphgpo-step-gym       graphgpo_sokoban.py --advantage graphgpo --beta-episode 0 --reward gym-sokoban
 popo      grpo                    popo_countdown.py --method grpo
 popo      grpo-filter             popo_countdown.py --method grpo-filter
 popo      dapo                    popo_countdown.py --method dapo
@@ -66,6 +68,14 @@ popo      popo-pi_old             popo_countdown.py --objective pi_old
 popo      popo-behaviour          popo_countdown.py --objective behaviour
 popo      popo-ineff              popo_countdown.py --replay ineff
 popo      popo-uncapped           popo_countdown.py --is-cap inf
+popo      popo-gipo               popo_countdown.py --objective gipo
+popo      popo-sapo               popo_countdown.py --objective sapo
+popo      popo-cispo              popo_countdown.py --objective cispo
+popo      popo-m2po               popo_countdown.py --objective m2po
+popo      grpo-decoupled-lag-4    popo_countdown.py --method grpo --lag 4
+popo      grpo-gipo-lag-4         popo_countdown.py --method grpo --objective gipo --lag 4
+popo      grpo-decoupled-lag-16   popo_countdown.py --method grpo --lag 16
+popo      grpo-gipo-lag-16        popo_countdown.py --method grpo --objective gipo --lag 16
 popo      grpo-fast               popo_countdown.py --method grpo --learning-rate 3e-4
 popo      popo-fast               popo_countdown.py --method popo --learning-rate 3e-4
 popo      popo-stale-fast         popo_countdown.py --replay-age-min 10 --max-age 20 --buffer-groups 512 --learning-rate 3e-4

@@ -81,7 +81,8 @@ def test_chat_models_train_in_bfloat16(chat_model, tmp_path):  # noqa: F811
     flags += ["--model", chat_model, "--total-episodes", 12, "--cuda"]
     assert run_inline("graphgpo_sokoban", tmp_path / "sokoban", flags) > 0.1
     flags = "--env-id countdown-34 --method popo --num-prompts 4 --group-size 3 --updates-per-iteration 2 --eval-episodes 6"
-    flags += " --eval-samples 2 --total-timesteps 24 --response-length 6 --learning-rate 1e-3 --eval-every 12 --bf16 --cuda"
+    flags += " --eval-samples 2 --total-timesteps 24 --max-new-tokens 6 --learning-rate 1e-3 --eval-every 12"
+    flags += " --dtype bfloat16 --cuda"
     flags = [*flags.split(), "--max-number", 99, "--model", save_model(tmp_path / "model", "{{ messages[0]['content'] }}")]
     assert run_inline("popo_countdown", tmp_path / "countdown", flags) > 0.1
     for curves in map(read_scalars, (path for task in ("sokoban", "countdown") for path in (tmp_path / task).iterdir())):
