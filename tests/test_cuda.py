@@ -78,7 +78,7 @@ def test_metaworld_trains_on_the_gpu(script, flags, tmp_path):
 
 def test_chat_models_train_in_bfloat16(chat_model, tmp_path):  # noqa: F811
     flags = [word for name, value in FLAGS.items() for word in (f"--{name.replace('_', '-')}", value)]
-    flags += ["--model", chat_model, "--total-episodes", 12, "--cuda"]
+    flags += ["--model", chat_model, "--total-episodes", 12, "--cuda", "--dtype", "bfloat16"]
     assert run_inline("graphgpo_sokoban", tmp_path / "sokoban", flags) > 0.1
     flags = "--env-id countdown-34 --method popo --num-prompts 4 --group-size 3 --updates-per-iteration 2 --eval-episodes 6"
     flags += " --eval-samples 2 --total-timesteps 24 --max-new-tokens 6 --learning-rate 1e-3 --eval-every 12"
