@@ -721,11 +721,13 @@ def say(text: str, end: str = "\n") -> None:
 class Progress:
     """A line that is rewritten in place on a terminal, and printed every ten seconds elsewhere."""
 
+    interval = 10.0
+
     def __init__(self):
         self.last, self.tty = time.time(), sys.stdout and sys.stdout.isatty()
 
     def __call__(self, line: str, last: bool = False) -> None:
-        if self.tty or last or time.time() - self.last > 10:
+        if self.tty or last or time.time() - self.last > self.interval:
             say(f"\r{line} " if self.tty else line, end="" if self.tty else "\n")
             self.last = time.time()
 
