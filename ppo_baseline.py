@@ -202,6 +202,11 @@ class Args:
 
 
 # -------------------- Environment --------------------
+def scalar(value) -> float:
+    """A number, or an array or tensor with one element, as a float."""
+    return float(value.item() if hasattr(value, "item") else value)
+
+
 class EpisodeRecorder(gym.Wrapper):
     """Return, length and success of every episode, and what rebuilds it exactly: the generator at its reset and its actions.
 
@@ -234,11 +239,11 @@ class EpisodeRecorder(gym.Wrapper):
     def step(self, action):
         self.actions.append(action.copy())  # before the step, which may change it in place
         obs, reward, terminated, truncated, info = self.env.step(action)
-        reward, terminated, truncated = float(np.asarray(reward).item()), bool(terminated), bool(truncated)
+        reward, terminated, truncated = scalar(reward), bool(terminated), bool(truncated)
         self.episode_return += reward
         success = info.get("success", info.get("is_success"))  # Meta-World's name, Gymnasium-Robotics' name
         if success is not None:  # one successful step makes a successful episode, as Meta-World defines it
-            self.success = max(float(np.asarray(success).item()), 0.0 if math.isnan(self.success) else self.success)
+            self.success = max(scalar(success), 0.0 if math.isnan(self.success) else self.success)
         if not (terminated or truncated):
             return obs, reward, terminated, truncated, {}
         last_info = {"return": self.episode_return, "length": len(self.actions), "success": self.success}
@@ -965,14 +970,17 @@ def check_args(args) -> None:
     require("seed", 0 <= args.seed <= 4_000_000, "must be between 0 and 4,000,000")  # 1000 * seed + i must be below 2^32
     require("init_log_std", -20 <= args.init_log_std <= 2, "must be between -20 and 2")
     require("num_bins", 2 <= args.num_bins <= 100_000, "must be 2 or more")
-    may_be_zero = "seed gamma gae_lambda lr_warmup buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
+    positive = "total_timesteps num_envs num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate"
+    positive += " reward_scale max_grad_norm hidden_size checkpoint_every torch_threads"
+    positive += " clip_coef update_epochs"
+    may_be_zero = "buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
         if get_origin(field.type) is Literal:
             require(name, value in get_args(field.type), f"must be one of {', '.join(get_args(field.type))}")
         elif name in may_be_zero.split():
             require(name, 0 <= value <= 1e12, "must be 0 or more")
-        elif field.type in (int, float) and name != "init_log_std":
+        elif name in positive.split():
             require(name, 1e-12 <= value <= 1e12, "must be positive")
     for name, most in (("hidden_size", 16_384), ("torch_threads", 1_024)):
         require(name, getattr(args, name) <= most, f"must be {most:,} or fewer")
@@ -993,7 +1001,7 @@ def check_args(args) -> None:
     try:
         found = not module or importlib.util.find_spec(module)
     except ModuleNotFoundError as error:
-        found = not module.startswith(error.name)  # it is there, and lacks another
+        found = not f"{module}.".startswith(f"{error.name}.")  # else it is there, and lacks another
     if not found:
         raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
     known = [*META_WORLD, "MT10", *gym.registry]
@@ -1208,10 +1216,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         generator.set_state(checkpoint["generator"])
     collector.call("reset", checkpoint.get("collector"))
 
-    from torch.utils.tensorboard import (
-        SummaryWriter,
-        summary,
-    )  # here, because its import takes a second that --help need not wait
+    # Here, because its import takes a second that --help need not wait.
+    from torch.utils.tensorboard import SummaryWriter, summary
 
     global_step = iteration * rollout_size
     writer = SummaryWriter(str(run_folder), purge_step=global_step + 1 if args.resume else None)

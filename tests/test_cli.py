@@ -656,6 +656,26 @@ def test_evaluate_refuses_other_files(script, finished, tmp_path, inline):
 
 
 @ALL_SCRIPTS
+def test_a_forks_own_flag_may_have_any_number(script):
+    """What a fork adds to Args is its own business: 0 and negative numbers pass."""
+    module = importlib.import_module(script)
+    fork = dataclasses.make_dataclass("Fork", [("bonus", float, 0.0), ("shift", int, -3)], bases=(module.Args,))
+    module.check_args(fork(run_dir="unused"))
+
+
+@ALL_SCRIPTS
+def test_a_package_that_lacks_another_is_not_called_missing(script, tmp_path, monkeypatch):
+    """A user's package whose import fails keeps its own error, also where the other's name begins like its own."""
+    module = importlib.import_module(script)
+    (tmp_path / "lacking_envs").mkdir()
+    (tmp_path / "lacking_envs" / "__init__.py").write_text("import lacking\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module.check_args(module.Args(env_id="lacking_envs.arm:Arm-v0"))  # so that building it shows what is lacking
+    with pytest.raises(module.ArgumentError, match=r"there is no module nowhere\.at\.all"):
+        module.check_args(module.Args(env_id="nowhere.at.all:Arm-v0"))
+
+
+@ALL_SCRIPTS
 def test_weights_of_other_networks_are_refused(script, finished, tmp_path, inline):
     """A fork that changed Agent since: --evaluate and --resume say so in one sentence."""
     _, folder = finished("gipo-bins" if script == "gipo_continuous" else "ppo-bins")

@@ -275,6 +275,9 @@ KINDS = {
     "array": np.array,
     "array of one": lambda value: np.array([value]),
     "tensor": lambda value: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.bool),
+    "tensor with a gradient": lambda value: (
+        torch.tensor(value, dtype=torch.float64, requires_grad=True) if isinstance(value, float) else torch.tensor(value)
+    ),
     "tensor of one": lambda value: torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else torch.bool),
 }
 
