@@ -1,5 +1,6 @@
 """What surrounds the code: inline metadata of the scripts, versions, links, and the figures that the README quotes."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+
+import gipo_continuous
 
 SCRIPTS = {  # script -> what it needs beside requirements.txt
     "gipo_continuous.py": set(),
@@ -75,3 +78,15 @@ def test_ci_runs_the_readmes_test_command():
     blocks = re.findall(r"(?m)^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL)
     (command,) = (" ".join(block.replace("\\\n", " ").split()) for block in blocks if "-m pytest" in block)
     assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readmes_first_output_is_the_committed_run():
+    """Return, success and speed of the first command, from the result file of that run; its flags are the defaults."""
+    run = json.loads((ROOT / "results" / "first_command.json").read_text())
+    shown = (ROOT / "README.md").read_text()
+    assert (
+        f"eval at 100,096: return {run['eval_return_mean']:.1f}, success {run['eval_success_rate']:.0%} of 50 goals" in shown
+    )
+    assert f"finished in {run['wall_seconds']:.0f} s, {run['sps']:.0f} steps/s" in shown
+    changed = {key for key, value in vars(gipo_continuous.Args()).items() if run["args"][key] != value}
+    assert changed == {"total_timesteps"} and run["versions"]["algorithm"] == gipo_continuous.ALGORITHM_VERSION
