@@ -4,6 +4,8 @@
     python docs/figures.py curves     # success in training on four tasks, from the JSON files of the benchmark
     python docs/figures.py gif --model runs/NAME/best_model.pt    # the policy of a run before and after training, on one goal
 
+door-open-v3.gif is of `python gipo_continuous.py --env-id door-open-v3`, seed 1.
+
 Filming without a display needs MUJOCO_GL=egl or osmesa, as --capture-video does.
 """
 
