@@ -1014,10 +1014,12 @@ def check_args(args) -> None:
     if "/" in args.exp_name or "\0" in args.exp_name:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     try:
-        dict(**json.loads(args.env_kwargs))
+        limit = dict(**json.loads(args.env_kwargs)).get("max_episode_steps")
     except (TypeError, ValueError) as error:
         how = "must be a JSON object, as in --env-kwargs '{\"name\": 1}'"
         raise ArgumentError(f"--env-kwargs {args.env_kwargs} {how}") from error
+    no_limit = limit is None or limit == -1  # of Gymnasium: then the script sets one
+    require("env_kwargs", no_limit or isinstance(limit, int) and limit > 0, "needs 1 or more max_episode_steps")
     module, colon, name = args.env_id.rpartition(":")
     if args.env_id.startswith("Meta-World/"):
         raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")

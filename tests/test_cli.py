@@ -533,6 +533,8 @@ BAD = [  # fields, and what the sentence must name
     ({"env_kwargs": "null"}, "--env-kwargs null must be a JSON object"),
     ({"env_kwargs": "g=5"}, "--env-kwargs g=5 must be a JSON object"),
     ({"env_kwargs": '{"gravity": 5}'}, "cannot be built with --env-kwargs {"),
+    ({"env_kwargs": '{"max_episode_steps": 0}'}, "--env-kwargs {"),
+    ({"env_kwargs": '{"max_episode_steps": "9"}'}, "needs 1 or more max_episode_steps"),
 ]
 
 
