@@ -1019,7 +1019,7 @@ def check_args(args) -> None:
         how = "must be a JSON object, as in --env-kwargs '{\"name\": 1}'"
         raise ArgumentError(f"--env-kwargs {args.env_kwargs} {how}") from error
     no_limit = limit is None or limit == -1  # of Gymnasium: then the script sets one
-    require("env_kwargs", no_limit or isinstance(limit, int) and limit > 0, "needs 1 or more max_episode_steps")
+    require("env_kwargs", no_limit or (isinstance(limit, int) and limit > 0), "needs 1 or more max_episode_steps")
     module, colon, name = args.env_id.rpartition(":")
     if args.env_id.startswith("Meta-World/"):
         raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
