@@ -93,9 +93,9 @@ Action: put lamp on table
 
 """  # of --prompt few-shot
 # Flags that act in some runs only: elsewhere they are refused, unless they have their default.
-SOKOBAN_ONLY = "reward room_size num_boxes wall_density min_solution max_solution slippery".split()
+SOKOBAN_ONLY = "reward room_size num_boxes wall_density min_solution max_solution".split()
 MODEL_ONLY = "prompt max_new_tokens micro_batch dtype invalid_penalty".split()
-GRAPH_ONLY = "omega r_succ unreachable_distance normalize_distance".split()
+GRAPH_ONLY = "omega unreachable_distance".split()
 
 
 class ArgumentError(ValueError):
@@ -167,9 +167,6 @@ class Args:
     """reward of a success (default 1, with --model 10: the scale on which an invalid answer costs 0.1)"""
     step_penalty: float = 0.0
     """subtracted from the reward of every step (0 to 0.1)"""
-    slippery: float = 0.0
-    """Sokoban: chance that a random move replaces the chosen one. A stress test: the method assumes determinism, and a
-    distance over lucky slips is too short"""
     game_level: int = 5
     """TextWorld: difficulty (tw-treasure_hunter 1 to 30; tw-coin_collector 1 to 100, 101 to 150 with twice as many rooms, 201
     to 233 with three times as many, and never a way longer than --max-steps)"""
@@ -204,8 +201,6 @@ class Args:
     omega: float = 0.8
     """omega: decay of the step reward with the distance to success (paper: Sokoban 0.8, WebShop 0.2, ALFWorld 0.1). Below 0.5,
     rewards of distant states vanish in the 1e-6 that guards the division by the standard deviation"""
-    r_succ: float = 10.0
-    """r_succ: step reward at distance 0; cancels in the standardisation"""
     beta_graph: float = 1.0
     """beta_G: weight of the step-level credit, A^G or GiGPO's A^S"""
     beta_episode: float = 1.0
@@ -214,8 +209,6 @@ class Args:
     """gigpo: discount of the step returns"""
     unreachable_distance: Literal["dmax+1", "inf"] = "dmax+1"
     """distance of states from which no rollout succeeded: one more than the farthest (paper), or infinite (reward 0)"""
-    normalize_distance: bool = False
-    """step reward 10 * omega^(d(s') - d(s) + 1), an option of the authors' code"""
     episode_norm: Literal["trajectories", "steps"] = "trajectories"
     """mean and std of A^E over the rollouts, or over all their steps as in the authors' code (long rollouts weigh more)"""
     divide_by_std: bool = True
@@ -335,12 +328,9 @@ class Sokoban:
         self.made = {level: self.made.get(level) or self.make_level(level) for level in dict.fromkeys(levels)}
         columns = zip(*(self.made[level] for level in levels), strict=True)
         self.walls, self.boxes, self.targets, self.player, self.optimal = (np.array(column) for column in columns)
-        self.t, self.rng = 0, np.random.default_rng([3, *levels[0]])  # the generator of --slippery
+        self.t = 0
 
     def step(self, rows, actions):
-        if self.args.slippery:
-            slips, moves = self.rng.random(self.num_envs), self.rng.integers(0, 4, self.num_envs)
-            actions = np.where(slips[rows] < self.args.slippery, moves[rows], actions)
         move = self.moves[actions]
         ahead = self.player[rows] + move
         beyond = (ahead + move) % self.cells  # outside the room only where `ahead` is a wall already
@@ -770,16 +760,13 @@ def graph_distances(sources, targets) -> dict:
     return distances
 
 
-def graph_rewards(sources, targets, distances, args) -> np.ndarray:
-    """Step rewards of one group, r_succ * omega^(d(s') + 1), or with d(s') - d(s) + 1; 0 without a success: no direction."""
+def graph_rewards(targets, distances, args) -> np.ndarray:
+    """Step rewards of one group, 10 * omega^(d(s') + 1); all 0 without a success, which gives no direction."""
     if not distances:
-        return np.zeros(len(sources))
+        return np.zeros(len(targets))
     far = max(distances.values()) + 1 if args.unreachable_distance == "dmax+1" else math.inf
-    before, after = (np.array([distances.get(state, far) for state in states], dtype=float) for states in (sources, targets))
-    if not args.normalize_distance:
-        before = np.zeros(len(sources))
-    exponent = np.where(np.isinf(after), np.inf, after - np.where(np.isinf(before), 0.0, before) + 1)
-    return args.r_succ * np.power(float(args.omega), exponent)
+    after = np.array([distances.get(state, far) for state in targets], dtype=float)
+    return 10.0 * np.power(args.omega, after + 1)
 
 
 def discounted_returns(trajectories, rewards, gamma) -> np.ndarray:
@@ -1006,10 +993,10 @@ def refuse_existing(run_folder: Path, args) -> None:
 
 def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
-    positive = "success_reward total_episodes num_groups update_epochs minibatch_size max_grad_norm hidden_size r_succ"
+    positive = "success_reward total_episodes num_groups update_epochs minibatch_size max_grad_norm hidden_size"
     positive += " game_level checkpoint_every max_new_tokens micro_batch torch_threads learning_rate"
     limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive and finite"))
-    limits |= dict.fromkeys("wall_density slippery step_gamma".split(), (0, 1, "between 0 and 1"))
+    limits |= dict.fromkeys("wall_density step_gamma".split(), (0, 1, "between 0 and 1"))
     not_negative = "step_penalty eval_every eval_episodes max_steps ent_coef kl_coef beta_graph beta_episode invalid_penalty"
     limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more and finite"))
     limits |= dict.fromkeys(["omega", "clip_coef"], (1e-12, 1 - 1e-12, "above 0 and below 1"))
@@ -1349,7 +1336,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 distances = graph_distances(s, s_next)
                 step_values = np.zeros(len(inds))
                 if args.advantage == "graphgpo":
-                    step_values = graph_rewards(s, s_next, distances, args)
+                    step_values = graph_rewards(s_next, distances, args)
                 elif args.advantage == "gigpo":
                     step_values = discounted_returns(trajectories, rewards[inds], args.step_gamma)
                 # The authors' rule: the penalty of an invalid answer is its own, and comes after all discounting.

@@ -45,8 +45,8 @@ RUNS = {  # every field of Args appears here or in SPECIAL
     "grpo": f"{TINY} --total-episodes 24 --advantage grpo --episode-norm steps --no-divide-by-std --kl-coef 0.1"
     " --update-epochs 2 --step-penalty 0.01 --success-reward 2",
     "room": f"{TINY} --total-episodes 24 --room-size 7 --num-boxes 2 --wall-density 0.05 --min-solution 2 --max-solution 9"
-    " --max-steps 20 --slippery 0.2 --eval-temperature 0 --torch-threads 2",
-    "credit": f"{TINY} --total-episodes 24 --omega 0.5 --r-succ 1 --unreachable-distance inf --normalize-distance"
+    " --max-steps 20 --eval-temperature 0 --torch-threads 2",
+    "credit": f"{TINY} --total-episodes 24 --omega 0.5 --unreachable-distance inf"
     " --clip-coef 0.1 --max-grad-norm 0.5 --reward gym-sokoban",
     "minigrid": f"{TINY} --total-episodes 32 {MINIGRID} --eval-every 8",
     "picture": f"{TINY} --total-episodes 96 --eval-every 32 --plot-graph --group-size 16 --max-solution 4 --min-solution 1",
@@ -131,8 +131,8 @@ def test_evaluate_gives_the_number_of_the_run(finished, capsys):
     assert main(parse_args([*best, "--eval-episodes", "3"]))["episodes"] == 3
     with pytest.raises(ArgumentError, match="--eval-episodes 9: the run held out 4 levels and may have trained on others"):
         main(parse_args([*best, "--eval-episodes", "9"]))
-    with pytest.raises(ArgumentError, match=r"--slippery 0.9 contradicts the run of the model, which has 0.0"):
-        main(parse_args([*best, "--slippery=0.9"]))
+    with pytest.raises(ArgumentError, match=r"--omega 0.9 contradicts the run of the model, which has 0.8"):
+        main(parse_args([*best, "--omega=0.9"]))
     with pytest.raises(ArgumentError, match="--eval-episodes 0 leaves nothing to evaluate"):
         main(parse_args([*best, "--eval-episodes", "0"]))
     with pytest.raises(ArgumentError, match="is no model of this script"):
@@ -223,7 +223,7 @@ def test_minigrid_is_learned(tmp_path):
         ({"omega": 1.0}, "--omega 1.0 must be above 0 and below 1"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0 must be positive"),
         ({"total_episodes": -5}, "--total-episodes -5 must be positive"),
-        ({"slippery": 1.5}, "--slippery 1.5 must be between 0 and 1"),
+        ({"step_gamma": 1.5}, "--step-gamma 1.5 must be between 0 and 1"),
         ({"beta_graph": -1.0}, "--beta-graph -1.0 must be 0 or more"),
         ({"room_size": 11}, "--room-size 11 must be from 5 to 10"),
         ({"num_boxes": 3}, "--num-boxes 3 must be 1 or 2"),
@@ -351,9 +351,7 @@ def stopped(run_dir, flags, signum):
     return process.returncode, output
 
 
-@pytest.mark.parametrize(
-    "env", ["--slippery 0.1 --total-episodes 1200", f"{MINIGRID} --total-episodes 400"], ids=["sokoban", "minigrid"]
-)
+@pytest.mark.parametrize("env", ["--total-episodes 1200", f"{MINIGRID} --total-episodes 400"], ids=["sokoban", "minigrid"])
 def test_interrupted_twice_equals_uninterrupted(env, tmp_path):
     flags = f"{TINY} {env} --eval-every 200 --checkpoint-every 40".split()
     main(tyro.cli(Args, args=[*flags, "--run-dir", str(tmp_path / "reference")]))

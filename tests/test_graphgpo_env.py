@@ -172,19 +172,6 @@ def test_rows_step_alone():
     assert changed == {2, 5}
 
 
-def test_slippery_moves_are_random_as_often_as_asked():
-    share = []
-    for slippery in (0.0, 0.4):
-        envs = started(512, [(1, 1, 1, 0)] * 512, slippery=slippery)
-        before, rows = np.array(envs.keys(np.arange(512))), np.arange(512)
-        moved = next(a for a in range(4) if (envs.step(rows[:1], np.array([a])), envs.keys(rows[:1])[0] != before[0])[1])
-        envs = started(512, [(1, 1, 1, 0)] * 512, slippery=slippery)
-        act(envs, moved)
-        _, counts = np.unique(np.array(envs.keys(rows)), return_counts=True)
-        share.append(counts.max() / 512)
-    assert share[0] == 1.0 and 0.6 < share[1] < 0.8  # 1 - 0.4 * 3 / 4 = 0.7
-
-
 def test_a_picture_shows_the_state_of_the_key():
     envs = started()
     first, key = envs.draw(3, envs.keys(ROWS)[3]), envs.keys(ROWS)[3]
