@@ -520,18 +520,18 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens, past=None):
-        """(B, L) -> logits (B, L, V), cache of keys and values."""
-        length, start = tokens.shape[1], 0 if past is None else past[0][0].shape[2]
+    def forward(self, tokens, cache=None):
+        """(B, L) tokens after those of the cache -> logits (B, L, V), and the longer cache of keys and values."""
+        length, start = tokens.shape[1], 0 if cache is None else cache[0][0].shape[2]
         x = self.embed(tokens) + self.position.weight[start : start + length]
         mask = None
         if length > 1:
             mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
-        cache = []
+        longer = []
         for i, block in enumerate(self.blocks):
-            x, keys_values = block(x, None if past is None else past[i], mask)
-            cache.append(keys_values)
-        return self.head(self.norm(x)), cache
+            x, keys_values = block(x, None if cache is None else cache[i], mask)
+            longer.append(keys_values)
+        return self.head(self.norm(x)), longer
 
     def prefill(self, prompts, prompt_mask, group_size: int):
         """Logits of the first response token and the cache, one row per response: (P * k, V)."""
@@ -539,22 +539,9 @@ class GPT(nn.Module):
         cache = [tuple(part.repeat_interleave(group_size, 0) for part in layer) for layer in cache]
         return logits[:, -1].repeat_interleave(group_size, 0), cache
 
-    def step(self, tokens, cache):
-        """Logits after one more token per row, (B,) -> (B, V), and the longer cache."""
-        logits, cache = self(tokens.unsqueeze(1), cache)
-        return logits[:, 0], cache
-
-    def response_logits(self, prompts, prompt_mask, responses):
-        """Logits that predict every response token, teacher-forced: (P, Lp), (P, k, L) -> (P, k, L, V)."""
-        logits, cache = self.prefill(prompts, prompt_mask, responses.shape[1])
-        logits = logits.unsqueeze(1)
-        if responses.shape[2] > 1:
-            logits = torch.cat([logits, self(responses.flatten(0, 1)[:, :-1], cache)[0]], 1)
-        return logits.unflatten(0, responses.shape[:2])
-
 
 class HuggingFacePolicy(nn.Module):
-    """A causal language model of the transformers library behind the same three methods."""
+    """A causal language model of the transformers library behind the same two methods."""
 
     def __init__(self, model, dtype: str):
         super().__init__()
@@ -571,22 +558,11 @@ class HuggingFacePolicy(nn.Module):
         mask = prompt_mask.repeat_interleave(group_size, 0)
         return out.logits[:, -1].repeat_interleave(group_size, 0), (out.past_key_values, mask)
 
-    def step(self, tokens, cache):
+    def forward(self, tokens, cache):
         past, mask = cache
-        mask = F.pad(mask, (0, 1), value=True)
-        out = self.call(tokens.unsqueeze(1), mask, past_key_values=past, use_cache=True)
-        return out.logits[:, -1], (out.past_key_values, mask)
-
-    def response_logits(self, prompts, prompt_mask, responses):
-        """As the GPT's: one pass over each prompt, and one over its k responses on top of the repeated cache."""
-        k, length = responses.shape[1:]
-        logits, (past, mask) = self.prefill(prompts, prompt_mask, k)
-        logits = logits.unsqueeze(1)
-        if length > 1:
-            mask = F.pad(mask, (0, length - 1), value=True)
-            out = self.call(responses.flatten(0, 1)[:, :-1], mask, past_key_values=past, use_cache=True)
-            logits = torch.cat([logits, out.logits], 1)
-        return logits.unflatten(0, (-1, k))
+        mask = F.pad(mask, (0, tokens.shape[1]), value=True)
+        out = self.call(tokens, mask, past_key_values=past, use_cache=True)
+        return out.logits, (out.past_key_values, mask)
 
 
 def smollm2_folder() -> Path:
@@ -681,7 +657,8 @@ def sample(policy, prompts, prompt_mask, group_size: int, lengths, eos: tuple, t
         alive = alive & ~torch.isin(token, ends)
         if t + 1 == longest or not alive.any():
             break
-        logits, cache = policy.step(token, cache)
+        logits, cache = policy(token.unsqueeze(1), cache)
+        logits = logits[:, -1]
     pad = (0, longest - len(columns))
     return tuple(F.pad(torch.stack(column, 1), pad).unflatten(0, (-1, group_size)) for column in zip(*columns, strict=True))
 
@@ -689,12 +666,16 @@ def sample(policy, prompts, prompt_mask, group_size: int, lengths, eos: tuple, t
 def response_logprobs(policy, batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies of a batch's response tokens under the sampling distribution of `policy`, both (P, k, L).
 
-    Columns after the longest response cost nothing. A language model's logits, 0.6 GB in float32 for 1,024 tokens and 150,000
-    words, are expanded for one response at a time, and again in the backward pass.
+    One pass over each prompt, one over its k responses on top of the prompt's cache; columns after the longest response cost
+    nothing. A language model's logits, 0.6 GB in float32 for 1,024 tokens and 150,000 words, are expanded for one response at
+    a time, and again in the backward pass.
     """
-    (*_, width), longest = batch["mask"].shape, int(batch["mask"].any(0).any(0).sum())
-    responses = batch["responses"][..., :longest]
-    logits = policy.response_logits(batch["prompts"], batch["prompt_mask"], responses)
+    (_, group_size, width), longest = batch["mask"].shape, int(batch["mask"].any(0).any(0).sum())
+    responses = batch["responses"][..., :longest].flatten(0, 1)
+    logits, cache = policy.prefill(batch["prompts"], batch["prompt_mask"], group_size)
+    logits = logits.unsqueeze(1)
+    if longest > 1:
+        logits = torch.cat([logits, policy(responses[:, :-1], cache)[0]], 1)
 
     def distribution(logits, responses):
         logprobs = torch.log_softmax(logits.float() / temperature, -1)
@@ -702,12 +683,11 @@ def response_logprobs(policy, batch, temperature: float) -> tuple[torch.Tensor, 
         return logprobs.gather(-1, responses.unsqueeze(-1)).squeeze(-1), entropy
 
     if isinstance(policy, HuggingFacePolicy):
-        pairs = zip(logits.flatten(0, 1), responses.flatten(0, 1), strict=True)
-        parts = zip(*(checkpoint(distribution, *pair, use_reentrant=False) for pair in pairs), strict=True)
-        logprobs, entropy = (torch.stack(part).view(responses.shape) for part in parts)
+        parts = (checkpoint(distribution, *pair, use_reentrant=False) for pair in zip(logits, responses, strict=True))
+        logprobs, entropy = (torch.stack(part) for part in zip(*parts, strict=True))
     else:
         logprobs, entropy = distribution(logits, responses)
-    return tuple(F.pad(x, (0, width - longest)) * batch["mask"] for x in (logprobs, entropy))
+    return tuple(F.pad(x, (0, width - longest)).unflatten(0, (-1, group_size)) * batch["mask"] for x in (logprobs, entropy))
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -736,9 +716,9 @@ class Progress:
         say(f"\n{text}" if self.tty else text)
 
 
-def warm_up(policy, task, args, progress=None) -> float:
-    """Next-token loss on valid expressions with unrelated targets: teaches the format only. -> the last loss."""
-    optimizer, loss = torch.optim.Adam(policy.parameters(), lr=0.0, fused=True), torch.tensor(math.nan)
+def warm_up(policy, task, args, progress) -> None:
+    """Next-token loss on valid expressions with unrelated targets: teaches the format only."""
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.0, fused=True)
     for step in range(args.warmup_steps):
         optimizer.param_groups[0]["lr"] = args.warmup_learning_rate * (1 - step / args.warmup_steps)
         prompts, responses, mask = (x.to(next(policy.parameters()).device) for x in task.examples(256))
@@ -748,9 +728,9 @@ def warm_up(policy, task, args, progress=None) -> float:
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        if progress:
-            progress(f"warm-up: step {step + 1} of {args.warmup_steps}, loss {loss.item():.2f}")
-    return loss.item()
+        progress(f"warm-up: step {step + 1} of {args.warmup_steps}, loss {loss.item():.2f}")
+    if not loss.isfinite():
+        raise BadNumber(f"the warm-up loss is {loss.item()}: lower --warmup-learning-rate")
 
 
 # -------------------- Groups, replay, objective --------------------
@@ -1291,9 +1271,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             policy.load_state_dict(load_checkpoint(cached, device))
         elif args.warmup_steps:
             say(f"warm-up: {args.warmup_steps} steps on the format, into {cached}")
-            loss = warm_up(policy, task, args, progress)
-            if not math.isfinite(loss):
-                raise BadNumber(f"the warm-up loss is {loss}: lower --warmup-learning-rate")
+            warm_up(policy, task, args, progress)
             cached.parent.mkdir(exist_ok=True)
             own_copy = cached.with_name(f"{cached.stem}.{os.getpid()}.pt")  # several runs may warm up at the same time
             save_checkpoint(own_copy, policy.state_dict())

@@ -96,14 +96,16 @@ def test_shared_prefix_equals_one_pass_per_answer(model, tmp_path):
     handle = policy.model.register_forward_pre_hook(
         lambda _, __, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    shared = policy.response_logits(batch["prompts"], batch["prompt_mask"], batch["responses"])
+    batch["mask"][:] = True
+    shared, _ = popo.response_logprobs(policy, batch, 1.0)
     handle.remove()
     assert calls == [batch["prompts"].shape, (4 * k, length - 1)]
     tokens = torch.cat([batch["prompts"].repeat_interleave(k, 0), batch["responses"].flatten(0, 1)], 1)[:, :-1]
     mask = torch.nn.functional.pad(batch["prompt_mask"].repeat_interleave(k, 0), (0, length - 1), value=True)
-    plain = policy.call(tokens, mask, use_cache=False, logits_to_keep=length).logits.unflatten(0, (-1, k))
+    plain = policy.call(tokens, mask, use_cache=False, logits_to_keep=length).logits.unflatten(0, (-1, k)).log_softmax(-1)
+    plain = plain.gather(-1, batch["responses"].unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(shared, plain, atol=1e-4, rtol=0)
-    ours, theirs = (torch.autograd.grad(x.log_softmax(-1)[..., 5].sum(), list(policy.parameters())) for x in (shared, plain))
+    ours, theirs = (torch.autograd.grad(x.sum(), list(policy.parameters())) for x in (shared, plain))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
 
@@ -188,13 +190,13 @@ def test_logits_are_cut_to_the_longest_answer_and_expanded_one_answer_at_a_time(
     batch = popo.stack_groups(popo.generate_groups(policy, task, args, 1), "cpu")
     batch["mask"][..., 7:] = False
     batch["mask"][0, 0, 3:] = False
-    original, shapes = policy.response_logits, []
+    original, passes = policy.forward, []
 
-    def recorded(prompts, prompt_mask, responses):
-        shapes.append(responses.shape)
-        return original(prompts, prompt_mask, responses)
+    def recorded(tokens, cache):
+        passes.append(original(tokens, cache))
+        return passes[-1]
 
-    monkeypatch.setattr(policy, "response_logits", recorded)
+    monkeypatch.setattr(policy, "forward", recorded)
     vocabulary, kept = policy.model.config.vocab_size, []
 
     def keep(tensor):
@@ -203,12 +205,16 @@ def test_logits_are_cut_to_the_longest_answer_and_expanded_one_answer_at_a_time(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logprobs, entropy = popo.response_logprobs(policy, batch, 0.9)
-    assert shapes == [(4, 3, 7)] and logprobs.shape == entropy.shape == (4, 3, 12)
+    ((rest, _),) = passes
+    assert rest.shape == (12, 6, vocabulary) and logprobs.shape == entropy.shape == (4, 3, 12)
     head = policy.model.lm_head.weight.numel()
     assert (
         sum(kept) <= 4 * 3 * 7 * vocabulary + 2 * head
     )  # the head's weight for prompts and for answers; log_softmax and exp would each keep as much as the logits again
-    plain = torch.log_softmax(original(batch["prompts"], batch["prompt_mask"], batch["responses"]).float() / 0.9, -1)
+    monkeypatch.undo()
+    first, cache = policy.prefill(batch["prompts"], batch["prompt_mask"], 3)
+    logits = torch.cat([first[:, None], policy(batch["responses"].flatten(0, 1)[:, :-1], cache)[0]], 1).unflatten(0, (4, 3))
+    plain = torch.log_softmax(logits.float() / 0.9, -1)
     expected = plain.gather(-1, batch["responses"].unsqueeze(-1)).squeeze(-1) * batch["mask"]
     expected_entropy = -(plain.exp() * plain).sum(-1) * batch["mask"]
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
