@@ -266,41 +266,30 @@ class Args:
 
 
 # -------------------- Tasks --------------------
-def run_stack_machine(codes: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Evaluate reverse Polish expressions: (B, L) -> value (B,), and whether exactly one value is left after valid steps.
-
-    A code is a number (0 or more) or -1, -2, -3 for + - *; anything below is invalid. `mask` ends each expression.
-    """
-    stack = codes.new_zeros(len(codes), codes.shape[1] + 2)
-    size, valid = codes.new_zeros(len(codes)), torch.ones(len(codes), dtype=torch.bool, device=codes.device)
-    for code, active in zip(codes.unbind(1), mask.unbind(1), strict=True):
-        is_number = code >= 0
-        right, left = (stack.gather(1, (size - i).clamp(min=0).unsqueeze(1)).squeeze(1) for i in (1, 2))
-        results = torch.stack([code, left + right, left - right, left * right])
-        value = results.gather(0, (-code.clamp(-3, 0)).unsqueeze(0)).squeeze(0)
-        valid = valid & (~active | is_number | ((code >= -3) & (size >= 2)))
-        push_at, active = torch.where(is_number, size, size - 2), active & valid
-        stack = torch.where(active[:, None], stack.scatter(1, push_at.clamp(min=0).unsqueeze(1), value.unsqueeze(1)), stack)
-        size = torch.where(active, push_at + 1, size)
-    return stack[:, 0], valid & (size == 1)
+def rpn_value(codes: list[int]) -> int | None:
+    """Value of a reverse Polish expression of numbers (0 or more) and -1, -2, -3 for + - *; None if it is malformed."""
+    stack = []
+    for code in codes:
+        if code >= 0:
+            stack.append(code)
+        elif code >= -3 and len(stack) >= 2:
+            right, left = stack.pop(), stack.pop()
+            stack.append((left + right, left - right, left * right)[-code - 1])
+        else:
+            return None
+    return stack[0] if len(stack) == 1 else None
 
 
-def verify_rpn(numbers, target, tokens, mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """Responses of the GPT: -> correct, well-formed (B,). Well-formed: a valid expression that uses each number exactly once.
-
-    `numbers` (B, n) is padded with 0, which is never one of them; `target` (B,); `tokens` and `mask` (B, L).
-    """
-    codes = torch.where(tokens < 10, tokens, 9 - tokens)
-    value, valid = run_stack_machine(codes, mask)
-    used = F.one_hot(torch.where(mask & (tokens < 10), tokens, 10), 11)[:, :, :10].sum(1)
-    given = F.one_hot(numbers, 10).sum(1)
-    given[:, 0] = 0
-    well_formed = valid & (used == given).all(1)
-    return well_formed & (value == target), well_formed
+def verify_rpn(numbers: list[int], target: int, tokens: list[int]) -> tuple[bool, bool]:
+    """A response of the GPT: -> correct, well-formed. Well-formed: a valid expression that uses each number exactly once."""
+    codes = [token if token < 10 else 9 - token for token in tokens]
+    value = rpn_value(codes)
+    well_formed = value is not None and sorted(code for code in codes if code >= 0) == sorted(numbers)
+    return well_formed and value == target, well_formed
 
 
 def verify_infix(numbers: list[int], target: int, expression: str) -> tuple[bool, bool]:
-    """An expression with + - * /: -> correct, well-formed. It must use each number exactly once."""
+    """The same of an expression with brackets and + - * /, on exact fractions."""
     operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
     used = []
 
@@ -355,7 +344,7 @@ class Countdown:
             operators.gather(1, (is_operator.cumsum(1) - 1).clamp(min=0)),
             numbers.gather(1, ((~is_operator).cumsum(1) - 1).clamp(min=0)),
         )
-        target, _ = run_stack_machine(codes, torch.ones_like(codes, dtype=torch.bool))
+        target = torch.tensor([rpn_value(row) for row in codes.tolist()])
         shuffled = numbers.gather(1, torch.rand(count, n, generator=generator).argsort(1))
         pad = self.width - n
         return {
@@ -386,16 +375,18 @@ class Countdown:
         tokens = torch.cat([problems["numbers"], torch.stack([equals, target // 10, target % 10], 1)], 1)
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
-    def verify(self, problems, responses, mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """Responses (P, k, L): -> correct, well-formed (P, k)."""
-        k = responses.shape[1]
-        numbers, target = (problems[key].repeat_interleave(k, 0) for key in ("numbers", "target"))
-        verdicts = verify_rpn(numbers, target, responses.flatten(0, 1), mask.flatten(0, 1))
-        return tuple(verdict.view(-1, k) for verdict in verdicts)
+    def verify(self, numbers: list[int], target: int, tokens: list[int]) -> tuple[bool, bool]:
+        """One response: -> correct, well-formed."""
+        return verify_rpn(numbers, target, tokens)
 
     def rewards(self, problems, responses, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Responses (P, k, L): -> rewards, well-formed (P, k)."""
-        correct, well_formed = self.verify(problems, responses, mask)
+        columns = (column.tolist() for column in (problems["numbers"], problems["target"], responses, mask.sum(-1)))
+        verdicts = [
+            [self.verify([n for n in numbers if n], target, row[:length]) for row, length in zip(rows, lengths, strict=True)]
+            for numbers, target, rows, lengths in zip(*columns, strict=True)
+        ]
+        correct, well_formed = torch.tensor(verdicts).unbind(-1)
         return torch.where(correct, 1.0, self.format_reward * well_formed), well_formed
 
     def text(self, tokens) -> str:
@@ -429,9 +420,8 @@ class ModularAddition(Countdown):
         tokens = F.pad(problems["numbers"], (0, 1), value=VOCABULARY.index("="))
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
-    def verify(self, problems, responses, mask):
-        token, target, p = responses[:, :, 0], problems["target"][:, None], problems["numbers"][:, 2:]
-        return token == target, token < p
+    def verify(self, numbers, target, tokens):
+        return tokens[0] == target, tokens[0] < numbers[-1]
 
     def examples(self, count: int):
         problems = self.problems(count, test=False)
@@ -473,13 +463,8 @@ class TextCountdown(Countdown):
             return text.split("\n")[0]
         return (re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL) or [""])[-1]
 
-    def verify(self, problems, responses, mask):
-        verdicts = torch.zeros(2, *responses.shape[:2], dtype=torch.bool)
-        for p, j in itertools.product(*map(range, responses.shape[:2])):
-            numbers = [n for n in problems["numbers"][p].tolist() if n]
-            answer = self.answer(self.text(responses[p, j][mask[p, j]]))
-            verdicts[:, p, j] = torch.tensor(verify_infix(numbers, int(problems["target"][p]), answer))
-        return verdicts[0], verdicts[1]
+    def verify(self, numbers, target, tokens):
+        return verify_infix(numbers, target, self.answer(self.text(tokens)))
 
     def text(self, tokens):
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -25,11 +25,17 @@ def tokens_of(text: str) -> torch.Tensor:
     return torch.tensor([[popo.VOCABULARY.index(symbol) for symbol in text]])
 
 
+TASK = popo.Countdown(popo.Args(env_id="countdown-4", format_reward=0.5))
+
+
 def verify(numbers, target, text, length=None) -> tuple[bool, bool]:
-    tokens = tokens_of(text or "=")
-    mask = torch.arange(tokens.shape[1])[None] < (len(text) if length is None else length)
-    correct, well_formed = popo.verify_rpn(torch.tensor([numbers]), torch.tensor([target]), tokens, mask)
-    return correct.item(), well_formed.item()
+    """By way of the task, which takes the padding off the numbers and cuts the response after its mask."""
+    tokens = tokens_of(text or "=")[None]
+    mask = torch.arange(tokens.shape[2])[None, None] < (len(text) if length is None else length)
+    problems = {"numbers": torch.tensor([numbers]), "target": torch.tensor([target])}
+    reward, well_formed = TASK.rewards(problems, tokens, mask)
+    assert reward.item() in ((0.5, 1.0) if well_formed else (0.0,))
+    return reward.item() == 1, well_formed.item()
 
 
 # -------------------- Verifier --------------------
@@ -165,8 +171,8 @@ def test_warm_up_examples_teach_format_only():
     prompts, responses, mask = task.examples(1000)
     numbers, target = prompts[:, :4], prompts[:, 5] * 10 + prompts[:, 6]
     assert (prompts[:, 4] == 13).all()
-    correct, well_formed = popo.verify_rpn(numbers, target, responses, mask)
-    assert well_formed.all() and correct.float().mean() < 0.1
+    rewards, well_formed = task.rewards({"numbers": numbers, "target": target}, responses[:, None], mask[:, None])
+    assert well_formed.all() and rewards.mean() < 0.1
 
 
 def test_modular_addition():

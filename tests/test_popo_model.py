@@ -74,7 +74,7 @@ def test_few_shot_prompt_and_answer(model, tmp_path):
     assert task.text(tokens[0][mask[0]]) == "\n".join((*popo.EXAMPLES[3], "use 20 3 7 to make 81:"))
     for text, verdict in ((" (20 + 7) * 3\nuse 1 2 to make 3: 1 + 2", True), ("<answer>(20 + 7) * 3</answer>", False)):
         row = torch.tensor(task.tokenizer(text)["input_ids"])[None, None]
-        assert task.verify(problems, row, torch.ones_like(row, dtype=torch.bool))[0].item() == verdict
+        assert task.rewards(problems, row, torch.ones_like(row, dtype=torch.bool))[0].item() == verdict
     for examples in popo.EXAMPLES.values():
         for line in examples:
             problem, expression = line.split(": ")
