@@ -9,6 +9,7 @@
 #   ./benchmark.sh gymnasium    five MuJoCo tasks of Gymnasium, 1,000,000 steps
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
+#   ./benchmark.sh smollm2      the same four methods on SmolLM2-135M, a pretrained language model, three seeds (--steps counts answers; setup: docs/popo_countdown.md)
 #   ./benchmark.sh vla          GIPO and PPO on LIBERO, tiny preset, two buffer sizes, three seeds (6 hours on 2 cores; needs requirements-vla.txt)
 #   ./benchmark.sh throughput   steps per second against version 1, the stock environment and the arithmetic limit (half an hour)
 #
@@ -99,9 +100,10 @@ case "$suite" in
     gymnasium) tasks="$MUJOCO" seeds="4 5 6" methods="gipo ppo-clip-0.2 ppo" regimes="5120" steps=1000000 ;;
     graphgpo) tasks="Sokoban" seeds="1 2 3 4 5 6 7 8 9 10" methods="grpo gigpo graphgpo" regimes="-" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
+    smollm2) tasks="countdown-2" seeds="4 5 6" methods="popo grpo grpo-filter dapo" regimes="-" steps=768 ;;
     vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="recent stale" steps=102400 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, gymnasium, graphgpo, popo, vla or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, gymnasium, graphgpo, popo, smollm2, vla or throughput"; exit 0 ;;
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm=""
@@ -110,7 +112,7 @@ if [ "$suite" = vla ]; then # 9 GB for the five processes of a run
     [ "$fitting" -ge "$workers" ] || workers=$((fitting > 0 ? fitting : 1))
 fi
 meaningless="" # options
-case $suite in graphgpo) meaningless="--tasks --regimes" ;; popo) meaningless="--regimes" ;; throughput) meaningless="--seeds --methods --regimes" ;; esac
+case $suite in graphgpo) meaningless="--tasks --regimes" ;; popo | smollm2) meaningless="--regimes" ;; throughput) meaningless="--seeds --methods --regimes" ;; esac
 while [ $# -gt 0 ]; do
     case "$1" in
         --tasks | --seeds | --methods | --regimes | --steps | --workers)
@@ -145,6 +147,8 @@ run_dir="runs/benchmark-$steps" more="--eval-every 0 --no-overlap" # as many run
 case $suite in
     graphgpo) table=graphgpo run_dir="runs/graphgpo-$steps" unit=--total-episodes more="" ;;
     popo) table=popo run_dir="runs/popo-$steps" more="--eval-every 5120" ;;
+    smollm2) table=popo run_dir="runs/popo-smollm2-$steps" more="--model smollm2 --kl-coef 0.05 --num-prompts 8"
+        more+=" --updates-per-iteration 2 --max-new-tokens 10 --eval-every 192 --eval-episodes 48" ;;
     vla) table=vla run_dir="runs/vla-tiny" task_flag=--suite more="--eval-every 0" ;; # without the steps: demonstrations and clones are shared
 esac
 buffer_of() { # regime -> its size; LIBERO's have names, since a rollout of the tiny preset has 1,024 steps

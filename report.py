@@ -969,8 +969,9 @@ def plot_popo(methods: dict[str, list[dict]], axis_name: str):
     """Held-out pass rate against rollouts or updates: mean over the seeds, band of its 95 % bootstrap interval."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    for axis, panel in zip(axes, ("methods", "ablations"), strict=True):
+    panels = ["methods", "ablations"] if any(POPO_METHODS.get(name) == "ablations" for name in methods) else ["methods"]
+    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
         for name in [name for name in methods if panel in POPO_METHODS.get(name, "")]:
             grid = np.linspace(0, min(run["curve"][-1][axis_name] for run in methods[name]), GRID_POINTS + 1)
             curves = 100 * np.array([popo_curve(run, axis_name, grid) for run in methods[name]])
@@ -985,7 +986,7 @@ def plot_popo(methods: dict[str, list[dict]], axis_name: str):
             axis.legend(fontsize=8)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.tick_params(labelsize=8)
-    axes[0].set_ylabel("held-out pass rate, %", fontsize=9)
+    axes[0, 0].set_ylabel("held-out pass rate, %", fontsize=9)
     fig.tight_layout()
     return fig
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
+import tyro
 from conftest import ROOT
 
 import popo_countdown as popo
@@ -75,8 +77,8 @@ def test_report_from_json_files_alone(tmp_path):
     assert report.write_report(args) == []
 
 
-def matrix(*flags):
-    command = ["./benchmark.sh", "popo", "--dry-run", *flags]
+def matrix(*flags, suite="popo"):
+    command = ["./benchmark.sh", suite, "--dry-run", *flags]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines()
@@ -102,6 +104,17 @@ def test_matrix_and_what_is_finished(tmp_path):
     (folder / "result.json").write_text(json.dumps({"versions": {"algorithm": popo.ALGORITHM_VERSION}, "args": vars(args)}))
     left = report.pending(lines, report.Args(runs=str(tmp_path), results=str(tmp_path)))
     assert len(left) == 34 and not any("--exp-name grpo " in line and "--seed 1 " in line for line in left)
+
+
+def test_matrix_of_the_language_model():
+    """The four methods with equal flags but the method's, on seeds that chose nothing; the script accepts the flags."""
+    lines = [shlex.split(line)[2:] for line in matrix("--steps", "777", suite="smollm2")]
+    runs = [vars(tyro.cli(popo.Args, args=flags)) for flags in lines]
+    assert sorted((run["seed"], run["method"]) for run in runs) == [
+        (seed, method) for seed in (4, 5, 6) for method in ("dapo", "grpo", "grpo-filter", "popo")
+    ]
+    assert all(run.pop("method") == run.pop("exp_name") and run.pop("seed") and run == runs[0] for run in runs)
+    assert runs[0]["model"] == "smollm2" and runs[0]["env_id"] == "countdown-2"
 
 
 RESULTS = sorted((ROOT / "results" / "popo_countdown").glob("runs/*/*.json"))
