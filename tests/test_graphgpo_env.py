@@ -172,14 +172,6 @@ def test_rows_step_alone():
     assert changed == {2, 5}
 
 
-def test_a_picture_shows_the_state_of_the_key():
-    envs = started()
-    first, key = envs.draw(3, envs.keys(ROWS)[3]), envs.keys(ROWS)[3]
-    act(envs, 0, 1, 2, 3, 2, 0)
-    assert (envs.draw(3, key) == first).all() and first.shape == (6, 6, 3)
-    assert len(np.unique(first.reshape(-1, 3), axis=0)) >= 4  # wall, floor, box and player at least
-
-
 # -------------------- State keys --------------------
 @pytest.mark.parametrize("env_id", KEYED)
 def test_equal_levels_have_equal_keys(env_id):
