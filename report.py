@@ -859,7 +859,9 @@ def graphgpo_report(args: Args, new: dict[Path, dict] | None = None) -> str:
             rows.append("| " + " | ".join(map(str, [*row, f"{share:.0%}"])) + " |")
         parts += [f"## {total:,} episodes, algorithm version {version}", "\n".join(rows)]
         differences = []
-        for better, worse in (("graphgpo", "gigpo"), ("gigpo", "grpo"), ("graphgpo-step", "gigpo-step")):
+        compared = [("graphgpo", "gigpo"), ("gigpo", "grpo")]
+        compared += [("graphgpo-step", "gigpo-step"), ("graphgpo-step-gym", "gigpo-step-gym")]
+        for better, worse in compared:
             seeds = sorted(methods.get(better, {}).keys() & methods.get(worse, {}).keys())
             if len(seeds) > 1:
                 pairs = [(methods[better][seed], methods[worse][seed]) for seed in seeds]
