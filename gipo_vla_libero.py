@@ -111,6 +111,18 @@ class SimulatorError(RuntimeError):
     """A simulator that fails again and again: one sentence."""
 
 
+@contextlib.contextmanager
+def reading(what, fix: str = "copy or download it again"):
+    """Whatever fails inside is the fault of the file `what`: ArgumentError, whichever error a library has for it."""
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ArgumentError(f"{what} is missing or damaged ({reason}): {fix}") from error
+
+
 OPTIONAL_FOLDER = tyro.constructors.PrimitiveConstructorSpec(  # a flag that may have a value
     nargs=(0, 1),
     metavar="[RUN_FOLDER]",
@@ -1495,45 +1507,30 @@ def tiny_config(vocab_size, image_size=84, hidden=96, layers=3, heads=4, ffn=256
 
 
 def read_json(path: Path) -> dict:
-    """Content of a JSON file; ArgumentError if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise ArgumentError(f"{path} is missing or cannot be read ({error.strerror}): copy or download it again") from error
-    except ValueError as error:
-        raise ArgumentError(f"{path} is damaged, no JSON ({error}): copy or download it again") from error
-    if not isinstance(content, dict):
-        raise ArgumentError(f"{path} is damaged, no JSON object: copy or download it again")
-    return content
+    """The object in a JSON file; ArgumentError if there is none."""
+    with reading(path):
+        return {**json.loads(path.read_text())}
 
 
 def config_from_folder(folder) -> PolicyConfig:
     """Read config.json of a public checkpoint, whose text_config omits what equals transformers' defaults, or of our own."""
-    path = Path(folder) / "config.json"
+    path, other = Path(folder) / "config.json", "--model takes the folder or hub id of an OpenVLA-OFT checkpoint"
     if not path.exists():
-        raise ArgumentError(f"{folder} has no config.json: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
+        raise ArgumentError(f"{folder} has no config.json: {other}")
     content = read_json(path)
     if "policy_config" in content:
-        try:
-            values = dict(content["policy_config"])
+        with reading(f"{path}: policy_config"):
+            values = content["policy_config"]
             return PolicyConfig(**values | {name: TowerConfig(**values[name]) for name in ("dino", "siglip")})
-        except (TypeError, ValueError, KeyError) as error:
-            raise ArgumentError(f"{path}: policy_config is not one of this version of the script ({error})") from error
     expected = {"vision_backbone_id": "dinosiglip-vit-so-224px", "arch_specifier": "no-align+fused-gelu-mlp"}
     for key, value in (expected | {"n_action_bins": 256}).items():
         if content.get(key, value) != value:
             raise ArgumentError(f"{path}: {key} is {content[key]}, but this script implements {value} only")
     from transformers import LlamaConfig
 
-    text = content.get("text_config")
-    if not isinstance(text, dict):
-        raise ArgumentError(f"{path} has no text_config: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
-    text = {key: value for key, value in text.items() if key not in ("torch_dtype", "dtype")}
-    try:
+    with reading(f"{path}: text_config", other):
+        text = {key: value for key, value in content["text_config"].items() if key not in ("torch_dtype", "dtype")}
         llama = LlamaConfig(**text)
-    except Exception as error:  # of a library that checks each value in its own way
-        reason = str(error).strip().splitlines()[0]
-        raise ArgumentError(f"{path}: text_config is not that of a Llama model ({reason})") from error
     if (llama.num_key_value_heads, llama.tie_word_embeddings) != (llama.num_attention_heads, False):
         raise ArgumentError(f"{path}: grouped keys or tied embeddings are not implemented")
     return PolicyConfig(
@@ -2145,13 +2142,9 @@ def stored_tensors(folder: Path):
     if not files:
         raise ArgumentError(f"{folder} has no *.safetensors: --model takes the folder or hub id of an OpenVLA-OFT checkpoint")
     for name in sorted(files):
-        try:
-            with safetensors.safe_open(folder / name, "pt") as file:
-                for key in file.keys():
-                    yield key, file.get_slice(key)
-        except (safetensors.SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise ArgumentError(f"{folder / name} is missing or damaged ({reason}): copy or download it again") from error
+        with reading(folder / name), safetensors.safe_open(folder / name, "pt") as file:
+            for key in file.keys():
+                yield key, file.get_slice(key)
 
 
 def is_unused(key: str, config: PolicyConfig) -> bool:
@@ -2219,15 +2212,13 @@ def merge_adapter(agent: Agent, folder: Path) -> str:
         raise ArgumentError(f"{folder} does not fit: unexpected {sorted(unexpected)}")
     for key in pairs.keys() & parameters.keys():
         p, pair = parameters[key], pairs[key]
-        try:
+        with reading(f"{folder}: the adapter of {key}"):
             if None in pair:  # lm_head in full
                 p.copy_(pair[None][action_rows(key, agent.config)])
                 continue
             a, b = (pair[f"lora_{letter}."].flatten(1).to(p.device) for letter in "AB")  # flat: one is a convolution's
             b = b[action_rows(key, agent.config)]
             p.add_((adapter["lora_alpha"] / adapter["r"] * (b @ a)).view_as(p).to(p.dtype))
-        except (KeyError, RuntimeError) as error:
-            raise ArgumentError(f"{folder}: the adapter of {key} lacks a half or has another shape ({error})") from error
     return f"adapter of {len(pairs)} layers merged"
 
 
@@ -2239,18 +2230,15 @@ def load_heads(agent: Agent, folder: Path) -> None:
         raise ArgumentError(f"{folder} has {len(files)} proprio_projector--*.pt files: {how}")
     for head, path in ((agent.proprio_projector, files[-1] if files else None), (agent.value_head, folder / "value_head.pt")):
         if path is not None and path.exists():
-            state = load_checkpoint(path)
-            try:
-                head.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-            except (AttributeError, RuntimeError) as error:
-                reason = str(error).splitlines()[-1].strip()
-                raise ArgumentError(f"{path} does not fit the policy ({reason}): take the file saved with it") from error
+            with reading(path, "take the file saved with the policy"):
+                head.load_state_dict({key.removeprefix("module."): value for key, value in load_checkpoint(path).items()})
 
 
 @torch.no_grad()
 def load_adapters(agent: Agent, lora: dict, path: Path) -> None:
     """Put the content of lora.pt on top of its base: as adapters again, or added to the float32 weights of full training."""
-    try:
+    with reading(path, "take the file saved with the policy"):
+        scale = lora["alpha"] / lora["rank"]
         for key, value in lora["trained"].items():
             module, name = agent.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
             if name == "weight" or (isinstance(module, LoRALinear) and getattr(module, name).shape == value.shape):
@@ -2259,11 +2247,7 @@ def load_adapters(agent: Agent, lora: dict, path: Path) -> None:
                 rank = lora["rank"]
                 raise ArgumentError(f"--lora-rank: {path} has adapters of rank {rank}, give --lora-rank {rank}")
             elif name == "lora_b":
-                a = lora["trained"][key.removesuffix("b") + "a"]
-                module.weight += (lora["alpha"] / lora["rank"] * value @ a).to(module.weight)
-        scale = lora["alpha"] / lora["rank"]
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ArgumentError(f"{path} does not fit the policy ({error}): take the file saved with it") from error
+                module.weight += (scale * value @ lora["trained"][key.removesuffix("b") + "a"]).to(module.weight)
     layers = [module for module in agent.modules() if isinstance(module, LoRALinear)]
     if not all(math.isclose(layer.scale, scale, rel_tol=1e-4) for layer in layers):
         raise ArgumentError(f"--lora-alpha: {path} has adapters with {lora['alpha']:g}, give --lora-alpha {lora['alpha']:g}")
@@ -2328,10 +2312,8 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a tokenizer.json, without the padding and truncation that such a file may switch on."""
-    try:
+    with reading(path):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare ones
-        raise ArgumentError(f"{path} is missing or damaged ({error}): copy or download it again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -3040,7 +3022,7 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
 
 def load_training_state(folder: Path, agent: Agent, optimizer) -> None:
     """Put back what `training_state` gave, whatever number of processes has written it."""
-    try:
+    with reading(folder, "--overwrite instead of --resume starts the run anew"):
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         state = {f"model/{name}": value for name, value in trained_state(agent).items()}
         for name, p in agent.named_parameters():
@@ -3052,11 +3034,6 @@ def load_training_state(folder: Path, agent: Agent, optimizer) -> None:
             raise ArgumentError(f"{folder} trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process reads alone
             dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except ArgumentError:
-        raise
-    except Exception as error:  # of many kinds, for files that are missing or damaged
-        how = "it is missing or damaged; --overwrite instead of --resume starts the run anew"
-        raise ArgumentError(f"cannot read {folder} ({type(error).__name__}): {how}") from error
 
 
 # -------------------- Scripted expert, demonstrations, cloning (tiny preset) --------------------
@@ -3118,11 +3095,8 @@ def save_npz(path: Path, arrays: dict) -> None:
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
     """Read what `save_npz` wrote; ArgumentError if the file is damaged."""
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except Exception as error:  # of zip, zlib and numpy
-        raise ArgumentError(f"{path} is damaged ({type(error).__name__}): delete it, and it is collected again") from error
+    with reading(path, "delete it, and it is collected again"), np.load(path) as file:
+        return dict(file)
 
 
 def collect_demonstrations(args, path: Path, tasks, init_states, per_state: int) -> dict[str, np.ndarray]:

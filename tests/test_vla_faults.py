@@ -155,7 +155,7 @@ def test_base_of_an_adapter_that_has_moved(public, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     for damage in ({f"{layer}.lora_A.weight": torch.ones(2, 80)}, {**pair, f"{layer}.lora_B.weight": torch.ones(7, 2)}):
         save_file(damage, adapter / "adapter_model.safetensors")
-        with pytest.raises(vla.ArgumentError, match="lacks a half or has another shape"):
+        with pytest.raises(vla.ArgumentError, match=r"the adapter of projector.fc1.weight is missing or damaged"):
             vla.load_policy(str(adapter), make_args(base=str(public)), "cpu")
 
 
@@ -472,13 +472,13 @@ def test_a_checkpoint_of_a_run_that_cannot_be_read(tmp_path, kind):
     if kind == "damaged":
         (tmp_path / "weights").mkdir()
         (tmp_path / "weights" / ".metadata").write_bytes(b"nonsense")
-    with pytest.raises(vla.ArgumentError, match=r"cannot read .*weights.*--overwrite"):
+    with pytest.raises(vla.ArgumentError, match=r"weights is missing or damaged.*--overwrite"):
         vla.load_training_state(tmp_path / "weights", agent, optimizer)
 
 
 def test_damaged_demonstrations_are_named(tmp_path):
     (tmp_path / "demos.npz").write_bytes(b"nonsense")
-    with pytest.raises(vla.ArgumentError, match=r"demos.npz is damaged .*delete it"):
+    with pytest.raises(vla.ArgumentError, match=r"demos.npz is missing or damaged .*delete it"):
         vla.collect_demonstrations(None, tmp_path / "demos.npz", (0,), range(1), 1)
 
 
