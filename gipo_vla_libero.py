@@ -862,7 +862,7 @@ def train(args: Args, at_exit) -> dict:
                         if simulators.ended[i]:
                             simulators.start(i, *next_episode(simulators.episodes[i], progress.failures, args, rng))
                         else:
-                            simulators.act([i], [action])
+                            simulators.act(i, action)
                 seconds["policy"] += time.perf_counter() - t0
         new = slice(slot, slot + args.num_envs)
         rb["versions"][:, new] = iteration
@@ -1058,23 +1058,9 @@ def find_assets() -> Path | None:
 
 
 def ensure_assets() -> Path:
-    """`find_assets`, or download them once."""
-    assets = find_assets()
-    if assets is None:
-        assets = Path("~/.cache/libero/assets").expanduser()
-        print(f"downloading LIBERO's assets once from the Hugging Face hub (lerobot/libero-assets) to {assets}", flush=True)
-        try:
-            from huggingface_hub import snapshot_download
-
-            # hf-libero's own function passes an argument that huggingface_hub >= 1 refuses, and takes a broken download for
-            # a complete one. So: the same data to the same place, but under another name until it is complete.
-            partial = assets.with_name("assets.partial")
-            snapshot_download("lerobot/libero-assets", repo_type="dataset", local_dir=partial)
-            partial.rename(assets)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            text = f"LIBERO's assets are not on this machine and cannot be downloaded ({reason}): {ASSETS_HINT}"
-            raise ArgumentError(text) from None
+    """`find_assets`, or one sentence on where to get them."""
+    if (assets := find_assets()) is None:
+        raise ArgumentError(f"LIBERO's assets are not on this machine: {ASSETS_HINT}")
     return assets
 
 
@@ -1291,10 +1277,9 @@ def env_worker(connection, args, variables: dict) -> None:
 
 
 class VectorEnv:
-    """`num_envs` simulators in processes of their own, which are replaced when they die or do not answer in time.
+    """`num_envs` processes with a simulator each, which are replaced when they die or do not answer in time.
 
-    Starting a process, compiling a scene, and running what was asked for have a deadline each. A replaced simulator's episode
-    counts as truncated, after none of the chunk's steps, with "restarted": True in its answer. Processes are spawned: forked
+    Starting a process, compiling a scene, and running what was asked for have a deadline each. Processes are spawned: forked
     ones would inherit the threads and the GPU of this one.
     """
 
@@ -1305,7 +1290,7 @@ class VectorEnv:
         self.args.render = "inherited"
         self.processes, self.connections = [None] * self.num_envs, [None] * self.num_envs
         self.calls, self.phases = [None] * self.num_envs, [None] * self.num_envs
-        self.inbox, self.last_obs = [None] * self.num_envs, [None] * self.num_envs
+        self.inbox = [None] * self.num_envs
         # multiprocessing's own exit handler, which runs after this one, waits for the workers for ever.
         atexit.register(self.close)
         for i in range(self.num_envs):
@@ -1338,11 +1323,11 @@ class VectorEnv:
         self.processes[i].join(10)  # in a driver it may be stuck for longer
 
     def send(self, i: int, function, *arguments) -> None:
-        """Ask worker i for function(env, *arguments); `answer` has the result."""
+        """Ask worker i for function(env, *arguments); `receive` or `answer` has the result."""
         self.calls[i] = (function, arguments)
         if self.phases[i][0] != "start":  # else its time begins when it is ready
             self._enter(i, "run")
-        with contextlib.suppress(OSError):  # a dead process: `_receive` will notice
+        with contextlib.suppress(OSError):  # a dead process: `receive` will notice
             self.connections[i].send((function, arguments))
 
     def _read(self, i: int) -> None:
@@ -1362,7 +1347,7 @@ class VectorEnv:
         else:
             self.inbox[i] = kind, content
 
-    def _receive(self, i: int):
+    def receive(self, i: int):
         """(answer,) of worker i, or the reason why it had to be replaced."""
         while self.inbox[i] is None:
             self._read(i)
@@ -1394,7 +1379,7 @@ class VectorEnv:
         for attempt in range(attempts):
             if attempt:
                 self.send(i, function, *arguments)
-            if isinstance(result := self._receive(i), tuple):
+            if isinstance(result := self.receive(i), tuple):
                 return result[0]
         raise SimulatorError(f"simulator {i} failed {attempts} times in a row, the last time: {result.splitlines()[-1]}")
 
@@ -1402,29 +1387,6 @@ class VectorEnv:
         """function(env, *arguments) in worker i."""
         self.send(i, function, *arguments)
         return self.answer(i)
-
-    def reset_async(self, indices, tasks, init_states) -> None:
-        for i, task, init_state in zip(indices, tasks, init_states, strict=True):
-            self.send(i, LiberoEnv.reset, int(task), int(init_state))
-
-    def step_async(self, indices, actions) -> None:
-        for i, action in zip(indices, actions, strict=True):
-            self.send(i, LiberoEnv.step, np.asarray(action))
-
-    def wait(self, indices) -> list[dict]:
-        """Answers to `reset_async`: {"obs"}; to `step_async`: also "rewards", "num_executed", "terminated", "truncated"."""
-        answers = []
-        for i in indices:
-            if self.calls[i][0] is LiberoEnv.reset:
-                answers.append({"obs": self.answer(i)})
-            else:
-                answer = self._receive(i)
-                lost = not isinstance(answer, tuple)
-                values = (self.last_obs[i], np.zeros(CHUNK, np.float32), 0, False, True) if lost else answer[0]
-                names = "obs", "rewards", "num_executed", "terminated", "truncated"
-                answers.append(dict(zip(names, values, strict=True)) | ({"restarted": True} if lost else {}))
-            self.last_obs[i] = answers[-1]["obs"]
-        return answers
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -2574,29 +2536,31 @@ class Simulators:
         self.episodes[i] = {"task": task, "init_state": init_state, "repeat": repeat}
         self.episodes[i] |= {"actions": [], "return": 0.0, "length": 0}
         self.tasks[i], self.ended[i] = task, False
-        self.envs.reset_async([i], [task], [init_state])
+        self.envs.send(i, LiberoEnv.reset, task, init_state)
 
-    def act(self, indices, actions) -> None:
-        """Send one chunk (chunk, 7) to each of the simulators."""
-        for i, action in zip(indices, actions, strict=True):
-            self.episodes[i]["actions"].append(action)
-        self.envs.step_async(indices, actions)
+    def act(self, i: int, actions) -> None:
+        """Send simulator i a chunk of actions (chunk, 7)."""
+        self.episodes[i]["actions"].append(actions)
+        self.envs.send(i, LiberoEnv.step, actions)
 
     def wait(self, indices) -> dict:
         """Until all have answered: -> outcome of their chunk (zeros after a reset), arrays over `indices`."""
-        answers = self.envs.wait(indices)
-        images, proprio = (np.stack([a["obs"][key] for a in answers]) for key in ("images", "proprio"))
-        self.images[indices] = resize_images(images, self.config, self.args)
-        self.proprio[indices] = torch.as_tensor(proprio, dtype=torch.float32)
         outcome = {key: np.zeros(len(indices), np.float32) for key in ("rewards", "terminations", "dones", "executed")}
-        for k, (i, a) in enumerate(zip(indices, answers, strict=True)):
-            if "rewards" in a:
-                outcome["rewards"][k], outcome["executed"][k] = a["rewards"].sum(), a["num_executed"]
-                failed = a["truncated"] and not (a.get("restarted") or self.args.bootstrap_time_limit)
-                outcome["terminations"][k] = a["terminated"] or failed
-                outcome["dones"][k] = self.ended[i] = a["terminated"] or a["truncated"]
-                self.episodes[i]["return"] += float(a["rewards"].sum())
-                self.episodes[i]["length"] += int(a["num_executed"])
+        for k, i in enumerate(indices):
+            if self.envs.calls[i][0] is LiberoEnv.reset:
+                obs = self.envs.answer(i)
+            elif isinstance(answer := self.envs.receive(i), tuple):
+                obs, rewards, executed, terminated, truncated = answer[0]
+                outcome["rewards"][k], outcome["executed"][k] = rewards.sum(), executed
+                outcome["terminations"][k] = terminated or (truncated and not self.args.bootstrap_time_limit)
+                outcome["dones"][k] = self.ended[i] = terminated or truncated
+                self.episodes[i]["return"] += float(rewards.sum())
+                self.episodes[i]["length"] += executed
+            else:  # replaced: its episode ends at the last observation, whose value counts, since that was no failure
+                outcome["dones"][k] = self.ended[i] = True
+                continue
+            self.images[i] = resize_images(obs["images"], self.config, self.args)
+            self.proprio[i] = torch.as_tensor(obs["proprio"], dtype=torch.float32)
         return outcome
 
     def snapshot(self) -> list[dict]:
@@ -2611,7 +2575,8 @@ class Simulators:
         self.wait(everyone)
         for t in range(max((len(e["actions"]) for e in snapshot), default=0)):
             alive = [i for i in everyone if t < len(snapshot[i]["actions"])]
-            self.act(alive, [snapshot[i]["actions"][t].numpy() for i in alive])
+            for i in alive:
+                self.act(i, snapshot[i]["actions"][t].numpy())
             self.wait(alive)
 
     def close(self) -> None:
@@ -2668,7 +2633,8 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
             if acting:
                 inputs = interface.inputs(simulators.images[acting], simulators.proprio[acting], simulators.tasks[acting])
                 tokens = agent.get_action_and_logprob(**inputs, **sampled)[0]
-                simulators.act(acting, interface.actions(tokens))
+                for i, actions in zip(acting, interface.actions(tokens), strict=True):
+                    simulators.act(i, actions)
     if running:  # stopped by a signal: the simulators still owe an answer
         simulators.wait(sorted(running))
     if before is not None:

@@ -67,6 +67,13 @@ def chunk(*actions, length=8) -> np.ndarray:
     return np.concatenate([np.repeat(np.atleast_2d(a), length // len(actions), 0) for a in actions])
 
 
+def reset(envs, indices, init_states) -> list[dict]:
+    """First observations of task 0."""
+    for i, init_state in zip(indices, init_states, strict=True):
+        envs.send(i, vla.LiberoEnv.reset, 0, init_state)
+    return [envs.answer(i) for i in indices]
+
+
 def random_chunks(seed: int, number: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform([-1] * 6 + [0], 1, (number, 8, 7))
 
@@ -381,45 +388,41 @@ def running(pids) -> list[int]:
 
 @NOTHING_WITHOUT_ASSETS
 def test_workers_equal_the_serial_simulator(env, envs):
-    envs.reset_async([0, 1], [0, 0], [0, 1])
-    answers = [envs.wait([1, 0])[::-1]]
+    seen = [reset(envs, [0, 1], [0, 1])]
     for actions in random_chunks(3, 2):
-        envs.step_async([0, 1], [actions, -actions])
-        answers.append(envs.wait([0, 1]))
+        envs.send(0, vla.LiberoEnv.step, actions)
+        envs.send(1, vla.LiberoEnv.step, -actions)
+        ((one, _, executed, terminated, truncated),), ((two, *_),) = envs.receive(0), envs.receive(1)
+        seen.append([one, two])
+        assert executed == 8 and not terminated and not truncated
     for i, sign in enumerate((1, -1)):
         expected = [env.reset(0, i)] + [env.step(sign * actions)[0] for actions in random_chunks(3, 2)]
-        for obs, answer in zip(expected, answers, strict=True):
-            assert np.array_equal(obs["images"], answer[i]["obs"]["images"])
-            assert np.array_equal(obs["proprio"], answer[i]["obs"]["proprio"])
-    assert answers[1][0]["num_executed"] == 8 and not answers[1][0]["terminated"] and not answers[1][0]["truncated"]
+        for obs, found in zip(expected, seen, strict=True):
+            assert np.array_equal(obs["images"], found[i]["images"]) and np.array_equal(obs["proprio"], found[i]["proprio"])
 
 
 @NOTHING_WITHOUT_ASSETS
 def test_dead_and_stuck_workers_are_replaced(envs, capsys):
-    envs.reset_async([0, 1], [0, 0], [0, 1])
-    before = envs.wait([0, 1])
+    before = reset(envs, [0, 1], [0, 1])
     pids = [process.pid for process in envs.processes]
     envs.args.env_timeout = 2.0
-    envs.step_async([0], [chunk(UP)])
+    envs.send(0, vla.LiberoEnv.step, chunk(UP))
     os.kill(pids[0], signal.SIGKILL)
     envs.processes[0].join()
     os.kill(pids[1], signal.SIGSTOP)
     wake = threading.Timer(60, os.kill, (pids[1], signal.SIGCONT))  # a worker that is awaited for ever: fail, do not hang
     wake.start()
-    envs.step_async([1], [chunk(UP)])
+    envs.send(1, vla.LiberoEnv.step, chunk(UP))
     start = time.monotonic()
-    answers = envs.wait([0, 1])
+    assert envs.receive(0) == "its process died or froze" and envs.receive(1).startswith("no answer within 2 s")
     wake.cancel()
     assert time.monotonic() - start < 60  # not the 120 s of --env-timeout
     envs.args.env_timeout = 120.0
     assert "its process died" in (output := capsys.readouterr().out) and "no answer within 2 s" in output
-    for answer, old in zip(answers, before, strict=True):
-        assert answer["restarted"] and answer["truncated"] and not answer["terminated"] and answer["num_executed"] == 0
-        assert np.array_equal(answer["obs"]["images"], old["obs"]["images"])
-    envs.reset_async([0, 1], [0, 0], [0, 1])
+    envs.send(0, vla.LiberoEnv.reset, 0, 0)
     os.kill(envs.processes[0].pid, signal.SIGKILL)  # now in a reset, which is simply done again
-    after = envs.wait([0, 1])
-    assert all(np.array_equal(a["obs"]["images"], b["obs"]["images"]) for a, b in zip(after, before, strict=True))
+    after = [envs.answer(0), *reset(envs, [1], [1])]
+    assert all(np.array_equal(a["images"], b["images"]) for a, b in zip(after, before, strict=True))
     assert not running(pids)
 
 
@@ -431,13 +434,13 @@ import os, signal, sys, time
 import tests.test_vla_environment as t
 if __name__ == "__main__":
     envs = t.vla.VectorEnv(t.make_args(num_envs=1, camera_size=32))
-    envs.reset_async([0], [0], [0])
+    envs.send(0, t.vla.LiberoEnv.reset, 0, 0)
     pid = envs.processes[0].pid
     os.kill(pid, signal.SIGINT)
     os.kill(pid, signal.SIGTERM)
-    envs.wait([0])
+    envs.answer(0)
     print(pid, envs.processes[0].pid, flush=True)
-    envs.step_async([0], [t.chunk(t.UP)])
+    envs.send(0, t.vla.LiberoEnv.step, t.chunk(t.UP))
     if sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -457,8 +460,7 @@ def test_errors_of_the_user_reach_the_user(envs, tmp_path):
     """A worker's ValueError is raised in the main process; other errors restart it three times at most."""
     with pytest.raises(RuntimeError, match="3 times in a row"):
         envs.call(0, vla.LiberoEnv.reset, 0, 999)
-    envs.reset_async([0], [0], [0])
-    assert envs.wait([0])[0]["obs"]["images"].std() > 10
+    assert reset(envs, [0], [0])[0]["images"].std() > 10
 
 
 @NOTHING_WITHOUT_ASSETS
@@ -498,7 +500,7 @@ def test_a_worker_that_freezes_amid_its_answer_is_replaced(capfd):
         while not envs.connections[0].poll(1):
             pass
         time.sleep(3)  # the pipe is full, and the worker stopped
-        result = pool.submit(envs._receive, 0).result(timeout=100)
+        result = pool.submit(envs.receive, 0).result(timeout=100)
         wake.cancel()
     assert result == "its process died or froze"
     envs.close()

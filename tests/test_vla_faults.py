@@ -377,7 +377,7 @@ def test_an_evaluation_is_greedy_or_sampled(temperature, expected):
             self.episodes[i] = {"task": task, "init_state": init_state, "return": 0.0}
             self.ended[i] = False
 
-        def act(self, indices, actions):
+        def act(self, i, actions):
             self.episodes[0]["return"] = float(self.episodes[0]["init_state"] == 1)
             self.acted = True
 

@@ -251,17 +251,19 @@ def test_an_episode_bootstraps_from_its_own_last_observation():
 def test_running_out_of_steps_is_a_failure_unless_told_otherwise(monkeypatch, bootstrap):
     """Success, time limit, a replaced simulator, an episode that goes on: which of them has no future value, which ends."""
     args = tiny_args(bootstrap_time_limit=bootstrap)
-    obs = {"images": np.zeros((1, 28, 28, 3), np.uint8), "proprio": np.zeros(8, np.float32)}
-    ends = [(True, False, {}), (False, True, {}), (False, True, {"restarted": True}), (False, False, {})]
-    answers = [
-        {"obs": obs, "rewards": np.eye(8)[0] * won, "num_executed": 8, "terminated": won, "truncated": late} | more
-        for won, late, more in ends
-    ]
-    monkeypatch.setattr(vla, "VectorEnv", lambda args, num_envs: SimpleNamespace(wait=lambda indices: answers))
+    obs = {"images": np.full((1, 28, 28, 3), 9, np.uint8), "proprio": np.ones(8, np.float32)}
+    lost = "its process died"
+    ends = [(True, False), (False, True), lost, (False, False)]
+    answers = [end if end is lost else ((obs, np.eye(8)[0] * end[0], 8, *end),) for end in ends]
+    envs = SimpleNamespace(receive=lambda i: answers[i], calls=[(vla.LiberoEnv.step, ())] * len(ends))
+    monkeypatch.setattr(vla, "VectorEnv", lambda args, num_envs: envs)
     simulators = vla.Simulators(args, tiny_agent(args)[0].config, len(ends))
     simulators.episodes = [{"return": 0.0, "length": 0} for _ in ends]
     outcome = simulators.wait(range(len(ends)))
     assert outcome["terminations"].tolist() == [1, not bootstrap, 0, 0] and outcome["dones"].tolist() == [1, 1, 1, 0]
+    assert outcome["executed"].tolist() == [8, 8, 0, 8] and simulators.ended.tolist() == [True, True, True, False]
+    assert simulators.proprio[:, 0].tolist() == [1, 1, 0, 1]  # the replaced one keeps the last observation
+    assert [e["length"] for e in simulators.episodes] == [8, 8, 0, 8] and simulators.episodes[0]["return"] == 1.0
 
 
 @pytest.mark.parametrize("method", ["gipo", "ppo"])
