@@ -37,6 +37,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -573,10 +574,16 @@ def main(args: Args) -> dict:
     """
     with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
         try:
-            return (evaluate_saved_policy if args.evaluate is not None else train)(args, at_exit)
+            check_args(args)
+            args = dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(num_tasks(args.suite))))
+            if args.resume:
+                refuse_contradictions(args, vars(saved_args(run_folder_of(args))), "the run to resume")
+            elif name := args.evaluate or args.model:
+                refuse_contradictions(args, saved_interface(args, INTERFACE_ARGS), name)
+            return (evaluate_saved_policy if args.evaluate else train)(args, at_exit)
+        except ArgumentError:
+            raise
         except Exception as error:
-            if isinstance(error, ArgumentError):
-                raise
             checkpoint = run_folder_of(args) / "checkpoint.pt"
             last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
             if isinstance(error, BadNumber):
@@ -641,10 +648,6 @@ def catch_signals(at_exit) -> list:
     return stop_signals
 
 
-def all_tasks(args) -> Args:
-    return dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(num_tasks(args.suite))))
-
-
 def settings_of(args, norm_stats: dict) -> dict:
     """All that an evaluation's number depends on beside the weights."""
     names = [*INTERFACE_ARGS, *PROTOCOL_ARGS, *"eval_temperature eval_episodes train_init_states seed model evaluate".split()]
@@ -671,9 +674,6 @@ def describe(evaluation: dict, args, first: bool = True) -> str:
 
 def evaluate_saved_policy(args, at_exit) -> dict:
     """`--evaluate`: the policy as it was trained, each episode kept in evaluation.json, after what is there already."""
-    check_args(args)
-    args = all_tasks(args)
-    refuse_contradictions(args, {k: v for k, v in saved_interface(args).items() if k in INTERFACE_ARGS}, args.evaluate)
     folder = run_folder_of(args)
     file = folder / "evaluation.json"
     if int(os.environ.get("RANK", 0)) == 0:
@@ -702,15 +702,9 @@ def train(args: Args, at_exit) -> dict:
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
     run_folder = run_folder_of(args)
-    if args.resume and not args.overwrite:
-        refuse_contradictions(args, vars(saved_args(run_folder)), "the run to resume")
-    check_args(args)
-    args = all_tasks(args)
-    if args.model and not args.resume:
-        if Path(args.model).resolve().is_relative_to(run_folder.resolve()):
-            how = "which a new run replaces: --exp-name names another one"
-            raise ArgumentError(f"--model {args.model} lies in {run_folder}, {how}")
-        refuse_contradictions(args, {k: v for k, v in saved_interface(args).items() if k in INTERFACE_ARGS}, args.model)
+    if args.model and not args.resume and Path(args.model).resolve().is_relative_to(run_folder.resolve()):
+        how = "which a new run replaces: --exp-name names another one"
+        raise ArgumentError(f"--model {args.model} lies in {run_folder}, {how}")
     if args.resume and (run_folder / "result.json").exists():
         say(f"{run_folder} is finished already: nothing to resume")
         return read_json(run_folder / "result.json")
@@ -2095,6 +2089,11 @@ def find_folder(name: str, what: str, hint: str = "", revision: str = "", weight
     return folder
 
 
+def find_policy(name: str, args, weights: bool = True) -> Path:
+    """`find_folder` for what --evaluate or --model names."""
+    return find_folder(name, f"--{'evaluate' if args.evaluate else 'model'} {name}", revision=args.revision, weights=weights)
+
+
 def stored_tensors(folder: Path):
     """Yield key and lazy slice of every tensor of a checkpoint, file by file."""
     index = folder / "model.safetensors.index.json"
@@ -2215,34 +2214,34 @@ def load_adapters(agent: Agent, lora: dict, path: Path) -> None:
         raise ArgumentError(f"--lora-alpha: {path} has adapters with {lora['alpha']:g}, give --lora-alpha {lora['alpha']:g}")
 
 
-def find_start(lora: dict, args) -> Path | None:
-    """Folder of the weights that the adapters of lora.pt were trained on: --base, where it was, or its hub id."""
+def find_start(folder: Path, args) -> tuple[Path, dict | None]:
+    """Folder of the weights on which the adapters in a folder's lora.pt were trained, at --base, where they were, or on the
+    hub, and the content of lora.pt. Without one, or where those weights are gone: the folder itself, with them merged.
+    """
+    if not (folder / "lora.pt").exists():
+        return folder, None
+    lora = load_checkpoint(folder / "lora.pt")
+    if not {"base", "rank", "alpha", "trained"} <= set(lora):
+        raise ArgumentError(f"{folder / 'lora.pt'} is damaged: take the file saved with the policy, or remove it")
     if args.base:
-        return find_folder(args.base, f"--base {args.base}")
+        return find_folder(args.base, f"--base {args.base}"), lora
     if Path(lora["base"]).is_dir():
-        return Path(lora["base"])
-    try:
-        return find_folder(lora["hub_id"], lora["hub_id"], revision=lora["revision"]) if lora.get("hub_id") else None
-    except ArgumentError:
-        return None
+        return Path(lora["base"]), lora
+    with contextlib.suppress(ArgumentError):
+        if lora.get("hub_id"):
+            return find_folder(lora["hub_id"], lora["hub_id"], revision=lora["revision"]), lora
+    how = "its adapters stay merged in bfloat16; --base says where it is now"
+    say(f"warning: {lora['base']}, on which {folder} was trained, is gone: {how}")
+    return folder, None
 
 
 def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, dict]:
     """Folder or hub id -> agent ready to train as args.train says, tokenizer, norm_stats {data set: {action, proprio}}."""
-    what = f"--{'evaluate' if args.evaluate else 'model'} {name}"
-    folder = find_folder(name, what, revision=args.revision, weights=False)
+    folder = find_policy(name, args, weights=False)
     if (folder / "config.json").exists():  # else an adapter alone
         check_memory(config_from_folder(folder), args, device)
-    folder = start = find_folder(name, what, revision=args.revision)
-    lora = load_checkpoint(folder / "lora.pt") if (folder / "lora.pt").exists() else None
-    if lora is not None and not {"base", "rank", "alpha", "trained"} <= set(lora):
-        raise ArgumentError(f"{folder / 'lora.pt'} is damaged: take the file saved with the policy, or remove it")
-    if lora is not None:
-        start = find_start(lora, args)
-    if start is None:
-        how = "its adapters stay merged in bfloat16; --base says where it is now"
-        say(f"warning: {lora['base']}, on which {name} was trained, is gone: {how}")
-        start, lora = folder, None
+    folder = find_policy(name, args)
+    start, lora = find_start(folder, args)
     base, adapter = start, adapter_folder(start)
     if adapter is not None:
         named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
@@ -2256,10 +2255,8 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
         report += ", " + merge_adapter(agent, adapter)
     say(f"{name}: {report}")
     load_heads(agent, folder)
-    from_hub = start == folder and not Path(name).is_dir()
-    origin = {"hub_id": name, "revision": folder.name} if from_hub else {"hub_id": "", "revision": ""}
-    if lora is not None:
-        origin = {"hub_id": lora.get("hub_id", ""), "revision": lora.get("revision", "")}
+    origin = lora or ({} if Path(name).is_dir() else {"hub_id": name, "revision": folder.name})
+    origin = {key: origin.get(key, "") for key in ("hub_id", "revision")}
     agent.source, agent.start = str(base), {"base": str(start.resolve())} | origin
     norm_stats = read_json(base / "config.json").get("norm_stats") or {}
     if (folder / "dataset_statistics.json").exists():
@@ -2302,12 +2299,10 @@ def stored_args(path: Path, names) -> dict:
     return values | ({"tasks": tuple(values["tasks"])} if "tasks" in values else {})
 
 
-def saved_interface(args) -> dict:
+def saved_interface(args, names=(*INTERFACE_ARGS, *PROTOCOL_ARGS)) -> dict:
     """What the policy of --evaluate or --model was trained with, as arguments; empty for the checkpoints of others."""
-    name = args.evaluate or args.model
-    what = f"--{'evaluate' if args.evaluate else 'model'} {name}"
-    path = find_folder(name, what, revision=args.revision, weights=False) / "interface.json"
-    return stored_args(path, INTERFACE_ARGS + PROTOCOL_ARGS) if path.exists() else {}
+    path = find_policy(args.evaluate or args.model, args, weights=False) / "interface.json"
+    return stored_args(path, names) if path.exists() else {}
 
 
 def export_tensors(agent: Agent, source: Path | None):
@@ -2424,31 +2419,30 @@ def self_check(agent: Agent, batch: dict, temperature: float = 1.0) -> dict:
     return result
 
 
-def memory_plan(config: PolicyConfig, args, micro_batch: int, world: int = 1, prompt_length: int = 36) -> dict[str, float]:
+def memory_plan(config: PolicyConfig, args, micro_batch: int, world: int = 1) -> dict[str, float]:
     """GiB per process, by purpose. Weights are counted, on a policy without memory; activations estimated per token, layer."""
     agent, width = build_agent(config, args, "meta"), 2 if args.dtype == "bfloat16" else 4
     prepare_training(agent, args)
-    seq = agent.prefix + prompt_length + config.action_tokens + agent.append_stop
-    weights = sum(p.nbytes for p in agent.parameters())
     trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-    cut = sum(p.numel() for part in layers_to_shard(agent) for p in part.parameters() if p.requires_grad)
-    cut *= args.train == "full" and world > 1
-    trained -= cut
-    layer = width * seq * (11 * config.hidden + 3 * config.ffn)  # what the backward pass of one layer keeps
-    tokens = [(c, (c.depth - 1) * (config.patches + c.prefix_tokens)) for c in (config.dino, config.siglip)]
-    if args.gradient_checkpointing:
+    cut = 0  # weights that are sharded
+    if args.train == "full" and world > 1:
+        cut = sum(p.numel() for part in layers_to_shard(agent) for p in part.parameters() if p.requires_grad)
+    parts = {"weights": sum(p.nbytes for p in agent.parameters()) - 4 * cut + 4 * cut / world}
+    if not args.evaluate:
+        seq = agent.prefix + 36 + config.action_tokens + agent.append_stop  # 36: a prompt
+        layer = width * seq * (11 * config.hidden + 3 * config.ffn)  # what the backward pass of one layer keeps
         activations = config.layers * width * seq * config.hidden + layer
-    else:
-        activations = config.layers * layer + args.num_images * width * sum(n * (8 * c.width + 2 * c.mlp) for c, n in tokens)
-    weights += 4 * cut / world - 4 * cut
-    parts = {"weights": weights, "gradients and Adam": 12 * (trained + cut / world)}
-    parts[f"{micro_batch} chunks"] = micro_batch * activations
-    if cut:
-        parts |= {"gathered weights": width * cut, "their gradients until they are summed": 4 * cut}
-    elif args.train == "full" and args.dtype == "bfloat16" and not args.gradient_checkpointing:
-        parts["masters in bfloat16"] = 2 * trained  # kept for the backward pass
-    if args.evaluate:
-        parts = {"weights": weights}
+        if not args.gradient_checkpointing:
+            activations = config.layers * layer
+            for c in (config.dino, config.siglip):
+                tokens = args.num_images * (c.depth - 1) * (config.patches + c.prefix_tokens)
+                activations += width * tokens * (8 * c.width + 2 * c.mlp)
+        parts["gradients and Adam"] = 12 * (trained - cut + cut / world)
+        parts[f"{micro_batch} chunks"] = micro_batch * activations
+        if cut:
+            parts |= {"gathered weights": width * cut, "their gradients until they are summed": 4 * cut}
+        elif args.train == "full" and args.dtype == "bfloat16" and not args.gradient_checkpointing:
+            parts["masters in bfloat16"] = 2 * trained  # kept for the backward pass
     return {name: size / 2**30 for name, size in parts.items()}
 
 
@@ -2461,19 +2455,17 @@ def check_memory(config: PolicyConfig, args, device) -> None:
     needed = sum(memory_plan(config, args, micro_batch, world).values())
     if needed < gib:
         return
-    checkpointing = {"gradient_checkpointing": True}
-    options = {"--micro-batch 1": {"micro_batch": "1"}, "--gradient-checkpointing": checkpointing}
-    options |= {"--train lora": {"train": "lora"}, "--train lora --gradient-checkpointing": {"train": "lora"} | checkpointing}
-    options = {flags: (changes, world) for flags, changes in options.items()}
-    options |= {f"{n} GPUs (torchrun --nproc-per-node {n})": ({}, n) for n in (2, 4, 8) if args.train == "full" and n > world}
-    options |= {f"{n} GPUs and --gradient-checkpointing": (checkpointing, n) for n in (2, 4, 8) if args.train == "full"}
-    fitting = []
-    for flags, (changes, processes) in options.items():
-        size = sum(memory_plan(config, dataclasses.replace(args, **changes), 1, processes).values())
-        if size < gib:
-            fitting.append(f"{flags} ({size:.0f} GiB)")
+    checkpointing, lora = {"gradient_checkpointing": True}, {"train": "lora"}
+    options = [("--micro-batch 1", {}, world), ("--gradient-checkpointing", checkpointing, world)]
+    options += [("--train lora", lora, world), ("--train lora --gradient-checkpointing", lora | checkpointing, world)]
+    for n in [n for n in (2, 4, 8) if args.train == "full" and n > world]:
+        options += [(f"{n} GPUs (torchrun --nproc-per-node {n})", {}, n)]
+        options += [(f"{n} GPUs and --gradient-checkpointing", checkpointing, n)]
+    plans = {flags: memory_plan(config, dataclasses.replace(args, **changes), 1, n) for flags, changes, n in options}
+    sizes = {flags: sum(plan.values()) for flags, plan in plans.items()}
+    fitting = ", ".join(f"{flags} ({size:.0f} GiB)" for flags, size in sizes.items() if size < gib)
     what = f"--train {args.train} with {micro_batch} chunks per pass needs about {needed:.0f} GiB, the GPU has {gib:.0f}"
-    raise ArgumentError(f"{what}; what would fit: {', '.join(fitting) or 'nothing, take a GPU with more memory'}")
+    raise ArgumentError(f"{what}; what would fit: {fitting or 'nothing, take a GPU with more memory'}")
 
 
 # -------------------- Policy and simulators together --------------------
@@ -2691,7 +2683,6 @@ def find_micro_batch(agent, interface, args) -> int:
     """Largest power of two of chunks, up to 512, whose two passes fit the GPU beside gradients and Adam; 64 on a CPU."""
     if not args.cuda:
         return 64
-    image_shape = (args.num_images, agent.config.image_size, agent.config.image_size, 3)
     limit = 0.9 * torch.cuda.get_device_properties(interface.device).total_memory
     if sharded_layers(agent):  # planned, not tried: ranks that fail at other sizes would wait for each other's gradients
         plans = {2**k: memory_plan(agent.config, args, 2**k, dist.get_world_size()) for k in range(10)}
@@ -2700,28 +2691,26 @@ def find_micro_batch(agent, interface, args) -> int:
     limit -= 8 * sum(p.numel() for p in trained)
     for p in trained:  # they are there during every pass of an update but the first
         p.grad = torch.zeros_like(p)
-    largest = 0
-    for size in [2**k for k in range(10)]:
-        rows = torch.zeros(size, dtype=torch.long)
-        inputs = interface.inputs(torch.zeros(size, *image_shape, dtype=torch.uint8), torch.zeros(size, 8), rows)
+
+    def fits(size: int) -> bool:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        images = torch.zeros(size, args.num_images, *[agent.config.image_size] * 2, 3, dtype=torch.uint8)
+        inputs = interface.inputs(images, torch.zeros(size, 8), torch.zeros(size, dtype=torch.long))
         try:
-            torch.cuda.reset_peak_memory_stats()
             _, logprob, _, value, _ = agent.get_action_and_logprob(**inputs)
             (logprob.sum() + value.sum()).backward()
-            fits = torch.cuda.max_memory_allocated() < limit
+            return torch.cuda.max_memory_allocated() < limit
         except torch.OutOfMemoryError:
-            fits = False
-        logprob = value = None  # and with them the graph
-        agent.zero_grad(set_to_none=False)
-        torch.cuda.empty_cache()
-        if not fits:
-            break
-        largest = size
+            return False
+
+    sizes = list(itertools.takewhile(fits, [2**k for k in range(10)]))
     agent.zero_grad()
-    if not largest:
+    torch.cuda.empty_cache()
+    if not sizes:
         how = "--gradient-checkpointing, --train lora, or a GPU with more memory"
         raise ArgumentError(f"--train {args.train}: not even one chunk per pass fits the GPU beside the optimizer: {how}")
-    return largest
+    return sizes[-1]
 
 
 def say(text: str, end: str = "\n") -> None:
