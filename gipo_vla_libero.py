@@ -29,7 +29,6 @@ import argparse
 import atexit
 import collections
 import contextlib
-import copy
 import dataclasses
 import datetime
 import fcntl
@@ -468,7 +467,7 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
         a = advantages.flatten()[index].double()
         counts = [unit_logratio(flat["logprobs"], flat["executed"], ratio)[1][index].sum() for ratio in (args.ratio, "token")]
         sums = torch.stack([a.new_tensor(len(a)), a.sum(), (a**2).sum(), *counts])
-        rows, total, squares, units, tokens = sum_over_ranks(sums.to(device))[0].tolist()
+        rows, total, squares, units, tokens = sum_over_ranks(sums.to(device)).tolist()
         mean, std = total / rows, max(squares / rows - (total / rows) ** 2, 0.0) ** 0.5
         agent.adv_std_peak.fill_(max(agent.adv_std_peak.item(), std))
         std = max(std, args.adv_std_floor * agent.adv_std_peak.item())
@@ -543,7 +542,7 @@ class Statistics:
 
     def scalars(self) -> dict:
         names = list(self.sums)
-        (sums,) = sum_over_ranks(torch.stack([torch.as_tensor(self.sums[name]) for name in names]).to(self.device))
+        sums = sum_over_ranks(torch.stack([torch.as_tensor(self.sums[name]) for name in names]).to(self.device))
         sums = dict(zip(names, sums.tolist(), strict=True))
         unit, row = ({name: value / count for name, value in sums.items()} for count in (self.units, self.rows))
         if dist.is_initialized():
@@ -982,8 +981,6 @@ def render_variables(render: str) -> dict[str, str]:
 
     EGL fails in many ways: no driver, a device number that is not CUDA's, black images, a hang. Nothing is believed untried.
     """
-    if render == "inherited":  # by a worker, from the process that started it
-        return {}
     # Each process of torchrun draws on its own GPU, if the numbers agree.
     rank, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     own = visible[rank] if len(visible) > rank and visible[rank].isdigit() else str(rank)
@@ -1254,6 +1251,7 @@ def env_worker(connection, args, variables: dict) -> None:
     """
     os.environ.update(variables)
     try:
+        setup_libero(Path(variables["LIBERO_ASSETS"]))
         env = LiberoEnv(args)
         env.enter = lambda phase: connection.send(("phase", phase))
         env.enter("ready")
@@ -1280,8 +1278,7 @@ class VectorEnv:
     def __init__(self, args, num_envs: int | None = None):
         # robosuite would take CUDA_VISIBLE_DEVICES for numbers of EGL devices, which differ; workers do not use CUDA.
         variables = {"LIBERO_ASSETS": str(ensure_assets()), "CUDA_VISIBLE_DEVICES": ""} | render_variables(args.render)
-        self.args, self.variables, self.num_envs = copy.copy(args), variables, num_envs or args.num_envs
-        self.args.render = "inherited"
+        self.args, self.variables, self.num_envs = args, variables, num_envs or args.num_envs
         self.processes, self.connections = [None] * self.num_envs, [None] * self.num_envs
         self.calls, self.phases = [None] * self.num_envs, [None] * self.num_envs
         self.inbox = [None] * self.num_envs
@@ -1841,24 +1838,16 @@ class Agent(nn.Module):
         """V(s) from the detached hidden states of the action tokens: (B, 56, d) -> (B,)."""
         return self.value_head(hidden)
 
-    def get_action_and_logprob(
-        self,
-        pixel_values,
-        prompt_ids,
-        prompt_lengths,
-        proprio=None,
-        tokens=None,
-        deterministic=False,
-        temperature=1.0,
-        train_policy=True,
-    ):
-        """Sample a chunk of action tokens, or take one; without `train_policy` only the value has a gradient.
+    def get_action_and_logprob(self, *inputs, tokens=None, deterministic=False, temperature=1.0, train_policy=True, **named):
+        """Sample a chunk of action tokens, or take `tokens`; without `train_policy` only the value has a gradient.
+
+        Inputs: the arguments of `forward`.
 
         -> tokens (B, chunk, 7) int64 in 0..255, their log-probs and the entropies, both float32 of the tempered distribution
         and of the same shape, value (B,), raw logits (B, 56, 256).
         """
         with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
-            logits, hidden = self(pixel_values, prompt_ids, prompt_lengths, proprio)
+            logits, hidden = self(*inputs, **named)
         logprobs = torch.log_softmax(logits / temperature, -1)
         shape = (len(logits), self.config.chunk, self.config.action_dim)
         if tokens is None and deterministic:
@@ -2040,12 +2029,11 @@ def trained_state(agent: Agent) -> dict:
 
 
 # -------------------- Many processes --------------------
-def sum_over_ranks(*values: torch.Tensor) -> list[torch.Tensor]:
-    """Each tensor summed over all processes of torchrun (as it is, without torchrun)."""
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The tensor summed, in place, over all processes of torchrun (as it is, without torchrun)."""
     if dist.is_initialized():
-        for value in values:
-            dist.all_reduce(value)
-    return list(values)
+        dist.all_reduce(value)
+    return value
 
 
 def sum_gradients(parameters) -> None:
@@ -2598,21 +2586,18 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
     """
     sampled = {"deterministic": not args.eval_temperature, "temperature": args.eval_temperature or 1.0}
     before = simulators.snapshot() if simulators.episodes[0] else None
-    todo = collections.deque([(t, k) for t in args.tasks for k in range(args.eval_episodes)])
+    todo = [(task, init_state) for task in args.tasks for init_state in range(args.eval_episodes)]
     if dist.is_initialized():
-        todo = collections.deque(list(todo)[dist.get_rank() :: dist.get_world_size()])
-    results, running, groups = [], set(), simulators.groups
-    for i in [i for group in groups for i in group][: len(todo)]:
+        todo = todo[dist.get_rank() :: dist.get_world_size()]
+    todo, results = collections.deque(todo), []
+    running = set(range(min(len(todo), len(simulators.episodes))))
+    for i in sorted(running):
         simulators.start(i, *todo.popleft())
-        running.add(i)
     while running and not stop_signals:
-        for group in groups:
-            members = [i for i in group if i in running]
-            if not members:
-                continue
-            simulators.wait(members)
-            acting = []
-            for i in members:
+        for group in simulators.groups:
+            waiting, acting = [i for i in group if i in running], []
+            simulators.wait(waiting)
+            for i in waiting:
                 if not simulators.ended[i]:
                     acting.append(i)
                     continue
@@ -2636,15 +2621,11 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
         dist.all_gather_object(shares, results)
         results = [r for share in shares for r in share]
     results.sort()
-    by_task = {t: [s for task, _, s in results if task == t] for t in args.tasks}
+    by_task = {task: [s for t, _, s in results if t == task] for task in args.tasks}
     success = float(np.mean([s for *_, s in results])) if results else None
-    return {
-        "success_rate": success,
-        "return_mean": success,
-        "episodes": len(results),
-        "success_by_task": {str(t): float(np.mean(s)) for t, s in by_task.items() if s},
-        "successes": results,
-    }
+    result = {"success_rate": success, "return_mean": success, "episodes": len(results)}
+    by_task = {str(task): float(np.mean(s)) for task, s in by_task.items() if s}
+    return result | {"success_by_task": by_task, "successes": results}
 
 
 def record_videos(agent, interface, args, folder: Path) -> None:
@@ -2759,10 +2740,8 @@ def git_commit() -> str | None:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any process of torchrun, so that all of them stop or save together."""
-    if not dist.is_initialized():
-        return flag
-    (total,) = sum_over_ranks(torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu"))
-    return total.item() > 0
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
 
 
 def run_folder_of(args) -> Path:
@@ -2897,7 +2876,7 @@ class Progress:
     def recent_means(self, device) -> tuple:
         """Success and length of the last 100 training episodes of every process; None where there are none."""
         sums = torch.tensor([len(self.returns), sum(self.returns), sum(self.lengths)], dtype=torch.float64)
-        episodes, returns, lengths = sum_over_ranks(sums.to(device))[0].tolist()
+        episodes, returns, lengths = sum_over_ranks(sums.to(device)).tolist()
         return (returns / episodes, lengths / episodes) if episodes else (None, None)
 
 
@@ -3003,17 +2982,13 @@ def scripted_expert(env: LiberoEnv, task: int, init_state: int, noise: float, rn
     world = env.env.env
     site, bodies, geoms = world.robots[0].eef_site_id, world.sim.data.body_xpos, world.robots[0].gripper.important_geoms
     fingers = [geoms["left_finger"], geoms["right_finger"]]
-    bowl_name, plate_name = world.obj_of_interest
     rim = np.array([0.0, 0.047, 0.03])  # from the bowl's centre; the gripper opens along y
     steps, was_held = [], False
     while not env.done:
-        hand, bowl, plate = (
-            world.sim.data.site_xpos[site],
-            bodies[world.obj_body_id[bowl_name]],
-            bodies[world.obj_body_id[plate_name]],
-        )
+        hand = world.sim.data.site_xpos[site]
+        bowl, plate = (bodies[world.obj_body_id[name]] for name in world.obj_of_interest)
         offset, away = hand - bowl - rim, np.linalg.norm((bowl - plate)[:2])
-        held = world._check_grasp(fingers, world.objects_dict[bowl_name])
+        held = world._check_grasp(fingers, world.objects_dict[world.obj_of_interest[0]])
         was_held |= held
         if was_held and np.linalg.norm(offset) > 0.05:  # lost: what follows teaches nothing good, even if it fell on the plate
             return None
@@ -3036,9 +3011,8 @@ def scripted_expert(env: LiberoEnv, task: int, init_state: int, noise: float, rn
         obs, _, _, success, _ = env.step(executed[None])
     if not success:
         return None
-    return {
-        key: np.stack(values) for key, values in zip(("images", "proprio", "actions"), zip(*steps, strict=True), strict=True)
-    }
+    images, proprio, actions = map(np.stack, zip(*steps, strict=True))
+    return {"images": images, "proprio": proprio, "actions": actions}
 
 
 def save_npz(path: Path, arrays: dict) -> None:

@@ -401,7 +401,7 @@ def test_training_success_is_that_of_all_processes(monkeypatch):
         progress.count({"task": 3, "return": success, "length": 20})
     assert progress.recent_means("cpu") == (1.0, 20.0) and sum(progress.failures[3]) == 0
     other = torch.tensor([300.0, 0.0, 0.0], dtype=torch.float64)  # another process's episodes, successes and steps
-    monkeypatch.setattr(vla, "sum_over_ranks", lambda sums: [sums + other])
+    monkeypatch.setattr(vla, "sum_over_ranks", lambda sums: sums + other)
     assert progress.recent_means("cpu") == (0.25, 5.0)
 
 
