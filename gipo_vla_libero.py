@@ -15,13 +15,13 @@ What differs from PPO, which is --trust-weight ppo here:
 3. Values and advantages of a segment are recomputed with the current critic in every update.
 4. The ratio is one per action token, step or chunk (--ratio); each has a sigma of its own.
 
-Where to look; the algorithm comes first, what it is made of after it:
-policy_objective    where a new objective goes; `update`: one gradient step on replayed segments
-main -> train       the loop, under banners: EVAL, ROLLOUT, UPDATE, LOG, CHECKPOINT
-LiberoEnv           one simulator; VectorEnv: a process for each; Simulators: the episodes that run in them
-Agent               the policy: 8 x 7 action tokens in one forward pass with attention in both directions, 256 bins each
-load_policy         checkpoint folders, public and our own; save_run, restore_run: checkpoints of a run
-scripted_expert     at the end, with `clone`: what the tiny preset has in place of a checkpoint
+The way to the algorithm; what it is made of follows in the same order, the tiny preset's scripted expert last:
+main              -> train (or `evaluate_saved_policy`): the loop, under banners: EVAL, ROLLOUT, UPDATE, LOG, CHECKPOINT
+ROLLOUT           every simulator takes T chunks of actions and leaves a segment in the replay buffer (see `Simulators`)
+update            one gradient step on segments drawn from the buffer: values, advantages, log ratios, loss
+policy_objective  what the step maximises; a new objective goes here
+Agent             the policy: 8 x 7 action tokens in one forward pass with attention in both directions, 256 bins each
+load_policy       checkpoint folders, public and our own; save_run, restore_run: checkpoints of a run
 Docs: docs/gipo_vla_libero.md.  Method: https://arxiv.org/abs/2603.03955
 """
 
@@ -175,7 +175,7 @@ class Args:
     num_envs: int = 16
     """N: simulators of this process (each is a process of its own with 2 GB of memory)"""
     env_groups: int = 2
-    """groups that take turns: one simulates while the policy acts for the other"""
+    """groups of simulators that take turns: one simulates while the policy acts for the other"""
     train_init_states: int = 50
     """RL starts episodes from the first k of the 50 initial states of a task; 50, as others do: all that evaluation uses"""
     task_sampling: Literal["failure", "uniform"] = "failure"
@@ -189,8 +189,7 @@ class Args:
     reflections: bool = True
     """render reflections as LIBERO does; off is 1.6 times faster and changes pixels by 1 of 255 on average"""
     fast_env: bool = False
-    """evaluate the dynamics once per physics step instead of robosuite's three times: 1.6 times as fast on a CPU, and equal up
-    to the tolerance of MuJoCo's solver"""
+    """evaluate the dynamics once per physics step, not three times: 1.6 times as fast on a CPU, equal to solver tolerance"""
     render_every_step: bool = False
     """render every step of a chunk instead of the last one, the only one the policy sees: for videos"""
     max_steps: int = 0
@@ -246,8 +245,8 @@ class Args:
     num_steps: int = 16
     """T: action chunks per simulator and rollout; also the length of a replayed segment"""
     buffer_size: int = 20_480
-    """replay buffer of each process in environment steps, rounded down to whole rollouts; 0: one rollout. Ten rollouts, as in
-    the tiny preset, where a buffer of the whole run learned less; never tuned at full size"""
+    """replay buffer of each process in environment steps, rounded down to whole rollouts; 0: one. Ten rollouts, as in the tiny
+    preset, where a buffer of the whole run learned less; never tuned at full size"""
     minibatch_size: int = 2_048
     """environment steps per update and process, a multiple of num_steps times the chunk length"""
     updates_per_iteration: int = 2
@@ -283,8 +282,8 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient norm limit, for policy and critic apart"""
     adv_std_floor: float = 1.0
-    """advantages are divided by their standard deviation, but by no less than this share of its largest value so far; 1, as in
-    the tiny preset: without a success in a minibatch they are noise of the critic, not to be scaled up"""
+    """advantages are divided by their standard deviation, but by no less than this share of its largest value so far: without
+    a success in a minibatch they are noise of the critic, not to be scaled up (1: as in the tiny preset)"""
 
     # ---- GIPO
     trust_weight: Literal["gipo", "ppo", "sapo", "none"] = "gipo"
@@ -745,18 +744,16 @@ def train(args: Args, at_exit) -> dict:
         "versions": torch.zeros(length, num_segments),  # iteration whose policy acted
     }
     rng, progress = np.random.default_rng([args.seed, rank]), Progress()
-    seconds, evaluations = progress.seconds, progress.evaluations
     torch.manual_seed(args.seed * 1000 + rank)  # equal networks, different actions
     simulators = Simulators(args, config, args.num_envs)
     at_exit.callback(simulators.close)
-    everyone = [i for group in simulators.groups for i in group]
     if any_rank(bool(args.resume) and (run_folder / "checkpoint.pt").exists()):
         restore_run(run_folder, args, agent, optimizer, rb, progress, simulators, rng)
-        seconds, evaluations = progress.seconds, progress.evaluations
     else:
-        for i in everyone:
+        for i in range(args.num_envs):
             simulators.start(i, *next_episode({}, progress.failures, args, rng))
-        simulators.wait(everyone)
+        simulators.wait(range(args.num_envs))
+    seconds, evaluations = progress.seconds, progress.evaluations
     with torch.random.fork_rng([device] if args.cuda else []):  # so that a resumed run draws what an uninterrupted one does
         few = slice(min(4, micro_batch))  # no more than an update has at once
         few_inputs = interface.inputs(simulators.images[few], simulators.proprio[few], simulators.tasks[few])
@@ -796,24 +793,25 @@ def train(args: Args, at_exit) -> dict:
     while True:
         # ==================== EVAL ====================
         # Before collecting more, so that a run which died here evaluates again when resumed; first the policy RL starts from.
-        finished, stop, step = progress.global_step >= total_steps, any_rank(bool(stop_signals)), progress.global_step
-        if args.eval_episodes > 0 and not stop and (finished or step == 0 or passed(args.eval_every)):
-            if not evaluations or evaluations[-1]["step"] < step:
-                evaluation = evaluate(agent, args, interface, simulators, stop_signals)
-                stop = any_rank(bool(stop_signals))
-                if not stop:
-                    evaluations.append({"step": step} | evaluation)
-                    if rank == 0:
-                        best = max([e["success_rate"] for e in evaluations[:-1]], default=-1.0)
-                        for name in ["model", *["best_model"] * (evaluation["success_rate"] > best)]:
-                            save_policy(run_folder / name, agent, tokenizer, norm_stats, args)
-                        record = {"settings": settings_of(args, norm_stats), "versions": versions()}
-                        write_json(run_folder / "evaluation.json", record | {"evaluations": evaluations})
-                        writer.add_scalar("eval/success_rate", evaluation["success_rate"], step)
-                        writer.add_scalar("eval/return_mean", evaluation["return_mean"], step)
-                        say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, step == 0)}")
-                    if args.capture_video:
-                        record_videos(agent, interface, args, run_folder / "videos" / str(step))
+        step, stop = progress.global_step, any_rank(bool(stop_signals))
+        finished, done_before = step >= total_steps, bool(evaluations) and evaluations[-1]["step"] == step
+        due = args.eval_episodes > 0 and (finished or step == 0 or passed(args.eval_every))
+        if due and not done_before and not stop:
+            evaluation = evaluate(agent, args, interface, simulators, stop_signals)
+            stop = any_rank(bool(stop_signals))
+            if not stop:
+                best = max([e["success_rate"] for e in evaluations], default=-1.0)
+                evaluations.append({"step": step} | evaluation)
+                if rank == 0:
+                    for name in ["model", *["best_model"] * (evaluation["success_rate"] > best)]:
+                        save_policy(run_folder / name, agent, tokenizer, norm_stats, args)
+                    record = {"settings": settings_of(args, norm_stats), "versions": versions()}
+                    write_json(run_folder / "evaluation.json", record | {"evaluations": evaluations})
+                    for name in ("success_rate", "return_mean"):
+                        writer.add_scalar(f"eval/{name}", evaluation[name], step)
+                    say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, step == 0)}")
+                if args.capture_video:
+                    record_videos(agent, interface, args, run_folder / "videos" / str(step))
         if finished and not args.eval_episodes and rank == 0:
             save_policy(run_folder / "model", agent, tokenizer, norm_stats, args)
         if finished or stop:
