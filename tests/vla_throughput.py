@@ -113,7 +113,7 @@ def save(args: Args) -> None:
     config = vla.PolicyConfig() if args.size == "7b" else vla.tiny_config(64)
     script = vla.Args(cuda=args.device == "cuda", dtype="bfloat16" if args.device == "cuda" else "float32")
     agent = vla.init_random(config, script, torch.device(args.device))
-    words = [vla.instruction("libero_spatial", task) for task in range(vla.num_tasks("libero_spatial"))]
+    words = [vla.instruction("libero_spatial", task) for task in range(len(vla.task_names("libero_spatial")))]
     vla.save_policy(args.save, agent, vla.build_word_tokenizer(words), {"libero_spatial": STATISTICS}, script)
 
 
