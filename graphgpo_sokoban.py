@@ -235,6 +235,116 @@ class Args:
     """CPU threads of PyTorch"""
 
 
+# -------------------- Advantages and loss --------------------
+# ALGO LOGIC: the graph, its distances, the advantages of the three methods, and the loss
+def standardise(values, groups, divide_by_std: bool = True, eps: float = 1e-6) -> np.ndarray:
+    """(x - mean) / (std + eps) within groups of equal labels, in float64; 0 for a group of one and for equal values.
+
+    std is the unbiased one (n - 1). `groups` holds any hashable labels.
+    """
+    index = {}
+    group = np.array([index.setdefault(label, len(index)) for label in groups])
+    count, (_, first) = np.bincount(group), np.unique(group, return_index=True)
+    centred = np.asarray(values, dtype=np.float64)
+    centred = centred - centred[first][group]  # equal values are exactly 0 from here on, whatever the rounding of a mean
+    centred -= (np.bincount(group, centred) / count)[group]
+    if divide_by_std:
+        centred /= np.sqrt(np.bincount(group, centred**2) / np.maximum(count - 1, 1))[group] + eps
+    return centred
+
+
+def graph_distances(sources, targets) -> dict:
+    """Fewest steps to SUCCESS along observed edges, by state, searched backwards; {} without a success.
+
+    Edge i leads from sources[i] to targets[i].
+    """
+    incoming = collections.defaultdict(set)
+    for source, target in zip(sources, targets, strict=True):
+        incoming[target].add(source)
+    distances, queue = {SUCCESS: 0} if SUCCESS in incoming else {}, collections.deque([SUCCESS])
+    while queue:
+        state = queue.popleft()
+        for source in incoming.get(state, ()):
+            if source not in distances:
+                distances[source] = distances[state] + 1
+                queue.append(source)
+    return distances
+
+
+def graph_rewards(targets, distances, args) -> np.ndarray:
+    """Step rewards of one group, 10 * omega^(d(s') + 1); all 0 without a success, which gives no direction."""
+    if not distances:
+        return np.zeros(len(targets))
+    far = max(distances.values()) + 1 if args.unreachable_distance == "dmax+1" else math.inf
+    after = np.array([distances.get(state, far) for state in targets], dtype=float)
+    return 10.0 * np.power(args.omega, after + 1)
+
+
+def discounted_returns(trajectories, rewards, gamma) -> np.ndarray:
+    """GiGPO's step rewards of one group: the discounted return from each step on.
+
+    Steps are in the order of time within each rollout (other rollouts' may stand in between).
+    """
+    returns, following = np.zeros(len(rewards)), collections.defaultdict(float)
+    for i in reversed(range(len(rewards))):
+        returns[i] = following[trajectories[i]] = rewards[i] + gamma * following[trajectories[i]]
+    return returns
+
+
+def episode_advantage(returns, trajectories, norm="trajectories", divide_by_std=True, penalties=0.0) -> np.ndarray:
+    """A^E of every step of one group: its rollout's return less the step's own penalty, standardised over the group.
+
+    `returns` (G,); `trajectories` (n,) is each step's rollout, 0 to G - 1. With norm "trajectories" every rollout counts once
+    in mean and variance, with "steps" every step, as in the authors' code.
+    """
+    trajectories, scores = np.asarray(trajectories), np.asarray(returns)[np.asarray(trajectories)] - penalties
+    if norm == "steps":
+        return standardise(scores, np.zeros(len(scores), dtype=int), divide_by_std)
+    if not np.any(penalties):
+        return standardise(returns, np.zeros(len(returns), dtype=int), divide_by_std)[trajectories]
+    share = 1.0 / np.bincount(trajectories)[trajectories]  # of a step in its rollout
+    centred = scores - (share * scores).sum() / len(returns)
+    return centred / (np.sqrt((share * centred**2).sum() / (len(returns) - 1)) + 1e-6) if divide_by_std else centred
+
+
+def compute_loss(newlogprob, entropy, logprobs, ref_logprobs, advantages, args):
+    """PPO's clipped loss of every token (n, L), and {name: (n, L)} of what is logged. `advantages` (n, 1): one per step."""
+    logratio = newlogprob - logprobs
+    ratio = logratio.exp()
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    loss = pg_loss - args.ent_coef * entropy
+    logged = {"losses/policy_loss": pg_loss, "losses/entropy": entropy, "losses/approx_kl": (ratio - 1) - logratio}
+    logged["losses/clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float()
+    if ref_logprobs is not None:  # k3, the estimator of KL(pi || reference) that is never negative
+        ref_logratio = ref_logprobs - newlogprob
+        logged["losses/reference_kl"] = ref_logratio.exp() - 1 - ref_logratio
+        loss = loss + args.kl_coef * logged["losses/reference_kl"]
+    return loss, {name: value.detach() for name, value in logged.items()}
+
+
+def graph_diagnostics(sources, targets, distances, succeeded) -> dict[str, float]:
+    """What a group's graph looks like; `succeeded` (n,) tells whether a step's rollout did. Shares of nothing are left out."""
+    states, visits = {*sources, *targets} - {SUCCESS}, collections.Counter(sources)
+    found = {
+        "graph/nodes": len(states),
+        "graph/edges": len(set(zip(sources, targets, strict=True))),
+        "graph/frac_unreachable": float(np.mean([state not in distances for state in states])),
+        "graph/frac_singleton_steps": float(np.mean([visits[state] == 1 for state in sources])),
+        "graph/mean_group_size": len(sources) / len(visits),
+        "graph/groups_without_success": float(not distances),
+        "graph/groups_all_success": float(succeeded.all()),
+    }
+    if distances:
+        before, after = (np.array([distances.get(state, math.inf) for state in states]) for states in (sources, targets))
+        progress = after < before
+        found["graph/start_distance"] = distances.get(sources[0], math.nan)
+        if not succeeded.all():
+            found["credit/frac_progress_steps_in_failures"] = float(progress[~succeeded].mean())
+        found["credit/frac_nonprogress_in_successes"] = float(1 - progress[succeeded].mean())
+    return found
+
+
 # -------------------- Environments --------------------
 # All three classes run N episodes side by side and share these methods; `rows` are the indices of unfinished episodes.
 #   reset(levels)         start episode i on the level named by the tuple levels[i]; equal tuples, equal levels
@@ -520,6 +630,11 @@ def held_out_levels(args) -> list[tuple]:
 
 # -------------------- Agents --------------------
 # ALGO LOGIC: the policies
+def chunks(inds, size: int) -> list[np.ndarray]:
+    """Indices in even parts of at most `size`."""
+    return np.array_split(inds, math.ceil(len(inds) / size))
+
+
 def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     """Orthogonal weights, zero bias."""
     nn.init.orthogonal_(layer.weight, std)
@@ -648,13 +763,11 @@ class LanguageAgent(nn.Module):
     def act(self, obs, choices, temperature: float = 1.0, want_logprobs: bool = True):
         """n prompts -> actions (n,), -1 where the answer names none of the choices; tokens, mask, log-probs (n, L) or None."""
         length, tokens, lengths = self.args.max_new_tokens, [], []
-        how = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-            if temperature > 0
-            else {"do_sample": False}
-        )
+        how = {"do_sample": False}
+        if temperature > 0:
+            how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         # Generation keeps keys and values of a token only, a training pass all activations: so more rows at once.
-        for chunk in np.array_split(np.arange(len(obs)), math.ceil(len(obs) / (8 * self.args.micro_batch))):
+        for chunk in chunks(np.arange(len(obs)), 8 * self.args.micro_batch):
             prompts, attention = self.encode(obs[chunk])
             with self.autocast():
                 answers = self.model.generate(input_ids=prompts, attention_mask=attention.long(), **how)[:, prompts.shape[1] :]
@@ -670,8 +783,8 @@ class LanguageAgent(nn.Module):
         if not want_logprobs:
             return np.array(actions), tokens, mask, None
         # Log-probs from the pass that the update uses, not from the generation: so ratios start at 1, up to rounding.
-        chunks = np.array_split(np.arange(len(obs)), math.ceil(len(obs) / self.args.micro_batch))
-        logprobs = torch.cat([self.token_logprobs(obs[chunk], tokens[chunk], mask[chunk])[0] for chunk in chunks])
+        passes = chunks(np.arange(len(obs)), self.args.micro_batch)
+        logprobs = torch.cat([self.token_logprobs(obs[c], tokens[c], mask[c])[0] for c in passes])
         return np.array(actions), tokens, mask, logprobs
 
     def parse(self, text: str, names) -> int:
@@ -702,100 +815,6 @@ class LanguageAgent(nn.Module):
 def make_agent(args, envs):
     """The language model of --model, or a small network."""
     return LanguageAgent(args) if args.model else Agent(envs.obs_dim, envs.num_actions, args)
-
-
-# -------------------- Advantages --------------------
-# ALGO LOGIC: the graph, its distances, and the advantages of the three methods
-def standardise(values, groups, divide_by_std: bool = True, eps: float = 1e-6) -> np.ndarray:
-    """(x - mean) / (std + eps) within groups of equal labels, in float64; 0 for a group of one and for equal values.
-
-    std is the unbiased one (n - 1). `groups` holds any hashable labels.
-    """
-    index = {}
-    group = np.array([index.setdefault(label, len(index)) for label in groups])
-    count, (_, first) = np.bincount(group), np.unique(group, return_index=True)
-    centred = np.asarray(values, dtype=np.float64)
-    centred = centred - centred[first][group]  # equal values are exactly 0 from here on, whatever the rounding of a mean
-    centred -= (np.bincount(group, centred) / count)[group]
-    if divide_by_std:
-        centred /= np.sqrt(np.bincount(group, centred**2) / np.maximum(count - 1, 1))[group] + eps
-    return centred
-
-
-def graph_distances(sources, targets) -> dict:
-    """Fewest steps to SUCCESS along observed edges, by state, searched backwards; {} without a success.
-
-    Edge i leads from sources[i] to targets[i].
-    """
-    incoming = collections.defaultdict(set)
-    for source, target in zip(sources, targets, strict=True):
-        incoming[target].add(source)
-    distances, queue = {SUCCESS: 0} if SUCCESS in incoming else {}, collections.deque([SUCCESS])
-    while queue:
-        state = queue.popleft()
-        for source in incoming.get(state, ()):
-            if source not in distances:
-                distances[source] = distances[state] + 1
-                queue.append(source)
-    return distances
-
-
-def graph_rewards(targets, distances, args) -> np.ndarray:
-    """Step rewards of one group, 10 * omega^(d(s') + 1); all 0 without a success, which gives no direction."""
-    if not distances:
-        return np.zeros(len(targets))
-    far = max(distances.values()) + 1 if args.unreachable_distance == "dmax+1" else math.inf
-    after = np.array([distances.get(state, far) for state in targets], dtype=float)
-    return 10.0 * np.power(args.omega, after + 1)
-
-
-def discounted_returns(trajectories, rewards, gamma) -> np.ndarray:
-    """GiGPO's step rewards of one group: the discounted return from each step on.
-
-    Steps are in the order of time within each rollout (other rollouts' may stand in between).
-    """
-    returns, following = np.zeros(len(rewards)), collections.defaultdict(float)
-    for i in reversed(range(len(rewards))):
-        returns[i] = following[trajectories[i]] = rewards[i] + gamma * following[trajectories[i]]
-    return returns
-
-
-def episode_advantage(returns, trajectories, norm="trajectories", divide_by_std=True, penalties=0.0) -> np.ndarray:
-    """A^E of every step of one group: its rollout's return less the step's own penalty, standardised over the group.
-
-    `returns` (G,); `trajectories` (n,) is each step's rollout, 0 to G - 1. With norm "trajectories" every rollout counts once
-    in mean and variance, with "steps" every step, as in the authors' code.
-    """
-    trajectories, scores = np.asarray(trajectories), np.asarray(returns)[np.asarray(trajectories)] - penalties
-    if norm == "steps":
-        return standardise(scores, np.zeros(len(scores), dtype=int), divide_by_std)
-    if not np.any(penalties):
-        return standardise(returns, np.zeros(len(returns), dtype=int), divide_by_std)[trajectories]
-    share = 1.0 / np.bincount(trajectories)[trajectories]  # of a step in its rollout
-    centred = scores - (share * scores).sum() / len(returns)
-    return centred / (np.sqrt((share * centred**2).sum() / (len(returns) - 1)) + 1e-6) if divide_by_std else centred
-
-
-def graph_diagnostics(sources, targets, distances, succeeded) -> dict[str, float]:
-    """What a group's graph looks like; `succeeded` (n,) tells whether a step's rollout did. Shares of nothing are left out."""
-    states, visits = {*sources, *targets} - {SUCCESS}, collections.Counter(sources)
-    found = {
-        "graph/nodes": len(states),
-        "graph/edges": len(set(zip(sources, targets, strict=True))),
-        "graph/frac_unreachable": float(np.mean([state not in distances for state in states])),
-        "graph/frac_singleton_steps": float(np.mean([visits[state] == 1 for state in sources])),
-        "graph/mean_group_size": len(sources) / len(visits),
-        "graph/groups_without_success": float(not distances),
-        "graph/groups_all_success": float(succeeded.all()),
-    }
-    if distances:
-        before, after = (np.array([distances.get(state, math.inf) for state in states]) for states in (sources, targets))
-        progress = after < before
-        found["graph/start_distance"] = distances.get(sources[0], math.nan)
-        if not succeeded.all():
-            found["credit/frac_progress_steps_in_failures"] = float(progress[~succeeded].mean())
-        found["credit/frac_nonprogress_in_successes"] = float(1 - progress[succeeded].mean())
-    return found
 
 
 # -------------------- Evaluation and files --------------------
@@ -1274,48 +1293,31 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).unsqueeze(-1)  # of all tokens of a step
 
         # ==================== UPDATE ====================
-        # ALGO LOGIC: losses and gradient steps
-        t0 = time.perf_counter()
-        stats, num_minibatches = collections.defaultdict(list), max(1, round(num_steps / args.minibatch_size))
-        per_pass = args.micro_batch if args.model else num_steps
-        if reference:
-            with torch.no_grad():
-                chunks = np.array_split(np.arange(num_steps), math.ceil(num_steps / per_pass))
-                ref_logprobs = torch.cat([reference.token_logprobs(obs[c], tokens[c], mask[c])[0] for c in chunks])
-        for _ in range(args.update_epochs):
-            for mb_inds in np.array_split(torch.randperm(num_steps).numpy(), num_minibatches):
-                optimizer.zero_grad()
-                num_tokens, mb_stats = mask[mb_inds].sum(), collections.Counter()
-                for inds in np.array_split(mb_inds, math.ceil(len(mb_inds) / per_pass)):  # gradients add up
-                    newlogprob, entropy = agent.token_logprobs(obs[inds], tokens[inds], mask[inds])
-                    logratio = newlogprob - logprobs[inds]
-                    ratio = logratio.exp()
-                    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                    pg_loss = -torch.minimum(ratio * advantages[inds], clipped * advantages[inds])
-                    token_loss = pg_loss - args.ent_coef * entropy
-                    if reference:  # k3, the estimator of KL(pi || reference) that is never negative
-                        ref_logratio = ref_logprobs[inds] - newlogprob
-                        token_loss = token_loss + args.kl_coef * (ref_logratio.exp() - 1 - ref_logratio)
-                    loss = (token_loss * mask[inds]).sum() / num_tokens  # mean over the minibatch's tokens
-                    loss.backward()
-                    with torch.no_grad():
-                        terms = {
-                            "losses/policy_loss": pg_loss,
-                            "losses/entropy": entropy,
-                            "losses/approx_kl": (ratio - 1) - logratio,
-                            "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float(),
-                        }
-                        if reference:
-                            terms["losses/reference_kl"] = ref_logratio.exp() - 1 - ref_logratio
-                        for name, value in terms.items():
+        with timed(seconds, "update"):
+            stats, num_minibatches = collections.defaultdict(list), max(1, round(num_steps / args.minibatch_size))
+            per_pass = args.micro_batch if args.model else num_steps
+            ref_logprobs = None
+            if reference:
+                with torch.no_grad():
+                    passes = chunks(np.arange(num_steps), per_pass)
+                    ref_logprobs = torch.cat([reference.token_logprobs(obs[c], tokens[c], mask[c])[0] for c in passes])
+            for _ in range(args.update_epochs):
+                for mb_inds in np.array_split(torch.randperm(num_steps).numpy(), num_minibatches):
+                    optimizer.zero_grad()
+                    num_tokens, mb_stats = mask[mb_inds].sum(), collections.Counter()
+                    for inds in chunks(mb_inds, per_pass):  # gradients add up
+                        newlogprob, entropy = agent.token_logprobs(obs[inds], tokens[inds], mask[inds])
+                        ref = ref_logprobs[inds] if reference else None
+                        loss, logged = compute_loss(newlogprob, entropy, logprobs[inds], ref, advantages[inds], args)
+                        ((loss * mask[inds]).sum() / num_tokens).backward()  # mean over the minibatch's tokens
+                        for name, value in logged.items():
                             mb_stats[name] += ((value * mask[inds]).sum() / num_tokens).item()
-                mb_stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).item()
-                for name, value in mb_stats.items():
-                    stats[name].append(value)
-                    if not math.isfinite(value):  # before the step: the weights in memory are still good
-                        raise BadNumber(f"{name} is {value} at episode {episodes:,}")
-                optimizer.step()
-        seconds["update"] += time.perf_counter() - t0
+                    mb_stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).item()
+                    for name, value in mb_stats.items():
+                        stats[name].append(value)
+                        if not math.isfinite(value):  # before the step: the weights in memory are still good
+                            raise BadNumber(f"{name} is {value} at episode {episodes:,}")
+                    optimizer.step()
 
         # ==================== LOG ====================
         seconds["training"] += time.perf_counter() - iteration_start
