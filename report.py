@@ -69,7 +69,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56
 # A flag that only one script has: what runs of that script had before other flags came, or after they went.
 AS_BEFORE = {
     "method": {"kl_coef": 0.0, "sigma": 0.5, "sigma_neg_ratio": 1.0, "kernel": "gaussian", "m2_threshold": 0.04, "lag": 0}
-    | {"sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05},
+    | {"sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05, "lr_schedule": "constant", "lr_warmup": 0.0},
     "advantage": {"reward": "sparse", "success_reward": None, "step_penalty": 0.0}
     | {"r_succ": 10.0, "normalize_distance": False, "slippery": 0.0, "plot_graph": False},
     "suite": {"fast_env": False, "episodes_per_task": 1},

@@ -125,8 +125,10 @@ def test_committed_run(path):
     """What a reader needs to repeat it, and a curve that begins at the weights that all methods of the seed share."""
     result = json.loads(path.read_text())
     assert result.keys() >= {"args", "git_commit", "versions", "machine", "curve", "eval_success_rate", "wall_seconds"}
-    renamed = {"bf16", "response_length", "micro_batch_groups", "generate_groups"}  # flags of --model, which none of them has
-    assert set(result["args"]) - set(vars(popo.Args())) <= renamed and result["args"]["model"] is None
+    gone = {"bf16", "response_length", "micro_batch_groups", "generate_groups"}  # flags of --model, which none of them has
+    gone |= {"lr_schedule", "lr_warmup"}
+    assert set(result["args"]) - set(vars(popo.Args())) <= gone and result["args"]["model"] is None
+    assert (result["args"]["lr_schedule"], result["args"]["lr_warmup"]) == ("constant", 0.0)  # as every run is now
     assert not result["git_commit"].endswith("-dirty")
     updates = [point["updates"] for point in result["curve"]]
     assert (
