@@ -111,18 +111,6 @@ class SimulatorError(RuntimeError):
     """A simulator that fails again and again: one sentence."""
 
 
-@contextlib.contextmanager
-def reading(what, fix: str = "copy or download it again"):
-    """Whatever fails inside is the fault of the file `what`: ArgumentError, whichever error a library has for it."""
-    try:
-        yield
-    except ArgumentError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ArgumentError(f"{what} is missing or damaged ({reason}): {fix}") from error
-
-
 OPTIONAL_FOLDER = tyro.constructors.PrimitiveConstructorSpec(  # a flag that may have a value
     nargs=(0, 1),
     metavar="[RUN_FOLDER]",
@@ -323,59 +311,6 @@ class Args:
     """compile the layers: on an H200 a tenth more samples per second with LoRA; compiling takes less than a minute"""
     torch_threads: int = 0
     """CPU threads of PyTorch (0: its own choice)"""
-
-
-PRESETS = {
-    "none": {},
-    "tiny": {
-        "tasks": (0,),
-        "num_envs": 4,
-        "env_groups": 2,
-        "train_init_states": 40,
-        "episodes_per_task": 1,
-        "render": "osmesa",
-        "camera_size": 84,
-        "reflections": False,
-        "fast_env": True,
-        "max_steps": 120,  # the expert needs 69 on average, a success of its clone 64 to 72
-        "use_proprio": True,
-        "jpeg": False,
-        "center_crop": False,
-        "train": "full",
-        "dtype": "float32",
-        "total_timesteps": 102_400,
-        "num_steps": 32,
-        "buffer_size": 10_240,
-        "minibatch_size": 1_024,
-        "updates_per_iteration": 4,
-        "learning_rate": 3e-5,
-        "critic_learning_rate": 3e-3,
-        "lr_schedule": "constant",
-        "lr_warmup": 0.0,
-        "eval_every": 51_200,
-        "checkpoint_every": 10_000,
-        "cuda": False,
-    },
-}
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line; what it does not say, the run of --resume, the policy of --evaluate or --model, or --preset does."""
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="none")
-    preset = first.parse_known_args(argv)[0].preset
-    if preset not in PRESETS:
-        raise ArgumentError(f"--preset {preset} must be one of {', '.join(PRESETS)}")
-    default = Args(preset=preset, **PRESETS[preset])
-    args = tyro.cli(Args, args=argv, default=default)
-    if args.resume and not args.overwrite:
-        resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
-        return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
-    if args.evaluate or args.model:
-        check_args(args)  # before a download
-        return tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
-    return args
 
 
 # -------------------- Advantages and objective --------------------
@@ -589,157 +524,6 @@ def main(args: Args) -> dict:
             if checkpoint.exists():
                 error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
             raise
-
-
-def start(args, at_exit):
-    """Processes, device, policy: -> rank, world, agent, tokenizer, norm_stats, interface."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
-    if args.cuda:
-        torch.cuda.set_device(device)
-    if warning := version_warning():
-        say(warning)
-    render_variables(args.render)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(seconds=LONGEST_WAIT))
-        at_exit.push(leave_processes)
-    torch.manual_seed(args.seed)
-    if rank:
-        dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
-    find_assets()
-    if args.evaluate or args.model:
-        agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
-    else:
-        agent, tokenizer, norm_stats = tiny_policy(args, device)
-    if world > 1 and not rank:
-        dist.barrier()
-    if world > 1:  # the first process may have cloned, so that its adapters and heads are drawn from other random numbers
-        for p in [p for p in agent.parameters() if p.requires_grad]:
-            dist.broadcast(p.data, 0)
-        if args.train == "full" and not args.evaluate:
-            shard_training(agent, args)
-    return rank, world, agent, tokenizer, norm_stats, make_interface(agent, tokenizer, norm_stats, args, device)
-
-
-def leave_processes(kind, error, trace) -> None:
-    """Part from the other processes, all at once; after an error they may be anywhere, so nobody waits for them then."""
-    if kind is None:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def catch_signals(at_exit) -> list:
-    """A first Ctrl-C or SIGTERM is put into the list that is returned; a second one ends the program at once."""
-    stop_signals = []
-
-    def ask_to_stop(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        before = signal.getsignal(signum) or signal.SIG_DFL
-        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
-            at_exit.callback(signal.signal, signum, before)
-            signal.signal(signum, ask_to_stop)
-    return stop_signals
-
-
-def settings_of(args, norm_stats: dict) -> dict:
-    """All that an evaluation's number depends on beside the weights."""
-    names = [*INTERFACE_ARGS, *PROTOCOL_ARGS, *"eval_temperature eval_episodes train_init_states seed model evaluate".split()]
-    settings = {name: getattr(args, name) for name in [*names, "revision"]}
-    settings |= {"unnorm_key": resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}
-    return settings | {"max_steps": args.max_steps or MAX_STEPS[args.suite], "tasks": list(args.tasks)}
-
-
-def versions() -> dict:
-    """What a result was made with."""
-    packages = ("torch", "transformers", "numpy", "mujoco", "robosuite", "hf-libero")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION} | found
-
-
-def describe(evaluation: dict, args, first: bool = True) -> str:
-    """A line on an evaluation, and a warning where nothing succeeded in the first one."""
-    seen = sum(state < args.train_init_states for _, state, _ in evaluation["successes"])
-    line = f"success {evaluation['success_rate']:.1%} of {evaluation['episodes']} episodes"
-    how = f"sampled at temperature {args.eval_temperature:g}" if args.eval_temperature else "greedy"
-    line += f" ({how}; {seen} begin as RL's own episodes do)"
-    return line if evaluation["success_rate"] or not first else f"{line}\nWARNING: no episode succeeded. {NO_ACTION_TOKENS}"
-
-
-def evaluate_saved_policy(args, at_exit) -> dict:
-    """`--evaluate`: the policy as it was trained, each episode kept in evaluation.json, after what is there already."""
-    folder = run_folder_of(args)
-    file = folder / "evaluation.json"
-    if int(os.environ.get("RANK", 0)) == 0:
-        at_exit.enter_context(lock_folder(folder))
-    earlier = read_json(file).get("evaluations", []) if file.exists() else []
-    rank, _, agent, _, norm_stats, interface = start(args, at_exit)
-    stop_signals = catch_signals(at_exit)
-    simulators = Simulators(args, agent.config, args.num_envs)
-    at_exit.callback(simulators.close)
-    result = evaluate(agent, args, interface, simulators, stop_signals)
-    result |= {"settings": settings_of(args, norm_stats), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M")}
-    if args.capture_video and not stop_signals:
-        record_videos(agent, interface, args, folder / "videos")
-    if rank == 0 and result["episodes"]:
-        write_json(file, {"evaluations": [*earlier, result]})
-        say(f"{describe(result, args)}\nevery episode: {file}")
-        say(json.dumps({key: value for key, value in result.items() if key != "successes"}, indent=2))
-    if stop_signals:
-        say("stopped: the rest of the episodes is missing")
-        sys.exit(128 + stop_signals[0])
-    return result
-
-
-def make_replay(args, config) -> dict[str, torch.Tensor]:
-    """An empty buffer of whole segments, time first: rb[key][:, j] is one simulator's part of one rollout, (T, S, ...)."""
-    num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * config.chunk), 1) * args.num_envs
-    rows, rows_and_last, size = (args.num_steps, num_segments), (args.num_steps + 1, num_segments), config.image_size
-    gigabytes = 1e-9 * math.prod(rows_and_last) * args.num_images * size**2 * 3
-    if gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
-        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
-    return {
-        "images": torch.zeros(*rows_and_last, args.num_images, size, size, 3, dtype=torch.uint8),
-        "proprio": torch.zeros(*rows_and_last, 8),
-        "tasks": torch.zeros(rows_and_last, dtype=torch.long),
-        "values": torch.zeros(rows_and_last),  # of collection time; used with --no-recompute-advantages
-        "tokens": torch.zeros(*rows, config.chunk, 7, dtype=torch.long),
-        "logprobs": torch.zeros(*rows, config.chunk, 7),  # log mu of every token at the rollout's temperature
-        "executed": torch.zeros(rows),  # steps of the chunk that the simulator carried out
-        "rewards": torch.zeros(rows),  # summed over the chunk, not scaled
-        "terminations": torch.zeros(rows),
-        "dones": torch.zeros(rows),
-        "valid": torch.zeros(rows, dtype=torch.bool),  # False: an episode's last observation (see Simulators)
-        "versions": torch.zeros(rows),  # iteration whose policy acted
-    }
-
-
-def open_run(run_folder: Path, args, config_json: dict, step: int, at_exit):
-    """Empty the folder of what --overwrite replaces, write args.json, start W&B: -> TensorBoard's writer."""
-    wandb_id = read_json(run_folder / "args.json").get("wandb_id") if args.resume else None
-    if args.track:
-        import wandb
-
-        # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
-        wandb_id = wandb_id or uuid.uuid4().hex
-        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-        wandb.init(**wandb_args, config=config_json, sync_tensorboard=True)
-        at_exit.callback(wandb.finish)
-    for path in run_folder.iterdir() if args.overwrite else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-    write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
-    from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
-
-    writer = SummaryWriter(str(run_folder), purge_step=step + 1 if args.resume else None)
-    at_exit.callback(writer.close)
-    return writer
 
 
 def train(args: Args, at_exit) -> dict:
@@ -963,7 +747,870 @@ def train(args: Args, at_exit) -> dict:
     return result
 
 
-# -------------------- Environment --------------------
+# -------------------- Start of a run --------------------
+def start(args, at_exit):
+    """Processes, device, policy: -> rank, world, agent, tokenizer, norm_stats, interface."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    if args.cuda:
+        torch.cuda.set_device(device)
+    if warning := version_warning():
+        say(warning)
+    render_variables(args.render)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if args.cuda else "gloo", timeout=datetime.timedelta(seconds=LONGEST_WAIT))
+        at_exit.push(leave_processes)
+    torch.manual_seed(args.seed)
+    if rank:
+        dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
+    find_assets()
+    if args.evaluate or args.model:
+        agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
+    else:
+        agent, tokenizer, norm_stats = tiny_policy(args, device)
+    if world > 1 and not rank:
+        dist.barrier()
+    if world > 1:  # the first process may have cloned, so that its adapters and heads are drawn from other random numbers
+        for p in [p for p in agent.parameters() if p.requires_grad]:
+            dist.broadcast(p.data, 0)
+        if args.train == "full" and not args.evaluate:
+            shard_training(agent, args)
+    return rank, world, agent, tokenizer, norm_stats, make_interface(agent, tokenizer, norm_stats, args, device)
+
+
+def leave_processes(kind, error, trace) -> None:
+    """Part from the other processes, all at once; after an error they may be anywhere, so nobody waits for them then."""
+    if kind is None:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def catch_signals(at_exit) -> list:
+    """A first Ctrl-C or SIGTERM is put into the list that is returned; a second one ends the program at once."""
+    stop_signals = []
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
+    return stop_signals
+
+
+def make_replay(args, config) -> dict[str, torch.Tensor]:
+    """An empty buffer of whole segments, time first: rb[key][:, j] is one simulator's part of one rollout, (T, S, ...)."""
+    num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * config.chunk), 1) * args.num_envs
+    rows, rows_and_last, size = (args.num_steps, num_segments), (args.num_steps + 1, num_segments), config.image_size
+    gigabytes = 1e-9 * math.prod(rows_and_last) * args.num_images * size**2 * 3
+    if gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
+        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
+    return {
+        "images": torch.zeros(*rows_and_last, args.num_images, size, size, 3, dtype=torch.uint8),
+        "proprio": torch.zeros(*rows_and_last, 8),
+        "tasks": torch.zeros(rows_and_last, dtype=torch.long),
+        "values": torch.zeros(rows_and_last),  # of collection time; used with --no-recompute-advantages
+        "tokens": torch.zeros(*rows, config.chunk, 7, dtype=torch.long),
+        "logprobs": torch.zeros(*rows, config.chunk, 7),  # log mu of every token at the rollout's temperature
+        "executed": torch.zeros(rows),  # steps of the chunk that the simulator carried out
+        "rewards": torch.zeros(rows),  # summed over the chunk, not scaled
+        "terminations": torch.zeros(rows),
+        "dones": torch.zeros(rows),
+        "valid": torch.zeros(rows, dtype=torch.bool),  # False: an episode's last observation (see Simulators)
+        "versions": torch.zeros(rows),  # iteration whose policy acted
+    }
+
+
+def open_run(run_folder: Path, args, config_json: dict, step: int, at_exit):
+    """Empty the folder of what --overwrite replaces, write args.json, start W&B: -> TensorBoard's writer."""
+    wandb_id = read_json(run_folder / "args.json").get("wandb_id") if args.resume else None
+    if args.track:
+        import wandb
+
+        # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+        wandb.init(**wandb_args, config=config_json, sync_tensorboard=True)
+        at_exit.callback(wandb.finish)
+    for path in run_folder.iterdir() if args.overwrite else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+    write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+    from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
+
+    writer = SummaryWriter(str(run_folder), purge_step=step + 1 if args.resume else None)
+    at_exit.callback(writer.close)
+    return writer
+
+
+def sample_segments(num_filled: int, args, chunk: int) -> torch.Tensor:
+    """Indices of each update's segments, (updates, S), in shuffled passes: none is drawn again before all others were."""
+    segments = args.minibatch_size // (args.num_steps * chunk)
+    draws = args.updates_per_iteration * segments
+    passes = [torch.randperm(num_filled) for _ in range(math.ceil(draws / num_filled))]
+    return torch.cat(passes)[:draws].view(-1, segments)
+
+
+def lr_share(schedule: str, progress: float, warmup: float) -> float:
+    """Factor on a step size after the share `progress` of the run, in [0, 1)."""
+    if progress < warmup:
+        return progress / warmup
+    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
+    return decay[schedule]
+
+
+# -------------------- Policy configuration --------------------
+@dataclass
+class TowerConfig:
+    """One vision transformer. `depth` counts all blocks of the checkpoint; the last one is never run, so it is not built."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    prefix_tokens: int = 0  # class token and registers in front of the patches
+    layerscale: bool = False
+
+
+@dataclass
+class PolicyConfig:
+    """All that the architecture needs; the defaults are OpenVLA-OFT 7B."""
+
+    dino: TowerConfig = field(default_factory=lambda: TowerConfig(1024, 24, 16, 4096, 5, True))
+    siglip: TowerConfig = field(default_factory=lambda: TowerConfig(1152, 27, 16, 4304))
+    image_size: int = 224
+    patch: int = 14
+    hidden: int = 4096
+    layers: int = 32
+    heads: int = 32
+    ffn: int = 11008
+    vocab: int = 32000  # the tokenizer's; the last 256 ids are the action tokens
+    padded_vocab: int = 32064  # rows of the embedding and of the checkpoint's lm_head
+    rope_theta: float = 1e4
+    rms_eps: float = 1e-6  # what a checkpoint's config.json leaves at the library's default; Llama-2's own file says 1e-5
+    max_positions: int = 2048
+    chunk: int = 8
+    action_dim: int = 7
+    bins: int = 256
+    bos: int = 1
+    eos: int = 2
+    blank: int = 29871  # the lone blank that ends every prompt
+    pad_id: int = 32000
+
+    @property
+    def first_action_id(self) -> int:
+        return self.vocab - self.bins
+
+    @property
+    def action_tokens(self) -> int:
+        return self.chunk * self.action_dim
+
+    @property
+    def patches(self) -> int:  # of one image
+        return (self.image_size // self.patch) ** 2
+
+
+def tiny_config(vocab_size, image_size=84, hidden=96, layers=3, heads=4, ffn=256, vision=48, depth=3, patch=14):
+    """The same architecture in small, for a tokenizer of `vocab_size` words; `depth` blocks per tower run."""
+    vocab = vocab_size + 256
+    sizes = {"hidden": hidden, "layers": layers, "heads": heads, "ffn": ffn, "max_positions": 512}
+    ids = {"vocab": vocab, "padded_vocab": 64 * (vocab // 64 + 1), "pad_id": vocab, "blank": 3}
+    dino = TowerConfig(vision, depth + 1, 2, 2 * vision, 5, True)
+    siglip = TowerConfig(vision, depth + 1, 2, 2 * vision)
+    return PolicyConfig(dino, siglip, image_size=image_size, patch=patch, **sizes, **ids)
+
+
+# -------------------- Episodes --------------------
+@dataclass
+class Interface:
+    """What stands between simulator and policy: prompts, statistics, preprocessing."""
+
+    prompt_ids: torch.Tensor  # (tasks, longest), right-padded
+    prompt_lengths: torch.Tensor  # (tasks,)
+    stats: dict  # action and proprio quantiles of the checkpoint's data set
+    config: PolicyConfig
+    args: Args
+    device: torch.device
+
+    def inputs(self, images, proprio, tasks) -> dict:
+        """Stored observations (B, n, H, W, 3) uint8, (B, 8), task numbers (B,) -> arguments of the policy, on its device."""
+        lengths = self.prompt_lengths[tasks]
+        longest = self.prompt_lengths.max() if self.args.torch_compile else lengths.max()
+        return {
+            "pixel_values": normalize_images(images.to(self.device), self.args),
+            "prompt_ids": self.prompt_ids[tasks, :longest].to(self.device),
+            "prompt_lengths": lengths.to(self.device),
+            "proprio": normalize(proprio, self.stats, "proprio").float().to(self.device) if self.args.use_proprio else None,
+        }
+
+    def actions(self, tokens) -> np.ndarray:
+        """Tokens (B, chunk, 7) -> actions in the checkpoint's units, as the simulator's `step` takes them."""
+        return unnormalize(token_to_value(tokens.cpu()), self.stats).numpy()
+
+
+def make_interface(agent, tokenizer, norm_stats, args, device) -> Interface:
+    """Encode the prompts of all tasks of the suite, and pick the statistics."""
+    prompts = [encode_prompt(tokenizer, instruction(args.suite, t), agent.config) for t in range(len(task_names(args.suite)))]
+    key = resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)
+    stats = norm_stats[key]
+    check_statistics(stats, f"dataset_statistics.json (or norm_stats in config.json) of the policy, {key}", args.use_proprio)
+    return Interface(*pad_prompts(prompts, agent.config), stats, agent.config, args, device)
+
+
+class Simulators:
+    """The episodes of N simulators: which task and initial state each one runs, what it sees now, and how to go back there.
+
+    `images` and `proprio` hold each simulator's newest observation as the buffer stores it. Where `ended` is set it is the
+    last one of a finished episode: it gets a row of its own in the replay buffer, on which no action is taken ("valid" is
+    False) while the simulator resets. So the value of a row always bootstraps from the next row, also at an episode's end.
+    """
+
+    def __init__(self, args, config, num_envs: int):
+        self.envs, self.args, self.config = VectorEnv(args, num_envs), args, config
+        self.groups = [g.tolist() for g in np.array_split(np.arange(num_envs), min(args.env_groups, num_envs))]
+        size = config.image_size
+        self.images = torch.zeros(num_envs, args.num_images, size, size, 3, dtype=torch.uint8)
+        self.proprio = torch.zeros(num_envs, 8)
+        self.tasks = torch.zeros(num_envs, dtype=torch.long)
+        self.ended = torch.zeros(num_envs, dtype=torch.bool)
+        self.episodes = [{} for _ in range(num_envs)]  # task, init_state, repeat, actions so far, return, length
+
+    def start(self, i: int, task: int, init_state: int, repeat: int = 1) -> None:
+        """Begin an episode on simulator i, its `repeat`-th in a row on this task; `wait` has its first observation."""
+        self.episodes[i] = {"task": task, "init_state": init_state, "repeat": repeat}
+        self.episodes[i] |= {"actions": [], "return": 0.0, "length": 0}
+        self.tasks[i], self.ended[i] = task, False
+        self.envs.send(i, LiberoEnv.reset, task, init_state)
+
+    def act(self, i: int, actions) -> None:
+        """Send simulator i a chunk of actions (chunk, 7)."""
+        self.episodes[i]["actions"].append(actions)
+        self.envs.send(i, LiberoEnv.step, actions)
+
+    def wait(self, indices) -> dict:
+        """Until all have answered: -> outcome of their chunk (zeros after a reset), arrays over `indices`."""
+        outcome = {key: np.zeros(len(indices), np.float32) for key in ("rewards", "terminations", "dones", "executed")}
+        for k, i in enumerate(indices):
+            if self.envs.calls[i][0] is LiberoEnv.reset:
+                obs = self.envs.answer(i)
+            elif isinstance(answer := self.envs.receive(i), tuple):
+                obs, rewards, executed, terminated, truncated = answer[0]
+                outcome["rewards"][k], outcome["executed"][k] = rewards.sum(), executed
+                outcome["terminations"][k] = terminated or (truncated and not self.args.bootstrap_time_limit)
+                outcome["dones"][k] = self.ended[i] = terminated or truncated
+                self.episodes[i]["return"] += float(rewards.sum())
+                self.episodes[i]["length"] += executed
+            else:  # replaced: its episode ends at the last observation, whose value counts, since that was no failure
+                outcome["dones"][k] = self.ended[i] = True
+                continue
+            self.images[i] = resize_images(obs["images"], self.config, self.args)
+            self.proprio[i] = torch.as_tensor(obs["proprio"], dtype=torch.float32)
+        return outcome
+
+    def snapshot(self) -> list[dict]:
+        """The episodes in flight as plain types: simulators are deterministic, so actions are all it takes to return."""
+        return [{**e, "actions": torch.tensor(np.array(e["actions"], np.float64))} for e in self.episodes]
+
+    def restore(self, snapshot: list[dict]) -> None:
+        """Play the episodes of a snapshot again up to where they were, on the first simulators."""
+        for i, saved in enumerate(snapshot):
+            self.start(i, saved["task"], saved["init_state"], saved["repeat"])
+        everyone = list(range(len(snapshot)))
+        self.wait(everyone)
+        for t in range(max((len(e["actions"]) for e in snapshot), default=0)):
+            alive = [i for i in everyone if t < len(snapshot[i]["actions"])]
+            for i in alive:
+                self.act(i, snapshot[i]["actions"][t].numpy())
+            self.wait(alive)
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def sample_task(failures: dict, args, rng) -> tuple[int, int]:
+    """The next episode's task, by its recent failures, and one of the initial states for training."""
+    weights = np.array([1.0 + (sum(failures[t]) if args.task_sampling == "failure" else 0.0) for t in args.tasks])
+    return int(rng.choice(args.tasks, p=weights / weights.sum())), int(rng.integers(args.train_init_states))
+
+
+def next_episode(episode: dict, failures: dict, args, rng) -> tuple[int, int, int]:
+    """Task, initial state and number in a row on its task of the episode that follows `episode` on a simulator."""
+    if episode and episode["repeat"] < args.episodes_per_task:
+        return episode["task"], int(rng.integers(args.train_init_states)), episode["repeat"] + 1
+    return *sample_task(failures, args, rng), 1
+
+
+# -------------------- Agent --------------------
+# ALGO LOGIC: the policy and its critic
+class VisionAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear layers fc1, fc2, ... with exact (erf) GELU between: HF's SigLIP has the tanh approximation, 2e-3 off."""
+
+    def __init__(self, *widths: int):
+        super().__init__()
+        for i in range(1, len(widths)):
+            setattr(self, f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
+
+    def forward(self, x):
+        for i, layer in enumerate(self.children()):
+            x = layer(F.gelu(x) if i else x)
+        return x
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale_factor = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.scale_factor
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c: TowerConfig):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(c.width, eps=1e-6), nn.LayerNorm(c.width, eps=1e-6)
+        self.attn, self.mlp = VisionAttention(c.width, c.heads), MLP(c.width, c.mlp, c.width)
+        self.ls1, self.ls2 = (LayerScale(c.width) if c.layerscale else nn.Identity() for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class VisionTower(nn.Module):
+    """(B, 3, s, s) -> (B, patches, width): the second-to-last block's output, without final norm and prefix tokens."""
+
+    def __init__(self, c: TowerConfig, image_size: int, patch: int):
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, c.width, patch, patch)})
+        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2, c.width))  # of the patches only
+        self.prefix_tokens = c.prefix_tokens
+        if c.prefix_tokens:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
+            self.reg_token = nn.Parameter(torch.zeros(1, c.prefix_tokens - 1, c.width))
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth - 1))
+
+    def forward(self, x):
+        # contiguous, as every later block's input is: else the first block is compiled on its own
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
+        if self.prefix_tokens:
+            x = torch.cat([torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, self.prefix_tokens :]
+
+
+class VisionBackbone(nn.Module):
+    """(B, 6 n, s, s) -> (B, n patches, DINOv2 width + SigLIP width)."""
+
+    def __init__(self, config: PolicyConfig):
+        super().__init__()
+        self.featurizer = VisionTower(config.dino, config.image_size, config.patch)
+        self.fused_featurizer = VisionTower(config.siglip, config.image_size, config.patch)
+
+    def forward(self, pixel_values):
+        images = pixel_values.unflatten(1, (-1, 6)).flatten(0, 1).to(self.featurizer.pos_embed.dtype)
+        features = torch.cat([self.featurizer(images[:, :3]), self.fused_featurizer(images[:, 3:])], -1)
+        return features.view(len(pixel_values), -1, features.shape[-1])
+
+
+class ValueHead(nn.Module):
+    """AcceRL's critic: attention pool over the action hidden states, then an MLP. Float32, and no gradient to the policy."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.pool, self.norm = nn.Linear(width, 1), nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, 1)
+
+    def forward(self, hidden):
+        hidden = hidden.detach().float()
+        pooled = (torch.softmax(self.pool(hidden), 1) * hidden).sum(1)
+        return self.fc2(F.relu(self.fc1(self.norm(pooled)))).squeeze(-1)
+
+
+class TextAttention(nn.Module):
+    """Llama's attention with the stock layer's weights and no other mask than the one given.
+
+    Rotary embeddings are x cos + roll(x) (-sin, sin): three GPU kernels, where x cos + (-x2, x1) (sin, sin) takes five.
+    """
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        self.head_dim = stock.head_dim
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = stock.q_proj, stock.k_proj, stock.v_proj, stock.o_proj
+
+    def forward(self, hidden_states, attention_mask, position_embeddings, **unused):
+        """(B, S, d), bool mask broadcastable to (B, heads, S, S), cos and sin (1 or B, S, head_dim) -> (B, S, d), None."""
+        layers = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (layer(hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers)  # (B, S, heads, head_dim)
+        cos, sin = (table.unsqueeze(2) for table in position_embeddings)
+        half = self.head_dim // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        q, k = (torch.addcmul(x * cos, x.roll(half, -1), sin) for x in (q, k))
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=attention_mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def replace_layers(module: nn.Module, kind: type, build) -> None:
+    """Put build(layer) in the place of every layer of a kind inside `module`."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, kind):
+            setattr(module, name, build(child))
+        else:
+            replace_layers(child, kind, build)
+
+
+class Agent(nn.Module):
+    """OpenVLA-OFT with discrete actions and a value head; state-dict keys are those of the public checkpoints.
+
+    Sequence: [BOS] patches (proprio) prompt[1:] 56 zero vectors [</s>] padding. All 56 action tokens come from one forward
+    pass: each is read one position early, the first at the last prompt token. Attention is bidirectional over everything,
+    also the text; a stock causal Llama runs without an error and drops from 97 % success to 50 %.
+    """
+
+    def __init__(self, config, num_images=1, use_proprio=False, append_stop=True, value_hidden=0):
+        # Here, since the simulators' processes import this file, but need none of it.
+        from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaModel, LlamaRMSNorm
+
+        super().__init__()
+        self.config, self.append_stop = config, append_stop
+        self.prefix = num_images * config.patches + use_proprio  # tokens between BOS and the rest of the prompt
+        self.pad_multiple = 1  # sequence lengths are rounded up to a multiple of it: 32 for static, aligned shapes
+        self.source = None  # folder of the checkpoint whose layout a saved policy has
+        self.start = None  # {"base", "hub_id", "revision"} of the weights below the adapters: `source`, or an adapter on it
+        d, features = config.hidden, config.dino.width + config.siglip.width
+        self.vision_backbone = VisionBackbone(config)
+        self.projector = MLP(features, 4 * features, d, d)
+        llama = LlamaConfig(
+            vocab_size=config.padded_vocab,
+            hidden_size=d,
+            intermediate_size=config.ffn,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            rms_norm_eps=config.rms_eps,
+            rope_theta=config.rope_theta,
+            max_position_embeddings=config.max_positions,
+            pad_token_id=config.pad_id,
+            attn_implementation="sdpa",  # hands a 4-D mask on as it is; with flash_attention_2 it would be lost
+        )
+        trunk = LlamaModel(llama)
+        # One GPU kernel instead of seven that also keep float32 copies for the backward pass: LoRA trains a tenth faster.
+        replace_layers(trunk, LlamaRMSNorm, lambda layer: nn.RMSNorm(d, config.rms_eps))
+        replace_layers(trunk, LlamaAttention, TextAttention)
+        # Of lm_head only the 256 action rows exist, in float32.
+        self.language_model = nn.ModuleDict({"model": trunk, "lm_head": nn.Linear(d, config.bins, bias=False)})
+        self.value_head = ValueHead(d, value_hidden or d)
+        self.proprio_projector = MLP(8, d, d) if use_proprio else None
+        self.register_buffer("adv_std_peak", torch.zeros(()))  # of the learning loop, saved with the weights
+
+    def embed(self, pixel_values, prompt_ids, prompt_lengths, proprio=None):
+        """-> input embeddings (B, S, d), mask of the real tokens (B, S), start (B,): the position of the last prompt token."""
+        embed_tokens = self.language_model["model"].embed_tokens
+        text, patches = embed_tokens(prompt_ids), self.projector(self.vision_backbone(pixel_values))
+        if self.proprio_projector is not None:
+            weight = self.proprio_projector.fc1.weight
+            token = self.proprio_projector(proprio.to(weight.dtype)).unsqueeze(1).to(patches.dtype)
+            patches = torch.cat([patches, token], 1)
+        front = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
+        length = front.shape[1] + self.config.action_tokens + self.append_stop
+        length = math.ceil(length / self.pad_multiple) * self.pad_multiple
+        position = torch.arange(length, device=front.device).unsqueeze(0)
+        start = self.prefix + prompt_lengths - 1
+        end = (start + 1 + self.config.action_tokens).unsqueeze(1)  # of the action tokens
+        # The placeholders of the action tokens are zero vectors, whatever their id; padding is masked, so it may be zero too.
+        x = F.pad(front, (0, 0, 0, length - front.shape[1])) * (position <= start.unsqueeze(1)).unsqueeze(-1)
+        if self.append_stop:
+            stop = embed_tokens.weight[self.config.eos]
+            x = torch.where((position == end).unsqueeze(-1), stop, x)
+        return x, position < end + self.append_stop, start
+
+    def decode(self, embeddings, real, start):
+        """Embeddings, mask and start of `embed` -> logits (B, 56, 256) float32, hidden states (B, 56, d)."""
+        # A 4-D bool mask is taken as it is. Without one transformers turns causal, and is_causal=False is not reliable.
+        mask = real[:, None, None, :]
+        out = self.language_model["model"](inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+        index = start.unsqueeze(1) + torch.arange(self.config.action_tokens, device=start.device)
+        hidden = out.last_hidden_state.gather(1, index.unsqueeze(-1).expand(-1, -1, self.config.hidden))
+        return self.language_model["lm_head"](hidden.float()), hidden
+
+    def forward(self, pixel_values, prompt_ids, prompt_lengths, proprio=None):
+        """(B, 6 n, s, s), right-padded ids (B, L), (B,), (B, 8) or None -> raw logits (B, 56, 256), hidden (B, 56, d)."""
+        return self.decode(*self.embed(pixel_values, prompt_ids, prompt_lengths, proprio))
+
+    def get_value(self, hidden: torch.Tensor) -> torch.Tensor:
+        """V(s) from the detached hidden states of the action tokens: (B, 56, d) -> (B,)."""
+        return self.value_head(hidden)
+
+    def get_action_and_logprob(self, *inputs, tokens=None, deterministic=False, temperature=1.0, train_policy=True, **named):
+        """Sample a chunk of action tokens, or take `tokens`; without `train_policy` only the value has a gradient.
+
+        Inputs: the arguments of `forward`.
+
+        -> tokens (B, chunk, 7) int64 in 0..255, their log-probs and the entropies, both float32 of the tempered distribution
+        and of the same shape, value (B,), raw logits (B, 56, 256).
+        """
+        with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
+            logits, hidden = self(*inputs, **named)
+        logprobs = torch.log_softmax(logits / temperature, -1)
+        shape = (len(logits), self.config.chunk, self.config.action_dim)
+        if tokens is None and deterministic:
+            tokens = logits.argmax(-1).view(shape)
+        elif tokens is None:
+            tokens = torch.multinomial(logprobs.detach().exp().flatten(0, 1), 1).view(shape)
+        chosen = logprobs.gather(-1, tokens.view(len(logits), -1, 1)).view(shape)
+        entropy = -(logprobs.exp() * logprobs).sum(-1).view(shape)
+        return tokens, chosen, entropy, self.get_value(hidden), logits
+
+
+def build_agent(config: PolicyConfig, args, device) -> Agent:
+    """Agent with uninitialised trunk weights in args.dtype and fresh float32 heads; nothing is allocated twice."""
+    with torch.device("meta"):
+        agent = Agent(config, args.num_images, args.use_proprio, args.append_stop)
+    for trunk in (agent.vision_backbone, agent.projector, agent.language_model["model"]):
+        trunk.to(getattr(torch, args.dtype))
+    agent.to_empty(device=device)
+    # RoPE frequencies are no part of a checkpoint: computed here, they would otherwise be whatever was in memory.
+    llama = agent.language_model["model"]
+    llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
+    for head in (agent.value_head, agent.proprio_projector):
+        for layer in head.children() if head is not None else ():
+            layer.reset_parameters()
+    agent.adv_std_peak.zero_()
+    agent.pad_multiple = 32 if args.cuda else 1  # GPU kernels want aligned masks
+    return agent
+
+
+def init_random(config: PolicyConfig, args, device) -> Agent:
+    """Random weights: for the tiny preset, and at full size to measure speed and memory without a checkpoint."""
+    agent = build_agent(config, args, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for name, p in agent.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.ndim == 1:  # norms and layer scales
+            nn.init.ones_(p)
+        else:
+            fan_in = p[0].numel() if p.ndim != 3 else 1  # 3: class token, registers, position embedding
+            std = 0.5 if p.ndim == 3 or "embed_tokens" in name else fan_in**-0.5
+            nn.init.normal_(p, std=0.1 * std if "lm_head" in name else std, generator=generator)
+    return agent
+
+
+# -------------------- What trains --------------------
+class LoRALinear(nn.Module):
+    """W x + b + (alpha / r) B A x with W, b frozen and A, B float32; "gaussian" start: A ~ N(0, 1 / r^2), B = 0."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
+        kwargs = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_a = nn.Parameter(torch.randn(rank, base.in_features, **kwargs) / rank)
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **kwargs))
+
+    def forward(self, x):
+        """(B, S, in) -> (B, S, out)"""
+        out = F.linear(x.flatten(0, 1), self.weight, self.bias)
+        # One product per sample: a GPU splits so narrow a product over all rows differently for other batch sizes, so that
+        # rollout and update would round differently (bfloat16, random weights: log ratios of 0.03 on fresh data).
+        low = torch.bmm(x, self.lora_a.to(x.dtype).T.expand(len(x), -1, -1)).flatten(0, 1)
+        # Added in place and inside the product, the output crosses memory twice instead of six times.
+        return out.addmm_(low, self.lora_b.to(x.dtype).T, alpha=self.scale).view(*x.shape[:-1], -1)
+
+    def merged(self) -> torch.Tensor:
+        return (self.weight.float() + self.scale * self.lora_b @ self.lora_a).to(self.weight.dtype)
+
+
+class MasterLinear(nn.Module):
+    """Linear layer whose float32 weights are cast to the input's type: steps of 1e-5 would vanish in bfloat16 weights."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.weight = nn.Parameter(base.weight.float())
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.float())
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def compile_layer(layer: nn.Module) -> None:
+    """Compile a layer's forward pass so that a rollout runs the very code that training runs.
+
+    Compiled for inference it would keep bfloat16 roundings in other places (log ratios of up to 0.3 on fresh data). Where the
+    layer trains, its input counts as needing a gradient in either case.
+    """
+    compiled, trains = torch.compile(layer.forward), any(p.requires_grad for p in layer.parameters())
+
+    def forward(x, **kwargs):
+        if not trains:
+            return compiled(x, **kwargs)
+        if torch.is_grad_enabled():
+            return compiled(x if x.requires_grad else x.detach().requires_grad_(), **kwargs)
+        with torch.enable_grad():
+            return compiled(x.detach().requires_grad_(), **kwargs).detach()
+
+    layer.forward = forward
+
+
+def prepare_training(agent: Agent, args) -> None:
+    """Freeze what does not train (lora: all but adapters and heads; full: vision and token embeddings), compile, checkpoint.
+
+    Weights in full training are float32 masters. Norm scales in bfloat16 stay frozen: a linear layer follows each of them.
+    """
+    llama = agent.language_model["model"]
+    if args.train == "lora":  # on every linear layer; parameter names stay, `lora_a` and `lora_b` join them
+        for trunk in (agent.vision_backbone, agent.projector, llama):
+            replace_layers(
+                trunk.requires_grad_(False), nn.Linear, lambda layer: LoRALinear(layer, args.lora_rank, args.lora_alpha)
+            )
+    else:
+        for trunk in (agent.projector, llama):
+            replace_layers(trunk, nn.Linear, MasterLinear)
+        for name, p in agent.named_parameters():
+            frozen = name.startswith("vision_backbone") or "embed_tokens" in name
+            p.requires_grad_(p.dtype == torch.float32 and not frozen)
+    if args.torch_compile:  # two towers, their first and other blocks, and batches of one, some and any size share a function
+        torch._dynamo.config.recompile_limit = 32
+    for layer in [*llama.layers, *(block for tower in agent.vision_backbone.children() for block in tower.blocks)]:
+        if args.torch_compile:  # layer by layer: a stack of equal layers is compiled once
+            compile_layer(layer)
+        if args.gradient_checkpointing:  # outside of the compiled code, or nothing would be compiled
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def shard_training(agent: Agent, args) -> None:
+    """Cut masters, gradients and Adam's averages of full training up over the processes of torchrun; each computes with all.
+
+    The ranks make different numbers of passes, so no pass may communicate: weights are gathered once after each step
+    (`as_shards`), and gradients are summed in the last piece of an update only.
+    """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing writes into it
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
+    for layer in layers_to_shard(agent):
+        frozen = {p for p in layer.parameters() if not p.requires_grad}
+        fully_shard(layer, reshard_after_forward=False, mp_policy=policy, ignored_params=frozen)
+        layer.set_gradient_divide_factor(1.0)  # the loss is divided by the samples of all ranks already
+        layer.set_force_sum_reduction_for_comms(True)  # gloo has no other sum
+
+
+def layers_to_shard(agent: Agent) -> list[nn.Module]:
+    return [agent.projector, *agent.language_model["model"].layers]
+
+
+def sharded_layers(agent: Agent) -> list[FSDPModule]:
+    return [layer for layer in layers_to_shard(agent) if isinstance(layer, FSDPModule)]
+
+
+@contextlib.contextmanager
+def as_shards(agent: Agent):
+    """Inside, the agent's parameters are the shards that the optimizer knows; afterwards every rank has all weights again."""
+    for layer in sharded_layers(agent):
+        layer.reshard()
+    yield
+    for layer in sharded_layers(agent):
+        layer.unshard()
+
+
+def optimizer_parameters(agent: Agent) -> list[dict]:
+    """What AdamW trains, in this order: of the policy what is whole, the value head, of the policy what is sharded."""
+    with as_shards(agent):
+        parts = [[], [], []]
+        for name, p in agent.named_parameters():
+            if p.requires_grad:
+                parts[1 if name.startswith("value_head") else 2 * isinstance(p, DTensor)].append(p)
+    return [{"params": part} for part in parts if part]
+
+
+def trained_state(agent: Agent) -> dict:
+    """Tensors that a checkpoint needs on top of the frozen weights."""
+    trained = {name for name, p in agent.named_parameters() if p.requires_grad} | {"adv_std_peak"}
+    return {name: value for name, value in agent.state_dict().items() if name in trained}
+
+
+# -------------------- Many processes --------------------
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The tensor summed, in place, over all processes of torchrun (as it is, without torchrun)."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any process of torchrun, so that all of them stop or save together."""
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
+
+
+def sum_gradients(parameters) -> None:
+    """Sum the gradients of all processes: every loss is divided by the number of samples of all of them already."""
+    if dist.is_initialized():
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if not isinstance(p, DTensor):  # else it is this process's share of the sum already
+                dist.all_reduce(p.grad)
+
+
+def clip_gradients(parts: list[list], limit: float) -> float:
+    """Limit the joint gradient norm of lists of parameters that are either all whole or all sharded; -> the norm before."""
+    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for part in parts:
+        nn.utils.clip_grads_with_norm_(part, limit, norm)
+    return norm.item()
+
+
+# -------------------- Tokens and prompts --------------------
+PROMPT = "In: What action should the robot take to {}?\nOut:"
+
+
+def token_to_value(k) -> torch.Tensor:
+    """Bin index 0..255 of an action token -> bin centre in (-1, 1); the indices 0 and 1 share the last of 255 centres."""
+    return (2 * (255 - torch.as_tensor(k)).clamp(0, 254).double() + 1) / 255 - 1
+
+
+def value_to_token(x) -> torch.Tensor:
+    """Normalised action -> bin index: 256 edges over [-1, 1], the largest value has index 0."""
+    return torch.as_tensor(256 - np.digitize(np.clip(np.asarray(x), -1.0, 1.0), np.linspace(-1.0, 1.0, 256)))
+
+
+def check_statistics(stats, where: str, use_proprio: bool) -> None:
+    """ArgumentError unless these are the quantiles of 7 action numbers and, where they are used, 8 of proprioception."""
+    for kind, length in (("action", 7), ("proprio", 8))[: 1 + use_proprio]:
+        for key in ("q01", "q99"):
+            values = stats.get(kind, {}).get(key) if isinstance(stats, dict) else None
+            numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+            if not numbers or len(values) != length:
+                raise ArgumentError(f"{where}: {kind} needs {length} finite numbers {key}: take the file of the checkpoint")
+
+
+def quantiles(stats: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    low, high = (torch.tensor(stats[key], dtype=torch.float64) for key in ("q01", "q99"))
+    return low, high, torch.tensor(stats.get("mask", [True] * len(low)))
+
+
+def unnormalize(x, stats: dict) -> torch.Tensor:
+    """[-1, 1] -> units of the data set `stats`, by 1 % and 99 % quantiles; the gripper is masked, it stays in [0, 1]."""
+    (low, high, mask), x = quantiles(stats["action"]), torch.as_tensor(x, dtype=torch.float64)
+    return torch.where(mask, 0.5 * (x + 1) * (high - low + 1e-8) + low, x)
+
+
+def normalize(a, stats: dict, kind: str = "action") -> torch.Tensor:
+    """The inverse of `unnormalize`, clipped to [-1, 1]; kind "proprio" for the 8 numbers of the gripper's pose and opening."""
+    (low, high, mask), a = quantiles(stats[kind]), torch.as_tensor(a, dtype=torch.float64)
+    return torch.where(mask, (2 * (a - low) / (high - low + 1e-8) - 1).clamp(-1, 1), a)
+
+
+def encode_prompt(tokenizer, instruction: str, config: PolicyConfig) -> list[int]:
+    """Token ids of the prompt: BOS first (by the tokenizer), the blank last."""
+    ids = tokenizer.encode(PROMPT.format(instruction.lower())).ids
+    if ids[0] != config.bos:
+        raise ArgumentError("tokenizer.json does not put <s> in front of a prompt: take the one of the checkpoint")
+    return ids if ids[-1] == config.blank else [*ids, config.blank]
+
+
+def pad_prompts(prompts: list[list[int]], config: PolicyConfig, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of ids -> (B, L) int64, padded on the right to the longest or to `width`, and lengths (B,)."""
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    padded = torch.full((len(prompts), max(width, int(lengths.max()))), config.pad_id)
+    for row, ids in zip(padded, prompts, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return padded, lengths
+
+
+def build_word_tokenizer(instructions) -> tokenizers.Tokenizer:
+    """One token per word or punctuation mark of the prompts, <s> in front: what the tiny preset has in place of Llama's."""
+    splitter = tokenizers.pre_tokenizers.Whitespace()
+    words = {word for text in instructions for word, _ in splitter.pre_tokenize_str(PROMPT.format(text.lower()))}
+    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "▁", *sorted(words)])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+# -------------------- Images --------------------
+# preprocessor_config.json holds these bfloat16-rounded numbers, not the usual 0.485, 0.456, 0.406 / 0.229, 0.224, 0.225.
+DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
+CROP_SIDE = math.sqrt(0.9)  # 90 % of the area
+
+
+@functools.cache
+def lanczos_matrix(inputs: int, outputs: int) -> np.ndarray:
+    """(outputs, inputs) weights of TensorFlow's antialiased lanczos3 resize along one axis."""
+    scale = inputs / outputs
+    centre = (np.arange(outputs)[:, None] + 0.5) * scale
+    x = (np.arange(inputs)[None] + 0.5 - centre) / max(scale, 1.0)
+    weights = np.where(np.abs(x) <= 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
+    """Compress and decompress as the training data was. TensorFlow's decoder differs by about one level from Pillow's."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling="4:2:0")
+    return np.asarray(Image.open(buffer))
+
+
+def resize_images(images, config: PolicyConfig, args) -> torch.Tensor:
+    """Camera images (B, n, H, W, 3) uint8, already rotated -> (B, n, s, s, 3) uint8: what the replay buffer stores.
+
+    Pillow's own Lanczos rounds between the two axes, which changes a fifth of the bytes; RLinf trained with plain bicubic.
+    """
+    images, size = np.asarray(images), config.image_size
+    *batch, height, width, _ = images.shape
+    flat = images.reshape(-1, height, width, 3)
+    if args.preprocess == "rlinf":
+        x = torch.from_numpy(flat.astype(np.float32)).permute(0, 3, 1, 2)
+        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+    else:
+        if args.jpeg:
+            flat = np.stack([jpeg_round_trip(image) for image in flat])
+        rows = lanczos_matrix(height, size) @ flat.reshape(len(flat), height, -1).astype(np.float32)
+        x = torch.from_numpy(lanczos_matrix(width, size) @ rows.reshape(len(flat), size, width, 3))
+    return x.round_().clamp_(0, 255).to(torch.uint8).reshape(*batch, size, size, 3)
+
+
+def crop_images(v: torch.Tensor) -> torch.Tensor:
+    """TensorFlow's crop_and_resize of the central 90 % of the area: (..., s, s, 3) float in 0..1 -> the same shape.
+
+    It samples corner-aligned, at o (s - 1) + i sqrt(0.9); cutting out whole pixels is wrong by two levels on average. Index
+    and blend instead of a matrix product, which a GPU may compute in TF32, too coarse for the rounding that follows.
+    """
+    size = v.shape[-2]
+    y = (1 - CROP_SIDE) / 2 * (size - 1) + torch.arange(size, device=v.device, dtype=torch.float64) * CROP_SIDE
+    low, share = y.floor().long(), (y % 1).float()[:, None]
+    high = (low + 1).clamp(max=size - 1)
+    v = torch.lerp(v[..., low, :, :], v[..., high, :, :], share[..., None])
+    return torch.lerp(v[..., low, :], v[..., high, :], share).clamp(0, 1)
+
+
+def normalize_images(images: torch.Tensor, args) -> torch.Tensor:
+    """(B, n, s, s, 3) uint8 -> (B, 6 n, s, s) float32 on the same device; per image 3 channels for DINOv2, 3 for SigLIP."""
+    v = images.float() / 255
+    if args.center_crop and args.preprocess == "oft":  # RLinf's pipeline has no crop
+        v = torch.floor(crop_images(v) * 255.5) / 255
+    mean, std = torch.tensor(DINO_MEAN, device=v.device), torch.tensor(DINO_STD, device=v.device)
+    v = torch.cat([(v - mean) / std, (v - 0.5) / 0.5], -1)
+    return v.permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
+
+
+# -------------------- LIBERO in processes --------------------
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 TESTED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0", "hf-libero": "0.1.4"}
 ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
@@ -1383,82 +2030,8 @@ class VectorEnv:
                 self.processes[i] = None
 
 
-PROMPT = "In: What action should the robot take to {}?\nOut:"
-# preprocessor_config.json holds these bfloat16-rounded numbers, not the usual 0.485, 0.456, 0.406 / 0.229, 0.224, 0.225.
-DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
-CROP_SIDE = math.sqrt(0.9)  # 90 % of the area
+# -------------------- Policy folders --------------------
 SHARD_BYTES = 4 * 10**9  # largest file of an exported checkpoint
-NO_ACTION_TOKENS = (
-    "RL has nothing to learn from if the policy never succeeds: a checkpoint of an L1 regression head whose action_head file "
-    "is missing looks like this, and so do wrong --unnorm-key, --preprocess, --append-stop or --num-images"
-)
-
-
-# -------------------- Policy configuration --------------------
-@dataclass
-class TowerConfig:
-    """One vision transformer. `depth` counts all blocks of the checkpoint; the last one is never run, so it is not built."""
-
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-    prefix_tokens: int = 0  # class token and registers in front of the patches
-    layerscale: bool = False
-
-
-@dataclass
-class PolicyConfig:
-    """All that the architecture needs; the defaults are OpenVLA-OFT 7B."""
-
-    dino: TowerConfig = field(default_factory=lambda: TowerConfig(1024, 24, 16, 4096, 5, True))
-    siglip: TowerConfig = field(default_factory=lambda: TowerConfig(1152, 27, 16, 4304))
-    image_size: int = 224
-    patch: int = 14
-    hidden: int = 4096
-    layers: int = 32
-    heads: int = 32
-    ffn: int = 11008
-    vocab: int = 32000  # the tokenizer's; the last 256 ids are the action tokens
-    padded_vocab: int = 32064  # rows of the embedding and of the checkpoint's lm_head
-    rope_theta: float = 1e4
-    rms_eps: float = 1e-6  # what a checkpoint's config.json leaves at the library's default; Llama-2's own file says 1e-5
-    max_positions: int = 2048
-    chunk: int = 8
-    action_dim: int = 7
-    bins: int = 256
-    bos: int = 1
-    eos: int = 2
-    blank: int = 29871  # the lone blank that ends every prompt
-    pad_id: int = 32000
-
-    @property
-    def first_action_id(self) -> int:
-        return self.vocab - self.bins
-
-    @property
-    def action_tokens(self) -> int:
-        return self.chunk * self.action_dim
-
-    @property
-    def patches(self) -> int:  # of one image
-        return (self.image_size // self.patch) ** 2
-
-
-def tiny_config(vocab_size, image_size=84, hidden=96, layers=3, heads=4, ffn=256, vision=48, depth=3, patch=14):
-    """The same architecture in small, for a tokenizer of `vocab_size` words; `depth` blocks per tower run."""
-    vocab = vocab_size + 256
-    sizes = {"hidden": hidden, "layers": layers, "heads": heads, "ffn": ffn, "max_positions": 512}
-    ids = {"vocab": vocab, "padded_vocab": 64 * (vocab // 64 + 1), "pad_id": vocab, "blank": 3}
-    dino = TowerConfig(vision, depth + 1, 2, 2 * vision, 5, True)
-    siglip = TowerConfig(vision, depth + 1, 2, 2 * vision)
-    return PolicyConfig(dino, siglip, image_size=image_size, patch=patch, **sizes, **ids)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; ArgumentError if there is none."""
-    with reading(path):
-        return {**json.loads(path.read_text())}
 
 
 def config_from_folder(folder) -> PolicyConfig:
@@ -1496,556 +2069,6 @@ def config_from_folder(folder) -> PolicyConfig:
     )
 
 
-# -------------------- Tokens and prompts --------------------
-def token_to_value(k) -> torch.Tensor:
-    """Bin index 0..255 of an action token -> bin centre in (-1, 1); the indices 0 and 1 share the last of 255 centres."""
-    return (2 * (255 - torch.as_tensor(k)).clamp(0, 254).double() + 1) / 255 - 1
-
-
-def value_to_token(x) -> torch.Tensor:
-    """Normalised action -> bin index: 256 edges over [-1, 1], the largest value has index 0."""
-    return torch.as_tensor(256 - np.digitize(np.clip(np.asarray(x), -1.0, 1.0), np.linspace(-1.0, 1.0, 256)))
-
-
-def check_statistics(stats, where: str, use_proprio: bool) -> None:
-    """ArgumentError unless these are the quantiles of 7 action numbers and, where they are used, 8 of proprioception."""
-    for kind, length in (("action", 7), ("proprio", 8))[: 1 + use_proprio]:
-        for key in ("q01", "q99"):
-            values = stats.get(kind, {}).get(key) if isinstance(stats, dict) else None
-            numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-            if not numbers or len(values) != length:
-                raise ArgumentError(f"{where}: {kind} needs {length} finite numbers {key}: take the file of the checkpoint")
-
-
-def quantiles(stats: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    low, high = (torch.tensor(stats[key], dtype=torch.float64) for key in ("q01", "q99"))
-    return low, high, torch.tensor(stats.get("mask", [True] * len(low)))
-
-
-def unnormalize(x, stats: dict) -> torch.Tensor:
-    """[-1, 1] -> units of the data set `stats`, by 1 % and 99 % quantiles; the gripper is masked, it stays in [0, 1]."""
-    (low, high, mask), x = quantiles(stats["action"]), torch.as_tensor(x, dtype=torch.float64)
-    return torch.where(mask, 0.5 * (x + 1) * (high - low + 1e-8) + low, x)
-
-
-def normalize(a, stats: dict, kind: str = "action") -> torch.Tensor:
-    """The inverse of `unnormalize`, clipped to [-1, 1]; kind "proprio" for the 8 numbers of the gripper's pose and opening."""
-    (low, high, mask), a = quantiles(stats[kind]), torch.as_tensor(a, dtype=torch.float64)
-    return torch.where(mask, (2 * (a - low) / (high - low + 1e-8) - 1).clamp(-1, 1), a)
-
-
-def encode_prompt(tokenizer, instruction: str, config: PolicyConfig) -> list[int]:
-    """Token ids of the prompt: BOS first (by the tokenizer), the blank last."""
-    ids = tokenizer.encode(PROMPT.format(instruction.lower())).ids
-    if ids[0] != config.bos:
-        raise ArgumentError("tokenizer.json does not put <s> in front of a prompt: take the one of the checkpoint")
-    return ids if ids[-1] == config.blank else [*ids, config.blank]
-
-
-def pad_prompts(prompts: list[list[int]], config: PolicyConfig, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists of ids -> (B, L) int64, padded on the right to the longest or to `width`, and lengths (B,)."""
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    padded = torch.full((len(prompts), max(width, int(lengths.max()))), config.pad_id)
-    for row, ids in zip(padded, prompts, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return padded, lengths
-
-
-def build_word_tokenizer(instructions) -> tokenizers.Tokenizer:
-    """One token per word or punctuation mark of the prompts, <s> in front: what the tiny preset has in place of Llama's."""
-    splitter = tokenizers.pre_tokenizers.Whitespace()
-    words = {word for text in instructions for word, _ in splitter.pre_tokenize_str(PROMPT.format(text.lower()))}
-    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "▁", *sorted(words)])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-# -------------------- Images --------------------
-@functools.cache
-def lanczos_matrix(inputs: int, outputs: int) -> np.ndarray:
-    """(outputs, inputs) weights of TensorFlow's antialiased lanczos3 resize along one axis."""
-    scale = inputs / outputs
-    centre = (np.arange(outputs)[:, None] + 0.5) * scale
-    x = (np.arange(inputs)[None] + 0.5 - centre) / max(scale, 1.0)
-    weights = np.where(np.abs(x) <= 3, np.sinc(x) * np.sinc(x / 3), 0.0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
-def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
-    """Compress and decompress as the training data was. TensorFlow's decoder differs by about one level from Pillow's."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling="4:2:0")
-    return np.asarray(Image.open(buffer))
-
-
-def resize_images(images, config: PolicyConfig, args) -> torch.Tensor:
-    """Camera images (B, n, H, W, 3) uint8, already rotated -> (B, n, s, s, 3) uint8: what the replay buffer stores.
-
-    Pillow's own Lanczos rounds between the two axes, which changes a fifth of the bytes; RLinf trained with plain bicubic.
-    """
-    images, size = np.asarray(images), config.image_size
-    *batch, height, width, _ = images.shape
-    flat = images.reshape(-1, height, width, 3)
-    if args.preprocess == "rlinf":
-        x = torch.from_numpy(flat.astype(np.float32)).permute(0, 3, 1, 2)
-        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
-    else:
-        if args.jpeg:
-            flat = np.stack([jpeg_round_trip(image) for image in flat])
-        rows = lanczos_matrix(height, size) @ flat.reshape(len(flat), height, -1).astype(np.float32)
-        x = torch.from_numpy(lanczos_matrix(width, size) @ rows.reshape(len(flat), size, width, 3))
-    return x.round_().clamp_(0, 255).to(torch.uint8).reshape(*batch, size, size, 3)
-
-
-def crop_images(v: torch.Tensor) -> torch.Tensor:
-    """TensorFlow's crop_and_resize of the central 90 % of the area: (..., s, s, 3) float in 0..1 -> the same shape.
-
-    It samples corner-aligned, at o (s - 1) + i sqrt(0.9); cutting out whole pixels is wrong by two levels on average. Index
-    and blend instead of a matrix product, which a GPU may compute in TF32, too coarse for the rounding that follows.
-    """
-    size = v.shape[-2]
-    y = (1 - CROP_SIDE) / 2 * (size - 1) + torch.arange(size, device=v.device, dtype=torch.float64) * CROP_SIDE
-    low, share = y.floor().long(), (y % 1).float()[:, None]
-    high = (low + 1).clamp(max=size - 1)
-    v = torch.lerp(v[..., low, :, :], v[..., high, :, :], share[..., None])
-    return torch.lerp(v[..., low, :], v[..., high, :], share).clamp(0, 1)
-
-
-def normalize_images(images: torch.Tensor, args) -> torch.Tensor:
-    """(B, n, s, s, 3) uint8 -> (B, 6 n, s, s) float32 on the same device; per image 3 channels for DINOv2, 3 for SigLIP."""
-    v = images.float() / 255
-    if args.center_crop and args.preprocess == "oft":  # RLinf's pipeline has no crop
-        v = torch.floor(crop_images(v) * 255.5) / 255
-    mean, std = torch.tensor(DINO_MEAN, device=v.device), torch.tensor(DINO_STD, device=v.device)
-    v = torch.cat([(v - mean) / std, (v - 0.5) / 0.5], -1)
-    return v.permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
-
-
-# -------------------- Agent --------------------
-# ALGO LOGIC: the policy and its critic
-class VisionAttention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Linear layers fc1, fc2, ... with exact (erf) GELU between: HF's SigLIP has the tanh approximation, 2e-3 off."""
-
-    def __init__(self, *widths: int):
-        super().__init__()
-        for i in range(1, len(widths)):
-            setattr(self, f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
-
-    def forward(self, x):
-        for i, layer in enumerate(self.children()):
-            x = layer(F.gelu(x) if i else x)
-        return x
-
-
-class LayerScale(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.scale_factor = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return x * self.scale_factor
-
-
-class VisionBlock(nn.Module):
-    def __init__(self, c: TowerConfig):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(c.width, eps=1e-6), nn.LayerNorm(c.width, eps=1e-6)
-        self.attn, self.mlp = VisionAttention(c.width, c.heads), MLP(c.width, c.mlp, c.width)
-        self.ls1, self.ls2 = (LayerScale(c.width) if c.layerscale else nn.Identity() for _ in range(2))
-
-    def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class VisionTower(nn.Module):
-    """(B, 3, s, s) -> (B, patches, width): the second-to-last block's output, without final norm and prefix tokens."""
-
-    def __init__(self, c: TowerConfig, image_size: int, patch: int):
-        super().__init__()
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, c.width, patch, patch)})
-        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2, c.width))  # of the patches only
-        self.prefix_tokens = c.prefix_tokens
-        if c.prefix_tokens:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
-            self.reg_token = nn.Parameter(torch.zeros(1, c.prefix_tokens - 1, c.width))
-        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth - 1))
-
-    def forward(self, x):
-        # contiguous, as every later block's input is: else the first block is compiled on its own
-        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
-        if self.prefix_tokens:
-            x = torch.cat([torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1), x], 1)
-        for block in self.blocks:
-            x = block(x)
-        return x[:, self.prefix_tokens :]
-
-
-class VisionBackbone(nn.Module):
-    """(B, 6 n, s, s) -> (B, n patches, DINOv2 width + SigLIP width)."""
-
-    def __init__(self, config: PolicyConfig):
-        super().__init__()
-        self.featurizer = VisionTower(config.dino, config.image_size, config.patch)
-        self.fused_featurizer = VisionTower(config.siglip, config.image_size, config.patch)
-
-    def forward(self, pixel_values):
-        images = pixel_values.unflatten(1, (-1, 6)).flatten(0, 1).to(self.featurizer.pos_embed.dtype)
-        features = torch.cat([self.featurizer(images[:, :3]), self.fused_featurizer(images[:, 3:])], -1)
-        return features.view(len(pixel_values), -1, features.shape[-1])
-
-
-class ValueHead(nn.Module):
-    """AcceRL's critic: attention pool over the action hidden states, then an MLP. Float32, and no gradient to the policy."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.pool, self.norm = nn.Linear(width, 1), nn.LayerNorm(width)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, 1)
-
-    def forward(self, hidden):
-        hidden = hidden.detach().float()
-        pooled = (torch.softmax(self.pool(hidden), 1) * hidden).sum(1)
-        return self.fc2(F.relu(self.fc1(self.norm(pooled)))).squeeze(-1)
-
-
-class TextAttention(nn.Module):
-    """Llama's attention with the stock layer's weights and no other mask than the one given.
-
-    Rotary embeddings are x cos + roll(x) (-sin, sin): three GPU kernels, where x cos + (-x2, x1) (sin, sin) takes five.
-    """
-
-    def __init__(self, stock: nn.Module):
-        super().__init__()
-        self.head_dim = stock.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = stock.q_proj, stock.k_proj, stock.v_proj, stock.o_proj
-
-    def forward(self, hidden_states, attention_mask, position_embeddings, **unused):
-        """(B, S, d), bool mask broadcastable to (B, heads, S, S), cos and sin (1 or B, S, head_dim) -> (B, S, d), None."""
-        layers = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (layer(hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers)  # (B, S, heads, head_dim)
-        cos, sin = (table.unsqueeze(2) for table in position_embeddings)
-        half = self.head_dim // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        q, k = (torch.addcmul(x * cos, x.roll(half, -1), sin) for x in (q, k))
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=attention_mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
-
-
-def replace_layers(module: nn.Module, kind: type, build) -> None:
-    """Put build(layer) in the place of every layer of a kind inside `module`."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, kind):
-            setattr(module, name, build(child))
-        else:
-            replace_layers(child, kind, build)
-
-
-class Agent(nn.Module):
-    """OpenVLA-OFT with discrete actions and a value head; state-dict keys are those of the public checkpoints.
-
-    Sequence: [BOS] patches (proprio) prompt[1:] 56 zero vectors [</s>] padding. All 56 action tokens come from one forward
-    pass: each is read one position early, the first at the last prompt token. Attention is bidirectional over everything,
-    also the text; a stock causal Llama runs without an error and drops from 97 % success to 50 %.
-    """
-
-    def __init__(self, config, num_images=1, use_proprio=False, append_stop=True, value_hidden=0):
-        # Here, since the simulators' processes import this file, but need none of it.
-        from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaModel, LlamaRMSNorm
-
-        super().__init__()
-        self.config, self.append_stop = config, append_stop
-        self.prefix = num_images * config.patches + use_proprio  # tokens between BOS and the rest of the prompt
-        self.pad_multiple = 1  # sequence lengths are rounded up to a multiple of it: 32 for static, aligned shapes
-        self.source = None  # folder of the checkpoint whose layout a saved policy has
-        self.start = None  # {"base", "hub_id", "revision"} of the weights below the adapters: `source`, or an adapter on it
-        d, features = config.hidden, config.dino.width + config.siglip.width
-        self.vision_backbone = VisionBackbone(config)
-        self.projector = MLP(features, 4 * features, d, d)
-        llama = LlamaConfig(
-            vocab_size=config.padded_vocab,
-            hidden_size=d,
-            intermediate_size=config.ffn,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            rms_norm_eps=config.rms_eps,
-            rope_theta=config.rope_theta,
-            max_position_embeddings=config.max_positions,
-            pad_token_id=config.pad_id,
-            attn_implementation="sdpa",  # hands a 4-D mask on as it is; with flash_attention_2 it would be lost
-        )
-        trunk = LlamaModel(llama)
-        # One GPU kernel instead of seven that also keep float32 copies for the backward pass: LoRA trains a tenth faster.
-        replace_layers(trunk, LlamaRMSNorm, lambda layer: nn.RMSNorm(d, config.rms_eps))
-        replace_layers(trunk, LlamaAttention, TextAttention)
-        # Of lm_head only the 256 action rows exist, in float32.
-        self.language_model = nn.ModuleDict({"model": trunk, "lm_head": nn.Linear(d, config.bins, bias=False)})
-        self.value_head = ValueHead(d, value_hidden or d)
-        self.proprio_projector = MLP(8, d, d) if use_proprio else None
-        self.register_buffer("adv_std_peak", torch.zeros(()))  # of the learning loop, saved with the weights
-
-    def embed(self, pixel_values, prompt_ids, prompt_lengths, proprio=None):
-        """-> input embeddings (B, S, d), mask of the real tokens (B, S), start (B,): the position of the last prompt token."""
-        embed_tokens = self.language_model["model"].embed_tokens
-        text, patches = embed_tokens(prompt_ids), self.projector(self.vision_backbone(pixel_values))
-        if self.proprio_projector is not None:
-            weight = self.proprio_projector.fc1.weight
-            token = self.proprio_projector(proprio.to(weight.dtype)).unsqueeze(1).to(patches.dtype)
-            patches = torch.cat([patches, token], 1)
-        front = torch.cat([text[:, :1], patches, text[:, 1:]], 1)
-        length = front.shape[1] + self.config.action_tokens + self.append_stop
-        length = math.ceil(length / self.pad_multiple) * self.pad_multiple
-        position = torch.arange(length, device=front.device).unsqueeze(0)
-        start = self.prefix + prompt_lengths - 1
-        end = (start + 1 + self.config.action_tokens).unsqueeze(1)  # of the action tokens
-        # The placeholders of the action tokens are zero vectors, whatever their id; padding is masked, so it may be zero too.
-        x = F.pad(front, (0, 0, 0, length - front.shape[1])) * (position <= start.unsqueeze(1)).unsqueeze(-1)
-        if self.append_stop:
-            stop = embed_tokens.weight[self.config.eos]
-            x = torch.where((position == end).unsqueeze(-1), stop, x)
-        return x, position < end + self.append_stop, start
-
-    def decode(self, embeddings, real, start):
-        """Embeddings, mask and start of `embed` -> logits (B, 56, 256) float32, hidden states (B, 56, d)."""
-        # A 4-D bool mask is taken as it is. Without one transformers turns causal, and is_causal=False is not reliable.
-        mask = real[:, None, None, :]
-        out = self.language_model["model"](inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
-        index = start.unsqueeze(1) + torch.arange(self.config.action_tokens, device=start.device)
-        hidden = out.last_hidden_state.gather(1, index.unsqueeze(-1).expand(-1, -1, self.config.hidden))
-        return self.language_model["lm_head"](hidden.float()), hidden
-
-    def forward(self, pixel_values, prompt_ids, prompt_lengths, proprio=None):
-        """(B, 6 n, s, s), right-padded ids (B, L), (B,), (B, 8) or None -> raw logits (B, 56, 256), hidden (B, 56, d)."""
-        return self.decode(*self.embed(pixel_values, prompt_ids, prompt_lengths, proprio))
-
-    def get_value(self, hidden: torch.Tensor) -> torch.Tensor:
-        """V(s) from the detached hidden states of the action tokens: (B, 56, d) -> (B,)."""
-        return self.value_head(hidden)
-
-    def get_action_and_logprob(self, *inputs, tokens=None, deterministic=False, temperature=1.0, train_policy=True, **named):
-        """Sample a chunk of action tokens, or take `tokens`; without `train_policy` only the value has a gradient.
-
-        Inputs: the arguments of `forward`.
-
-        -> tokens (B, chunk, 7) int64 in 0..255, their log-probs and the entropies, both float32 of the tempered distribution
-        and of the same shape, value (B,), raw logits (B, 56, 256).
-        """
-        with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
-            logits, hidden = self(*inputs, **named)
-        logprobs = torch.log_softmax(logits / temperature, -1)
-        shape = (len(logits), self.config.chunk, self.config.action_dim)
-        if tokens is None and deterministic:
-            tokens = logits.argmax(-1).view(shape)
-        elif tokens is None:
-            tokens = torch.multinomial(logprobs.detach().exp().flatten(0, 1), 1).view(shape)
-        chosen = logprobs.gather(-1, tokens.view(len(logits), -1, 1)).view(shape)
-        entropy = -(logprobs.exp() * logprobs).sum(-1).view(shape)
-        return tokens, chosen, entropy, self.get_value(hidden), logits
-
-
-def build_agent(config: PolicyConfig, args, device) -> Agent:
-    """Agent with uninitialised trunk weights in args.dtype and fresh float32 heads; nothing is allocated twice."""
-    with torch.device("meta"):
-        agent = Agent(config, args.num_images, args.use_proprio, args.append_stop)
-    for trunk in (agent.vision_backbone, agent.projector, agent.language_model["model"]):
-        trunk.to(getattr(torch, args.dtype))
-    agent.to_empty(device=device)
-    # RoPE frequencies are no part of a checkpoint: computed here, they would otherwise be whatever was in memory.
-    llama = agent.language_model["model"]
-    llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
-    for head in (agent.value_head, agent.proprio_projector):
-        for layer in head.children() if head is not None else ():
-            layer.reset_parameters()
-    agent.adv_std_peak.zero_()
-    agent.pad_multiple = 32 if args.cuda else 1  # GPU kernels want aligned masks
-    return agent
-
-
-def init_random(config: PolicyConfig, args, device) -> Agent:
-    """Random weights: for the tiny preset, and at full size to measure speed and memory without a checkpoint."""
-    agent = build_agent(config, args, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    for name, p in agent.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(p)
-        elif p.ndim == 1:  # norms and layer scales
-            nn.init.ones_(p)
-        else:
-            fan_in = p[0].numel() if p.ndim != 3 else 1  # 3: class token, registers, position embedding
-            std = 0.5 if p.ndim == 3 or "embed_tokens" in name else fan_in**-0.5
-            nn.init.normal_(p, std=0.1 * std if "lm_head" in name else std, generator=generator)
-    return agent
-
-
-# -------------------- What trains --------------------
-class LoRALinear(nn.Module):
-    """W x + b + (alpha / r) B A x with W, b frozen and A, B float32; "gaussian" start: A ~ N(0, 1 / r^2), B = 0."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
-        super().__init__()
-        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
-        kwargs = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_a = nn.Parameter(torch.randn(rank, base.in_features, **kwargs) / rank)
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **kwargs))
-
-    def forward(self, x):
-        """(B, S, in) -> (B, S, out)"""
-        out = F.linear(x.flatten(0, 1), self.weight, self.bias)
-        # One product per sample: a GPU splits so narrow a product over all rows differently for other batch sizes, so that
-        # rollout and update would round differently (bfloat16, random weights: log ratios of 0.03 on fresh data).
-        low = torch.bmm(x, self.lora_a.to(x.dtype).T.expand(len(x), -1, -1)).flatten(0, 1)
-        # Added in place and inside the product, the output crosses memory twice instead of six times.
-        return out.addmm_(low, self.lora_b.to(x.dtype).T, alpha=self.scale).view(*x.shape[:-1], -1)
-
-    def merged(self) -> torch.Tensor:
-        return (self.weight.float() + self.scale * self.lora_b @ self.lora_a).to(self.weight.dtype)
-
-
-class MasterLinear(nn.Module):
-    """Linear layer whose float32 weights are cast to the input's type: steps of 1e-5 would vanish in bfloat16 weights."""
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.weight = nn.Parameter(base.weight.float())
-        self.bias = None if base.bias is None else nn.Parameter(base.bias.float())
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-def compile_layer(layer: nn.Module) -> None:
-    """Compile a layer's forward pass so that a rollout runs the very code that training runs.
-
-    Compiled for inference it would keep bfloat16 roundings in other places (log ratios of up to 0.3 on fresh data). Where the
-    layer trains, its input counts as needing a gradient in either case.
-    """
-    compiled, trains = torch.compile(layer.forward), any(p.requires_grad for p in layer.parameters())
-
-    def forward(x, **kwargs):
-        if not trains:
-            return compiled(x, **kwargs)
-        if torch.is_grad_enabled():
-            return compiled(x if x.requires_grad else x.detach().requires_grad_(), **kwargs)
-        with torch.enable_grad():
-            return compiled(x.detach().requires_grad_(), **kwargs).detach()
-
-    layer.forward = forward
-
-
-def prepare_training(agent: Agent, args) -> None:
-    """Freeze what does not train (lora: all but adapters and heads; full: vision and token embeddings), compile, checkpoint.
-
-    Weights in full training are float32 masters. Norm scales in bfloat16 stay frozen: a linear layer follows each of them.
-    """
-    llama = agent.language_model["model"]
-    if args.train == "lora":  # on every linear layer; parameter names stay, `lora_a` and `lora_b` join them
-        for trunk in (agent.vision_backbone, agent.projector, llama):
-            replace_layers(
-                trunk.requires_grad_(False), nn.Linear, lambda layer: LoRALinear(layer, args.lora_rank, args.lora_alpha)
-            )
-    else:
-        for trunk in (agent.projector, llama):
-            replace_layers(trunk, nn.Linear, MasterLinear)
-        for name, p in agent.named_parameters():
-            frozen = name.startswith("vision_backbone") or "embed_tokens" in name
-            p.requires_grad_(p.dtype == torch.float32 and not frozen)
-    if args.torch_compile:  # two towers, their first and other blocks, and batches of one, some and any size share a function
-        torch._dynamo.config.recompile_limit = 32
-    for layer in [*llama.layers, *(block for tower in agent.vision_backbone.children() for block in tower.blocks)]:
-        if args.torch_compile:  # layer by layer: a stack of equal layers is compiled once
-            compile_layer(layer)
-        if args.gradient_checkpointing:  # outside of the compiled code, or nothing would be compiled
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def shard_training(agent: Agent, args) -> None:
-    """Cut masters, gradients and Adam's averages of full training up over the processes of torchrun; each computes with all.
-
-    The ranks make different numbers of passes, so no pass may communicate: weights are gathered once after each step
-    (`as_shards`), and gradients are summed in the last piece of an update only.
-    """
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing writes into it
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
-    for layer in layers_to_shard(agent):
-        frozen = {p for p in layer.parameters() if not p.requires_grad}
-        fully_shard(layer, reshard_after_forward=False, mp_policy=policy, ignored_params=frozen)
-        layer.set_gradient_divide_factor(1.0)  # the loss is divided by the samples of all ranks already
-        layer.set_force_sum_reduction_for_comms(True)  # gloo has no other sum
-
-
-def layers_to_shard(agent: Agent) -> list[nn.Module]:
-    return [agent.projector, *agent.language_model["model"].layers]
-
-
-def sharded_layers(agent: Agent) -> list[FSDPModule]:
-    return [layer for layer in layers_to_shard(agent) if isinstance(layer, FSDPModule)]
-
-
-@contextlib.contextmanager
-def as_shards(agent: Agent):
-    """Inside, the agent's parameters are the shards that the optimizer knows; afterwards every rank has all weights again."""
-    for layer in sharded_layers(agent):
-        layer.reshard()
-    yield
-    for layer in sharded_layers(agent):
-        layer.unshard()
-
-
-def optimizer_parameters(agent: Agent) -> list[dict]:
-    """What AdamW trains, in this order: of the policy what is whole, the value head, of the policy what is sharded."""
-    with as_shards(agent):
-        parts = [[], [], []]
-        for name, p in agent.named_parameters():
-            if p.requires_grad:
-                parts[1 if name.startswith("value_head") else 2 * isinstance(p, DTensor)].append(p)
-    return [{"params": part} for part in parts if part]
-
-
-def trained_state(agent: Agent) -> dict:
-    """Tensors that a checkpoint needs on top of the frozen weights."""
-    trained = {name for name, p in agent.named_parameters() if p.requires_grad} | {"adv_std_peak"}
-    return {name: value for name, value in agent.state_dict().items() if name in trained}
-
-
-# -------------------- Many processes --------------------
-def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The tensor summed, in place, over all processes of torchrun (as it is, without torchrun)."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def sum_gradients(parameters) -> None:
-    """Sum the gradients of all processes: every loss is divided by the number of samples of all of them already."""
-    if dist.is_initialized():
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if not isinstance(p, DTensor):  # else it is this process's share of the sum already
-                dist.all_reduce(p.grad)
-
-
-def clip_gradients(parts: list[list], limit: float) -> float:
-    """Limit the joint gradient norm of lists of parameters that are either all whole or all sharded; -> the norm before."""
-    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
-    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-    for part in parts:
-        nn.utils.clip_grads_with_norm_(part, limit, norm)
-    return norm.item()
-
-
-# -------------------- Policy folders --------------------
 def find_folder(name: str, what: str, hint: str = "", revision: str = "", weights: bool = True) -> Path:
     """A local folder, or the download of a hub id, of its small files only without `weights`; ArgumentError if unusable."""
     folder = Path(name)
@@ -2267,23 +2290,6 @@ def resolve_unnorm_key(norm_stats: dict, suite: str, key: str = "auto") -> str:
     raise ArgumentError(f"--unnorm-key {key}: no such statistics for {suite}; name one of the checkpoint's: {keys}")
 
 
-def stored_args(path: Path, names) -> dict:
-    """Those arguments that a JSON file of ours holds; ArgumentError if it is damaged."""
-    content, default = read_json(path), Args()
-    values = {name: content[name] for name in names if name in content}
-    for name, value in values.items():
-        kind = type(getattr(default, name))
-        if not isinstance(value, {float: (int, float), tuple: list}.get(kind, kind)):
-            raise ArgumentError(f"{path}: {name} is {value!r}, no value of --{name.replace('_', '-')}: copy it again")
-    return values | ({"tasks": tuple(values["tasks"])} if "tasks" in values else {})
-
-
-def saved_interface(args, names=(*INTERFACE_ARGS, *PROTOCOL_ARGS)) -> dict:
-    """What the policy of --evaluate or --model was trained with, as arguments; empty for the checkpoints of others."""
-    path = find_policy(args.evaluate or args.model, args, weights=False) / "interface.json"
-    return stored_args(path, names) if path.exists() else {}
-
-
 def export_tensors(agent: Agent, source: Path | None):
     """Yield the tensors of the public layout: LoRA merged, all rows of lm_head, the source's own where the agent has none."""
     modules, dtype = dict(agent.named_modules()), agent.language_model["model"].embed_tokens.weight.dtype
@@ -2361,7 +2367,13 @@ def save_peft_adapter(folder: Path, agent: Agent, layers: dict, alpha: float, lm
     write_json(folder / "adapter_config.json", settings | {"lora_dropout": 0.0, "task_type": None})
 
 
-# -------------------- Checks and estimates --------------------
+# -------------------- Checks and memory --------------------
+NO_ACTION_TOKENS = (
+    "RL has nothing to learn from if the policy never succeeds: a checkpoint of an L1 regression head whose action_head file "
+    "is missing looks like this, and so do wrong --unnorm-key, --preprocess, --append-stop or --num-images"
+)
+
+
 def self_check(agent: Agent, batch: dict, temperature: float = 1.0) -> dict:
     """ArgumentError if the policy has a known silent fault; `batch` = arguments of the agent. -> the measured effects.
 
@@ -2447,210 +2459,6 @@ def check_memory(config: PolicyConfig, args, device) -> None:
     raise ArgumentError(f"{what}; what would fit: {fitting or 'nothing, take a GPU with more memory'}")
 
 
-# -------------------- Policy and simulators together --------------------
-@dataclass
-class Interface:
-    """What stands between simulator and policy: prompts, statistics, preprocessing."""
-
-    prompt_ids: torch.Tensor  # (tasks, longest), right-padded
-    prompt_lengths: torch.Tensor  # (tasks,)
-    stats: dict  # action and proprio quantiles of the checkpoint's data set
-    config: PolicyConfig
-    args: Args
-    device: torch.device
-
-    def inputs(self, images, proprio, tasks) -> dict:
-        """Stored observations (B, n, H, W, 3) uint8, (B, 8), task numbers (B,) -> arguments of the policy, on its device."""
-        lengths = self.prompt_lengths[tasks]
-        longest = self.prompt_lengths.max() if self.args.torch_compile else lengths.max()
-        return {
-            "pixel_values": normalize_images(images.to(self.device), self.args),
-            "prompt_ids": self.prompt_ids[tasks, :longest].to(self.device),
-            "prompt_lengths": lengths.to(self.device),
-            "proprio": normalize(proprio, self.stats, "proprio").float().to(self.device) if self.args.use_proprio else None,
-        }
-
-    def actions(self, tokens) -> np.ndarray:
-        """Tokens (B, chunk, 7) -> actions in the checkpoint's units, as the simulator's `step` takes them."""
-        return unnormalize(token_to_value(tokens.cpu()), self.stats).numpy()
-
-
-def make_interface(agent, tokenizer, norm_stats, args, device) -> Interface:
-    """Encode the prompts of all tasks of the suite, and pick the statistics."""
-    prompts = [encode_prompt(tokenizer, instruction(args.suite, t), agent.config) for t in range(len(task_names(args.suite)))]
-    key = resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)
-    stats = norm_stats[key]
-    check_statistics(stats, f"dataset_statistics.json (or norm_stats in config.json) of the policy, {key}", args.use_proprio)
-    return Interface(*pad_prompts(prompts, agent.config), stats, agent.config, args, device)
-
-
-class Simulators:
-    """The episodes of N simulators: which task and initial state each one runs, what it sees now, and how to go back there.
-
-    `images` and `proprio` hold each simulator's newest observation as the buffer stores it. Where `ended` is set it is the
-    last one of a finished episode: it gets a row of its own in the replay buffer, on which no action is taken ("valid" is
-    False) while the simulator resets. So the value of a row always bootstraps from the next row, also at an episode's end.
-    """
-
-    def __init__(self, args, config, num_envs: int):
-        self.envs, self.args, self.config = VectorEnv(args, num_envs), args, config
-        self.groups = [g.tolist() for g in np.array_split(np.arange(num_envs), min(args.env_groups, num_envs))]
-        size = config.image_size
-        self.images = torch.zeros(num_envs, args.num_images, size, size, 3, dtype=torch.uint8)
-        self.proprio = torch.zeros(num_envs, 8)
-        self.tasks = torch.zeros(num_envs, dtype=torch.long)
-        self.ended = torch.zeros(num_envs, dtype=torch.bool)
-        self.episodes = [{} for _ in range(num_envs)]  # task, init_state, repeat, actions so far, return, length
-
-    def start(self, i: int, task: int, init_state: int, repeat: int = 1) -> None:
-        """Begin an episode on simulator i, its `repeat`-th in a row on this task; `wait` has its first observation."""
-        self.episodes[i] = {"task": task, "init_state": init_state, "repeat": repeat}
-        self.episodes[i] |= {"actions": [], "return": 0.0, "length": 0}
-        self.tasks[i], self.ended[i] = task, False
-        self.envs.send(i, LiberoEnv.reset, task, init_state)
-
-    def act(self, i: int, actions) -> None:
-        """Send simulator i a chunk of actions (chunk, 7)."""
-        self.episodes[i]["actions"].append(actions)
-        self.envs.send(i, LiberoEnv.step, actions)
-
-    def wait(self, indices) -> dict:
-        """Until all have answered: -> outcome of their chunk (zeros after a reset), arrays over `indices`."""
-        outcome = {key: np.zeros(len(indices), np.float32) for key in ("rewards", "terminations", "dones", "executed")}
-        for k, i in enumerate(indices):
-            if self.envs.calls[i][0] is LiberoEnv.reset:
-                obs = self.envs.answer(i)
-            elif isinstance(answer := self.envs.receive(i), tuple):
-                obs, rewards, executed, terminated, truncated = answer[0]
-                outcome["rewards"][k], outcome["executed"][k] = rewards.sum(), executed
-                outcome["terminations"][k] = terminated or (truncated and not self.args.bootstrap_time_limit)
-                outcome["dones"][k] = self.ended[i] = terminated or truncated
-                self.episodes[i]["return"] += float(rewards.sum())
-                self.episodes[i]["length"] += executed
-            else:  # replaced: its episode ends at the last observation, whose value counts, since that was no failure
-                outcome["dones"][k] = self.ended[i] = True
-                continue
-            self.images[i] = resize_images(obs["images"], self.config, self.args)
-            self.proprio[i] = torch.as_tensor(obs["proprio"], dtype=torch.float32)
-        return outcome
-
-    def snapshot(self) -> list[dict]:
-        """The episodes in flight as plain types: simulators are deterministic, so actions are all it takes to return."""
-        return [{**e, "actions": torch.tensor(np.array(e["actions"], np.float64))} for e in self.episodes]
-
-    def restore(self, snapshot: list[dict]) -> None:
-        """Play the episodes of a snapshot again up to where they were, on the first simulators."""
-        for i, saved in enumerate(snapshot):
-            self.start(i, saved["task"], saved["init_state"], saved["repeat"])
-        everyone = list(range(len(snapshot)))
-        self.wait(everyone)
-        for t in range(max((len(e["actions"]) for e in snapshot), default=0)):
-            alive = [i for i in everyone if t < len(snapshot[i]["actions"])]
-            for i in alive:
-                self.act(i, snapshot[i]["actions"][t].numpy())
-            self.wait(alive)
-
-    def close(self) -> None:
-        self.envs.close()
-
-
-def sample_task(failures: dict, args, rng) -> tuple[int, int]:
-    """The next episode's task, by its recent failures, and one of the initial states for training."""
-    weights = np.array([1.0 + (sum(failures[t]) if args.task_sampling == "failure" else 0.0) for t in args.tasks])
-    return int(rng.choice(args.tasks, p=weights / weights.sum())), int(rng.integers(args.train_init_states))
-
-
-def next_episode(episode: dict, failures: dict, args, rng) -> tuple[int, int, int]:
-    """Task, initial state and number in a row on its task of the episode that follows `episode` on a simulator."""
-    if episode and episode["repeat"] < args.episodes_per_task:
-        return episode["task"], int(rng.integers(args.train_init_states)), episode["repeat"] + 1
-    return *sample_task(failures, args, rng), 1
-
-
-@torch.no_grad()
-def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
-    """The policy, greedy or at `eval_temperature`, on the first `eval_episodes` initial states of every task, shared among all
-    processes.
-
-    -> success_rate, return_mean, episodes, success_by_task {task: rate}, successes [[task, init_state, 0 or 1], ...]. The
-    training episodes in flight are played again afterwards.
-    """
-    sampled = {"deterministic": not args.eval_temperature, "temperature": args.eval_temperature or 1.0}
-    before = simulators.snapshot() if simulators.episodes[0] else None
-    todo = [(task, init_state) for task in args.tasks for init_state in range(args.eval_episodes)]
-    if dist.is_initialized():
-        todo = todo[dist.get_rank() :: dist.get_world_size()]
-    todo, results = collections.deque(todo), []
-    running = set(range(min(len(todo), len(simulators.episodes))))
-    for i in sorted(running):
-        simulators.start(i, *todo.popleft())
-    while running and not stop_signals:
-        for group in simulators.groups:
-            waiting, acting = [i for i in group if i in running], []
-            simulators.wait(waiting)
-            for i in waiting:
-                if not simulators.ended[i]:
-                    acting.append(i)
-                    continue
-                episode = simulators.episodes[i]
-                results.append([episode["task"], episode["init_state"], float(episode["return"] > 0)])
-                if todo:
-                    simulators.start(i, *todo.popleft())
-                else:
-                    running.remove(i)
-            if acting:
-                inputs = interface.inputs(simulators.images[acting], simulators.proprio[acting], simulators.tasks[acting])
-                tokens = agent.get_action_and_logprob(**inputs, **sampled)[0]
-                for i, actions in zip(acting, interface.actions(tokens), strict=True):
-                    simulators.act(i, actions)
-    if running:  # stopped by a signal: the simulators still owe an answer
-        simulators.wait(sorted(running))
-    if before is not None:
-        simulators.restore(before)
-    if dist.is_initialized():
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, results)
-        results = [r for share in shares for r in share]
-    results.sort()
-    by_task = {task: [s for t, _, s in results if t == task] for task in args.tasks}
-    success = float(np.mean([s for *_, s in results])) if results else None
-    result = {"success_rate": success, "return_mean": success, "episodes": len(results)}
-    by_task = {str(task): float(np.mean(s)) for task, s in by_task.items() if s}
-    return result | {"success_by_task": by_task, "successes": results}
-
-
-def record_videos(agent, interface, args, folder: Path) -> None:
-    """First evaluation episode of every task as mp4, every step rendered, not mirrored as the policy sees it."""
-    from moviepy import ImageSequenceClip
-
-    simulators = Simulators(dataclasses.replace(args, render_every_step=True), interface.config, 1)
-    folder.mkdir(parents=True, exist_ok=True)
-    for task in args.tasks:
-        simulators.episodes = [{}]  # none in flight, that evaluate() would play again
-        evaluate(agent, dataclasses.replace(args, tasks=(task,), eval_episodes=1), interface, simulators)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            frames = [frame[:, ::-1] for frame in simulators.envs.call(0, operator.attrgetter("frames"))]
-            ImageSequenceClip(frames, fps=20).write_videofile(str(folder / f"task{task}.mp4"), logger=None)
-    simulators.close()
-
-
-# -------------------- Files and arguments --------------------
-def sample_segments(num_filled: int, args, chunk: int) -> torch.Tensor:
-    """Indices of each update's segments, (updates, S), in shuffled passes: none is drawn again before all others were."""
-    segments = args.minibatch_size // (args.num_steps * chunk)
-    draws = args.updates_per_iteration * segments
-    passes = [torch.randperm(num_filled) for _ in range(math.ceil(draws / num_filled))]
-    return torch.cat(passes)[:draws].view(-1, segments)
-
-
-def lr_share(schedule: str, progress: float, warmup: float) -> float:
-    """Factor on a step size after the share `progress` of the run, in [0, 1)."""
-    if progress < warmup:
-        return progress / warmup
-    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
-    return decay[schedule]
-
-
 def find_micro_batch(agent, interface, args) -> int:
     """Largest power of two of chunks, up to 512, whose two passes fit the GPU beside gradients and Adam; 64 on a CPU."""
     if not args.cuda:
@@ -2685,89 +2493,58 @@ def find_micro_batch(agent, interface, args) -> int:
     return sizes[-1]
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print, on the first process only; once nobody reads it any more (`| head`), go on without."""
-    if int(os.environ.get("RANK", 0)):
-        return
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+# -------------------- Arguments --------------------
+PRESETS = {
+    "none": {},
+    "tiny": {
+        "tasks": (0,),
+        "num_envs": 4,
+        "env_groups": 2,
+        "train_init_states": 40,
+        "episodes_per_task": 1,
+        "render": "osmesa",
+        "camera_size": 84,
+        "reflections": False,
+        "fast_env": True,
+        "max_steps": 120,  # the expert needs 69 on average, a success of its clone 64 to 72
+        "use_proprio": True,
+        "jpeg": False,
+        "center_crop": False,
+        "train": "full",
+        "dtype": "float32",
+        "total_timesteps": 102_400,
+        "num_steps": 32,
+        "buffer_size": 10_240,
+        "minibatch_size": 1_024,
+        "updates_per_iteration": 4,
+        "learning_rate": 3e-5,
+        "critic_learning_rate": 3e-3,
+        "lr_schedule": "constant",
+        "lr_warmup": 0.0,
+        "eval_every": 51_200,
+        "checkpoint_every": 10_000,
+        "cuda": False,
+    },
+}
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write tensors and plain types so that the file is complete or absent, whenever the process dies."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        how = "it is missing, damaged, or no .pt file of this script"
-        raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file atomically."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def git_commit() -> str | None:
-    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository."""
-    command, folder = "git describe --always --dirty --abbrev=40 --exclude=*", Path(__file__).resolve().parent
-    try:
-        return subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any process of torchrun, so that all of them stop or save together."""
-    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-    return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
-
-
-def run_folder_of(args) -> Path:
-    """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
-    if isinstance(args.resume, str):
-        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
-    if args.evaluate:
-        policy = "-".join(part for part in Path(args.evaluate).parts[-2:] if part not in ("/", ".."))
-        return Path(args.run_dir) / f"{args.suite}__evaluation__{policy}"
-    return Path(args.run_dir) / f"{args.suite}__{args.exp_name}__{args.seed}"
-
-
-def lock_folder(run_folder: Path):
-    """Own the run folder, which is made if need be, until the returned file is closed or the process dies."""
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        lock = open(run_folder / ".lock", "a")
-    except OSError as error:
-        how = "choose another --run-dir or --exp-name"
-        raise ArgumentError(f"--run-dir: {run_folder} cannot be used ({error.strerror}): {how}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or --exp-name names a new one") from error
-    except OSError:  # a file system without locks
-        pass
-    return lock
-
-
-def refuse_existing(run_folder: Path, args) -> None:
-    """ArgumentError if a new run would end up in the folder of another."""
-    exists = os.path.isdir(run_folder) and any(path.name != ".lock" for path in run_folder.iterdir())
-    if exists and not (args.resume or args.overwrite):
-        raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; what it does not say, the run of --resume, the policy of --evaluate or --model, or --preset does."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="none")
+    preset = first.parse_known_args(argv)[0].preset
+    if preset not in PRESETS:
+        raise ArgumentError(f"--preset {preset} must be one of {', '.join(PRESETS)}")
+    default = Args(preset=preset, **PRESETS[preset])
+    args = tyro.cli(Args, args=argv, default=default)
+    if args.resume and not args.overwrite:
+        resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
+        return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
+    if args.evaluate or args.model:
+        check_args(args)  # before a download
+        return tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
+    return args
 
 
 def check_args(args) -> None:
@@ -2822,6 +2599,17 @@ def check_args(args) -> None:
             raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
 
 
+def stored_args(path: Path, names) -> dict:
+    """Those arguments that a JSON file of ours holds; ArgumentError if it is damaged."""
+    content, default = read_json(path), Args()
+    values = {name: content[name] for name in names if name in content}
+    for name, value in values.items():
+        kind = type(getattr(default, name))
+        if not isinstance(value, {float: (int, float), tuple: list}.get(kind, kind)):
+            raise ArgumentError(f"{path}: {name} is {value!r}, no value of --{name.replace('_', '-')}: copy it again")
+    return values | ({"tasks": tuple(values["tasks"])} if "tasks" in values else {})
+
+
 def saved_args(path: Path) -> Args:
     """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
     file = path / "args.json"
@@ -2833,12 +2621,123 @@ def saved_args(path: Path) -> Args:
     return Args(**stored_args(file, saved - {"evaluate", "resume"}) | {"resume": str(path), "run_dir": str(path.parent)})
 
 
+def saved_interface(args, names=(*INTERFACE_ARGS, *PROTOCOL_ARGS)) -> dict:
+    """What the policy of --evaluate or --model was trained with, as arguments; empty for the checkpoints of others."""
+    path = find_policy(args.evaluate or args.model, args, weights=False) / "interface.json"
+    return stored_args(path, names) if path.exists() else {}
+
+
 def refuse_contradictions(args, saved: dict, what: str) -> None:
     """ArgumentError if arguments that decide the results differ from the saved ones."""
     for name in sorted(set(saved) - set(MACHINE_ARGS)):
         if getattr(args, name) != saved[name]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise ArgumentError(f"{flag} contradicts {what}, which has {saved[name]}: drop the flag")
+
+
+# -------------------- Files --------------------
+@contextlib.contextmanager
+def reading(what, fix: str = "copy or download it again"):
+    """Whatever fails inside is the fault of the file `what`: ArgumentError, whichever error a library has for it."""
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ArgumentError(f"{what} is missing or damaged ({reason}): {fix}") from error
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ArgumentError if there is none."""
+    with reading(path):
+        return {**json.loads(path.read_text())}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write tensors and plain types so that the file is complete or absent, whenever the process dies."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        how = "it is missing, damaged, or no .pt file of this script"
+        raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print, on the first process only; once nobody reads it any more (`| head`), go on without."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def git_commit() -> str | None:
+    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository."""
+    command, folder = "git describe --always --dirty --abbrev=40 --exclude=*", Path(__file__).resolve().parent
+    try:
+        return subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict:
+    """What a result was made with."""
+    packages = ("torch", "transformers", "numpy", "mujoco", "robosuite", "hf-libero")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION} | found
+
+
+def run_folder_of(args) -> Path:
+    """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
+    if isinstance(args.resume, str):
+        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+    if args.evaluate:
+        policy = "-".join(part for part in Path(args.evaluate).parts[-2:] if part not in ("/", ".."))
+        return Path(args.run_dir) / f"{args.suite}__evaluation__{policy}"
+    return Path(args.run_dir) / f"{args.suite}__{args.exp_name}__{args.seed}"
+
+
+def lock_folder(run_folder: Path):
+    """Own the run folder, which is made if need be, until the returned file is closed or the process dies."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run_folder / ".lock", "a")
+    except OSError as error:
+        how = "choose another --run-dir or --exp-name"
+        raise ArgumentError(f"--run-dir: {run_folder} cannot be used ({error.strerror}): {how}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or --exp-name names a new one") from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def refuse_existing(run_folder: Path, args) -> None:
+    """ArgumentError if a new run would end up in the folder of another."""
+    exists = os.path.isdir(run_folder) and any(path.name != ".lock" for path in run_folder.iterdir())
+    if exists and not (args.resume or args.overwrite):
+        raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
 
 
 # -------------------- Checkpoints of a run --------------------
@@ -2869,13 +2768,6 @@ class Progress:
         sums = torch.tensor([len(self.returns), sum(self.returns), sum(self.lengths)], dtype=torch.float64)
         episodes, returns, lengths = sum_over_ranks(sums.to(device)).tolist()
         return (returns / episodes, lengths / episodes) if episodes else (None, None)
-
-
-def training_state(agent: Agent, optimizer) -> dict[str, torch.Tensor]:
-    """Trained weights and AdamW's averages and step counts, under the names of the parameters."""
-    names = {p: name for name, p in agent.named_parameters()}
-    state = {f"model/{name}": value for name, value in trained_state(agent).items()}
-    return state | {f"{key}/{names[p]}": v for p, values in optimizer.state.items() for key, v in values.items()}
 
 
 def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, simulators, rng) -> None:
@@ -2945,6 +2837,13 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
         simulators.wait([i])
 
 
+def training_state(agent: Agent, optimizer) -> dict[str, torch.Tensor]:
+    """Trained weights and AdamW's averages and step counts, under the names of the parameters."""
+    names = {p: name for name, p in agent.named_parameters()}
+    state = {f"model/{name}": value for name, value in trained_state(agent).items()}
+    return state | {f"{key}/{names[p]}": v for p, values in optimizer.state.items() for key, v in values.items()}
+
+
 def load_training_state(folder: Path, agent: Agent, optimizer) -> None:
     """Put back what `training_state` gave, whatever number of processes has written it."""
     with reading(folder, "--overwrite instead of --resume starts the run anew"):
@@ -2959,6 +2858,116 @@ def load_training_state(folder: Path, agent: Agent, optimizer) -> None:
             raise ArgumentError(f"{folder} trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process reads alone
             dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+# -------------------- Evaluation --------------------
+def evaluate_saved_policy(args, at_exit) -> dict:
+    """`--evaluate`: the policy as it was trained, each episode kept in evaluation.json, after what is there already."""
+    folder = run_folder_of(args)
+    file = folder / "evaluation.json"
+    if int(os.environ.get("RANK", 0)) == 0:
+        at_exit.enter_context(lock_folder(folder))
+    earlier = read_json(file).get("evaluations", []) if file.exists() else []
+    rank, _, agent, _, norm_stats, interface = start(args, at_exit)
+    stop_signals = catch_signals(at_exit)
+    simulators = Simulators(args, agent.config, args.num_envs)
+    at_exit.callback(simulators.close)
+    result = evaluate(agent, args, interface, simulators, stop_signals)
+    result |= {"settings": settings_of(args, norm_stats), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    if args.capture_video and not stop_signals:
+        record_videos(agent, interface, args, folder / "videos")
+    if rank == 0 and result["episodes"]:
+        write_json(file, {"evaluations": [*earlier, result]})
+        say(f"{describe(result, args)}\nevery episode: {file}")
+        say(json.dumps({key: value for key, value in result.items() if key != "successes"}, indent=2))
+    if stop_signals:
+        say("stopped: the rest of the episodes is missing")
+        sys.exit(128 + stop_signals[0])
+    return result
+
+
+def settings_of(args, norm_stats: dict) -> dict:
+    """All that an evaluation's number depends on beside the weights."""
+    names = [*INTERFACE_ARGS, *PROTOCOL_ARGS, *"eval_temperature eval_episodes train_init_states seed model evaluate".split()]
+    settings = {name: getattr(args, name) for name in [*names, "revision"]}
+    settings |= {"unnorm_key": resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}
+    return settings | {"max_steps": args.max_steps or MAX_STEPS[args.suite], "tasks": list(args.tasks)}
+
+
+def describe(evaluation: dict, args, first: bool = True) -> str:
+    """A line on an evaluation, and a warning where nothing succeeded in the first one."""
+    seen = sum(state < args.train_init_states for _, state, _ in evaluation["successes"])
+    line = f"success {evaluation['success_rate']:.1%} of {evaluation['episodes']} episodes"
+    how = f"sampled at temperature {args.eval_temperature:g}" if args.eval_temperature else "greedy"
+    line += f" ({how}; {seen} begin as RL's own episodes do)"
+    return line if evaluation["success_rate"] or not first else f"{line}\nWARNING: no episode succeeded. {NO_ACTION_TOKENS}"
+
+
+@torch.no_grad()
+def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
+    """The policy, greedy or at `eval_temperature`, on the first `eval_episodes` initial states of every task, shared among all
+    processes.
+
+    -> success_rate, return_mean, episodes, success_by_task {task: rate}, successes [[task, init_state, 0 or 1], ...]. The
+    training episodes in flight are played again afterwards.
+    """
+    sampled = {"deterministic": not args.eval_temperature, "temperature": args.eval_temperature or 1.0}
+    before = simulators.snapshot() if simulators.episodes[0] else None
+    todo = [(task, init_state) for task in args.tasks for init_state in range(args.eval_episodes)]
+    if dist.is_initialized():
+        todo = todo[dist.get_rank() :: dist.get_world_size()]
+    todo, results = collections.deque(todo), []
+    running = set(range(min(len(todo), len(simulators.episodes))))
+    for i in sorted(running):
+        simulators.start(i, *todo.popleft())
+    while running and not stop_signals:
+        for group in simulators.groups:
+            waiting, acting = [i for i in group if i in running], []
+            simulators.wait(waiting)
+            for i in waiting:
+                if not simulators.ended[i]:
+                    acting.append(i)
+                    continue
+                episode = simulators.episodes[i]
+                results.append([episode["task"], episode["init_state"], float(episode["return"] > 0)])
+                if todo:
+                    simulators.start(i, *todo.popleft())
+                else:
+                    running.remove(i)
+            if acting:
+                inputs = interface.inputs(simulators.images[acting], simulators.proprio[acting], simulators.tasks[acting])
+                tokens = agent.get_action_and_logprob(**inputs, **sampled)[0]
+                for i, actions in zip(acting, interface.actions(tokens), strict=True):
+                    simulators.act(i, actions)
+    if running:  # stopped by a signal: the simulators still owe an answer
+        simulators.wait(sorted(running))
+    if before is not None:
+        simulators.restore(before)
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, results)
+        results = [r for share in shares for r in share]
+    results.sort()
+    by_task = {task: [s for t, _, s in results if t == task] for task in args.tasks}
+    success = float(np.mean([s for *_, s in results])) if results else None
+    result = {"success_rate": success, "return_mean": success, "episodes": len(results)}
+    by_task = {str(task): float(np.mean(s)) for task, s in by_task.items() if s}
+    return result | {"success_by_task": by_task, "successes": results}
+
+
+def record_videos(agent, interface, args, folder: Path) -> None:
+    """First evaluation episode of every task as mp4, every step rendered, not mirrored as the policy sees it."""
+    from moviepy import ImageSequenceClip
+
+    simulators = Simulators(dataclasses.replace(args, render_every_step=True), interface.config, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in args.tasks:
+        simulators.episodes = [{}]  # none in flight, that evaluate() would play again
+        evaluate(agent, dataclasses.replace(args, tasks=(task,), eval_episodes=1), interface, simulators)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            frames = [frame[:, ::-1] for frame in simulators.envs.call(0, operator.attrgetter("frames"))]
+            ImageSequenceClip(frames, fps=20).write_videofile(str(folder / f"task{task}.mp4"), logger=None)
+    simulators.close()
 
 
 # -------------------- Scripted expert, demonstrations, cloning (tiny preset) --------------------
