@@ -1160,8 +1160,10 @@ def mean_from_start(run: dict, name: str) -> float:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The folders directly in `folder` that hold a run, finished or not."""
-    return sorted({file.parent for name in ("args.json", "result.json") for file in folder.glob(f"*/{name}")})
+    """The folders in `folder`, and in its folders, that hold a run, finished or not; not what lies within a run."""
+    names = [f"{depth}/{name}" for depth in ("*", "*/*") for name in ("args.json", "result.json")]
+    found = {file.parent for name in names for file in folder.glob(name)}
+    return sorted(path for path in found if path.parent not in found)
 
 
 def read_runs(folders: list[Path]) -> tuple[dict[tuple[str, str], list[dict]], list[str]]:
@@ -1182,7 +1184,7 @@ def read_runs(folders: list[Path]) -> tuple[dict[tuple[str, str], list[dict]], l
             notes.append(f"without its curves: {error}")
             scalars = {}
         run["curves"] = gridded(scalars, {name: CURVES[name] for name in ("return", "success")}, total, "steps")
-        name = run["exp_name"] if len(folders) == 1 else f"{path.parent}/{run['exp_name']}"
+        name = run["exp_name"] if folders == [path.parent] else f"{path.parent}/{run['exp_name']}"
         other, _ = found[run["env_id"], name].setdefault(run["seed"], (path, run))
         if other != path:
             raise ReportError(f"{other} and {path} hold runs of one task, name and seed: move one of them away")

@@ -703,6 +703,12 @@ def test_several_folders_are_compared(tmp_path, capsys):
     rows, _ = compared(capsys, tmp_path / "ours", tmp_path / "fork")
     assert [row[1] for row in rows[2:]] == [f"{tmp_path}/fork/gipo", f"{tmp_path}/ours/gipo"]
     assert (tmp_path / "ours" / "compare.md").exists() and not (tmp_path / "fork" / "compare.md").exists()
+    finished_run(tmp_path, "mine")
+    saved = tmp_path / "reach-v3__mine__1" / "model"  # as gipo_vla_libero.py saves one: no run
+    saved.mkdir()
+    (saved / "args.json").write_text("{}")
+    rows, _ = compared(capsys, tmp_path)  # benchmark.sh's runs are in a folder within runs/
+    assert [row[1] for row in rows[2:]] == [f"{tmp_path}/fork/gipo", f"{tmp_path}/ours/gipo", "mine"]
 
 
 def test_what_cannot_be_compared_is_named(tmp_path):
