@@ -841,6 +841,19 @@ def policy_objective(logprobs, prox_logprobs, behaviour_logprobs, advantages, ma
     return weight * objective, ratio, weight * ratio
 
 
+@torch.no_grad()
+def fixed_logprobs(policy, batch, temperature: float, micro: int) -> torch.Tensor:
+    """Log-probs of a batch's responses as constants, `micro` groups at a time: (P, k, L)."""
+    chunks = ({key: value[rows] for key, value in batch.items()} for rows in torch.arange(len(batch["mask"])).split(micro))
+    return torch.cat([response_logprobs(policy, chunk, temperature)[0] for chunk in chunks])
+
+
+def k3(logratio) -> torch.Tensor:
+    """An estimate of KL(pi || q) from log q - log pi on samples of pi, which is never negative."""
+    return logratio.exp() - 1 - logratio
+
+
+# -------------------- What the log says of a batch --------------------
 def effective_sample_size(coefficients: torch.Tensor) -> float:
     """(sum c)^2 / (n sum c^2): 1 for equal coefficients, 1 / n if one has all the weight."""
     return (coefficients.mean() ** 2 / (coefficients**2).mean().clamp(min=1e-12)).item()
@@ -863,6 +876,64 @@ def age_statistics(ages, logratios, coefficients) -> dict[str, float]:
     return found
 
 
+def rollout_statistics(fresh: list[dict]) -> dict[str, float]:
+    """Of the answers that an iteration generated."""
+    rewards = torch.stack([group["rewards"] for group in fresh])  # (P, k)
+    effective = is_effective(rewards).sum().item() / len(fresh)
+    all_correct = (rewards >= 1).all(1).float().mean().item()
+    found = {
+        "charts/episodic_return": rewards.mean().item(),
+        "charts/episodic_success": (rewards >= 1).float().mean().item(),
+        "batch/effective_frac_fresh": effective,
+        "batch/frac_all_correct": all_correct,
+        "batch/frac_all_wrong": 1 - effective - all_correct,
+        "batch/response_length": torch.stack([group["mask"] for group in fresh]).sum(-1).float().mean().item(),
+    }
+    for name in ("well_formed", "cut_off"):
+        found[f"batch/frac_{name}"] = torch.stack([group[name] for group in fresh]).float().mean().item()
+    return found
+
+
+def replay_statistics(buffer: GroupBuffer, replayed: list[dict], wanted: int, iteration: int) -> dict[str, float]:
+    """Of the groups that replace ineffective ones."""
+    found = {"batch/n_replayed": len(replayed), "batch/refill_shortfall": wanted - len(replayed)}
+    found["replay/buffer_size"] = len(buffer.groups)
+    if replayed:
+        ages = [iteration - group["version"] for group in replayed]
+        found |= {"replay/mean_age": sum(ages) / len(ages), "replay/max_age": max(ages)}
+        found["replay/reuse_count"] = sum(group["reuse"] for group in replayed) / len(replayed)
+        found["replay/pass_rate_stored"] = torch.stack([group["rewards"] for group in replayed]).mean().item()
+    return found
+
+
+def importance_statistics(batch, args, iteration: int) -> dict[str, float]:
+    """Of w, for the tokens of older policies."""
+    old = batch["mask"] & (batch["versions"] < iteration)[:, None, None]
+    if args.objective not in CLIPPED or not old.any():
+        return {}
+    w = importance_weight(batch["prox_logprobs"], batch["logprobs"], batch["mask"], args.is_level)[old]
+    return {
+        "is/w_mean": w.mean().item(),
+        "is/w_max": w.max().item(),
+        "is/frac_capped": (w > args.is_cap).float().mean().item(),
+        "is/effective_sample_size": effective_sample_size(w),
+        "is/kl_b_prox": (batch["logprobs"] - batch["prox_logprobs"])[old].mean().item(),
+    }
+
+
+def update_statistics(passes: list[torch.Tensor], args) -> dict[str, float]:
+    """Of all tokens of an update: for each pass age, log ratio, coefficient, and whether the clip can act below or above."""
+    ages, logratios, coefficients, too_low, too_high = torch.cat(passes, 1)
+    found = age_statistics(ages, logratios, coefficients)
+    for name, tokens in (("fresh", ages == 0), ("replay", ages > 0)) if args.objective in CLIPPED else ():
+        found[f"clip/frac_low_{name}"] = (too_low * tokens).mean().item()
+        found[f"clip/frac_high_{name}"] = (too_high * tokens).mean().item()
+    # In the first pass nothing has changed since the fresh responses were sampled: l is 0 up to rounding there.
+    first = passes[0][1][passes[0][0] == 0]
+    return found | ({"is/log_ratio_max_fresh": first.abs().max().item()} if len(first) else {})
+
+
+# -------------------- Generation --------------------
 def answer(policy, task, args, problems, group_size: int, temperature: float, generator=None, report=None) -> dict:
     """`group_size` responses to each problem, on the CPU, with their rewards: a dict of (P, ...) tensors.
 
@@ -1165,6 +1236,38 @@ def evaluate_saved_model(args) -> dict:
     return result
 
 
+def warm_start(policy, task, args, device, progress) -> None:
+    """Warm the policy up, or load the weights of the run that did: cached for all runs that would do the same."""
+    same = {name: getattr(args, name) for name in ["env_id", "seed", "cuda", *GPT_ONLY]}
+    digest = hashlib.sha256(json.dumps([same, ALGORITHM_VERSION, torch.__version__]).encode()).hexdigest()[:12]
+    cached = Path(args.run_dir) / "warmup" / f"{args.env_id}__{digest}__{args.seed}.pt"
+    if cached.exists():
+        policy.load_state_dict(load_checkpoint(cached, device))
+    elif args.warmup_steps:
+        say(f"warm-up: {args.warmup_steps} steps on the format, into {cached}")
+        warm_up(policy, task, args, progress)
+        cached.parent.mkdir(exist_ok=True)
+        own_copy = cached.with_name(f"{cached.stem}.{os.getpid()}.pt")  # several runs may warm up at the same time
+        save_checkpoint(own_copy, policy.state_dict())
+        os.replace(own_copy, cached)
+
+
+def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
+    """Signals so far: after a first Ctrl-C or SIGTERM the run ends with a checkpoint; a second one ends it at once."""
+    stop_signals = []
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
+    return stop_signals
+
+
 # -------------------- Main --------------------
 def main(args: Args) -> dict:
     """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
@@ -1225,22 +1328,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 path.unlink()
     write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
 
-    # ==================== WARM-UP ====================
-    # Cached for all runs that would do the same one; afterwards the generators restart, so that a cached one changes nothing.
     if args.model is None and saved is None:
-        same = {name: config[name] for name in ["env_id", "seed", "cuda", *GPT_ONLY]}
-        digest = hashlib.sha256(json.dumps([same, ALGORITHM_VERSION, torch.__version__]).encode()).hexdigest()[:12]
-        cached = Path(args.run_dir) / "warmup" / f"{args.env_id}__{digest}__{args.seed}.pt"
-        if cached.exists():
-            policy.load_state_dict(load_checkpoint(cached, device))
-        elif args.warmup_steps:
-            say(f"warm-up: {args.warmup_steps} steps on the format, into {cached}")
-            warm_up(policy, task, args, progress)
-            cached.parent.mkdir(exist_ok=True)
-            own_copy = cached.with_name(f"{cached.stem}.{os.getpid()}.pt")  # several runs may warm up at the same time
-            save_checkpoint(own_copy, policy.state_dict())
-            os.replace(own_copy, cached)
-    torch.manual_seed(1_000_000 + args.seed)
+        warm_start(policy, task, args, device, progress)
+    torch.manual_seed(1_000_000 + args.seed)  # again, so that it makes no difference who warmed up
     reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef > 0 else None  # the start policy
 
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
@@ -1275,17 +1365,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     for name, value in scalars.items():
         writer.add_scalar(name, value, global_step)
 
-    stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
-
-    def ask_to_stop(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        before = signal.getsignal(signum) or signal.SIG_DFL
-        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
-            at_exit.callback(signal.signal, signum, before)
-            signal.signal(signum, ask_to_stop)
+    stop_signals = catch_stop_signals(at_exit)
     start_time, idle = time.time() - seconds["wall"], 0  # idle: iterations in a row without anything to learn from
     this_script = ["python", os.path.relpath(__file__)]
     say(f"{run_folder}: {num_iterations:,} iterations of {args.env_id}, from step {global_step:,}")
@@ -1316,32 +1396,16 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
         # ==================== ROLLOUT ====================
         # One batch of groups; dapo generates more until the batch is full of effective ones.
-        fresh, effective, generated = [], [], 0
-        while generated == 0 or (
-            args.method == "dapo" and len(effective) < args.num_prompts and generated < args.max_gen_batches
-        ):
-            new = generate_groups(policy, task, args, iteration)
-            is_useful = is_effective(torch.stack([group["rewards"] for group in new])).tolist()
-            effective += list(itertools.compress(new, is_useful))
-            fresh += new
-            generated += 1
-        global_step += generated * batch_rollouts
+        fresh = []
+        for _ in range(args.max_gen_batches if args.method == "dapo" else 1):
+            fresh += generate_groups(policy, task, args, iteration)
+            if sum(is_effective(group["rewards"]).item() for group in fresh) >= args.num_prompts:
+                break
+        global_step += len(fresh) * args.group_size
         rewards = torch.stack([group["rewards"] for group in fresh])  # (P, k)
         recent_returns.extend(rewards.mean(1).tolist())
         recent_successes.extend((rewards >= 1).float().mean(1).tolist())
-        all_correct = (rewards >= 1).all(1).float().mean().item()
-        effective_share = len(effective) / len(fresh)
-        scalars = {
-            "charts/episodic_return": rewards.mean().item(),
-            "charts/episodic_success": (rewards >= 1).float().mean().item(),
-            "charts/learning_rate": args.learning_rate,
-            "batch/effective_frac_fresh": effective_share,
-            "batch/frac_all_correct": all_correct,
-            "batch/frac_all_wrong": 1 - effective_share - all_correct,
-        }
-        for name in ("well_formed", "cut_off"):
-            scalars[f"batch/frac_{name}"] = torch.stack([group[name] for group in fresh]).float().mean().item()
-        scalars["batch/response_length"] = torch.stack([group["mask"] for group in fresh]).sum(-1).float().mean().item()
+        scalars = {"charts/learning_rate": args.learning_rate, **rollout_statistics(fresh)}
 
         # ==================== REPLAY ====================
         # POPO: a stored group for every ineffective one. The selection comes before the push.
@@ -1353,13 +1417,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             wanted = args.num_prompts - len(effective)
             replayed = buffer.select(wanted, iteration, {group["key"] for group in arrived})
             buffer.push(arrived if args.replay == "ineff" else effective)
-            scalars |= {"batch/n_replayed": len(replayed), "batch/refill_shortfall": wanted - len(replayed)}
-            scalars["replay/buffer_size"] = len(buffer.groups)
-        if replayed:
-            ages = [iteration - group["version"] for group in replayed]
-            scalars |= {"replay/mean_age": sum(ages) / len(ages), "replay/max_age": max(ages)}
-            scalars["replay/reuse_count"] = sum(group["reuse"] for group in replayed) / len(replayed)
-            scalars["replay/pass_rate_stored"] = torch.stack([group["rewards"] for group in replayed]).mean().item()
+            scalars |= replay_statistics(buffer, replayed, wanted, iteration)
         batch_groups = arrived if args.method == "grpo" else effective[: args.num_prompts] + replayed
         scalars["batch/groups"] = len(batch_groups)
         t1 = time.perf_counter()
@@ -1367,33 +1425,20 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
         # ==================== PROXIMAL POLICY ====================
         # Log-probs of the policy that this update starts from, for every response: the centre of the clip, and w's numerator.
-        stats, used = collections.defaultdict(list), []
+        stats, passes = collections.defaultdict(list), []
         if batch_groups:  # none: all groups were ineffective, and the buffer is empty; or --lag has none yet
             b = stack_groups(batch_groups, device)
-            is_fresh = b["versions"] == iteration
             micro = max(args.micro_batch // args.group_size, 1) if args.model else len(batch_groups)
-            chunks = torch.arange(len(batch_groups), device=device).split(micro)
-            chunks = [{key: value[inds] for key, value in b.items()} for inds in chunks]
-            with torch.no_grad():
-                for key, source in (("prox", policy if args.objective in CLIPPED else None), ("reference", reference)):
-                    if source:
-                        parts = [response_logprobs(source, chunk, args.temperature)[0] for chunk in chunks]
-                        b[f"{key}_logprobs"] = torch.cat(parts)
-            b.setdefault("prox_logprobs", b["logprobs"])  # an objective without a clip has no centre
-            l_prox = b["prox_logprobs"] - b["logprobs"]
-            if args.objective in CLIPPED and not is_fresh.all():
-                old_mask = b["mask"][~is_fresh]
-                old = importance_weight(b["prox_logprobs"][~is_fresh], b["logprobs"][~is_fresh], old_mask, args.is_level)
-                w = old[old_mask]
-                scalars |= {"is/w_mean": w.mean().item(), "is/w_max": w.max().item()}
-                scalars["is/frac_capped"] = (w > args.is_cap).float().mean().item()
-                scalars["is/effective_sample_size"] = effective_sample_size(w)
-                scalars["is/kl_b_prox"] = -l_prox[~is_fresh][old_mask].mean().item()
+            b["prox_logprobs"] = b["logprobs"]  # for an objective without a clip, which has no centre
+            if args.objective in CLIPPED:
+                b["prox_logprobs"] = fixed_logprobs(policy, b, args.temperature, micro)
+            if reference:
+                b["reference_logprobs"] = fixed_logprobs(reference, b, args.temperature, micro)
+            scalars |= importance_statistics(b, args, iteration)
             t2 = time.perf_counter()
             seconds["logprob"] += t2 - t1
 
             # ==================== UPDATE ====================
-            # ALGO LOGIC: losses and gradient steps
             # Every group once, in `updates_per_iteration` minibatches; means are over the minibatch's tokens.
             permutation = torch.randperm(len(batch_groups)).to(device)
             for mb_inds in permutation.tensor_split(min(args.updates_per_iteration, len(batch_groups))):
@@ -1403,28 +1448,27 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                     mb = {key: value[inds] for key, value in b.items()}
                     mask, advantages = mb["mask"], mb["advantages"].unsqueeze(-1)
                     newlogprob, entropy = response_logprobs(policy, mb, args.temperature)
-                    old_logprobs = mb["prox_logprobs"], mb["logprobs"]
-                    objective, ratio, coefficient = policy_objective(newlogprob, *old_logprobs, advantages, mask, args)
+                    behaviour, prox = mb["logprobs"], mb["prox_logprobs"]
+                    objective, ratio, coefficient = policy_objective(newlogprob, prox, behaviour, advantages, mask, args)
                     pg_loss = -(objective * mask).sum() / num_tokens
                     entropy_loss = entropy.sum() / num_tokens
                     loss = pg_loss - args.ent_coef * entropy_loss
-                    if reference:  # k3, the estimate of KL(pi || start policy) that is never negative
+                    if reference:
                         ref_logratio = (mb["reference_logprobs"] - newlogprob).clamp(max=MAX_LOG_COEF)
-                        reference_kl = ((ref_logratio.exp() - 1 - ref_logratio) * mask).sum() / num_tokens
+                        reference_kl = (k3(ref_logratio) * mask).sum() / num_tokens
                         loss = loss + args.kl_coef * reference_kl
                         stats["losses/reference_kl"].append(reference_kl.detach())
                     loss.backward()
                     with torch.no_grad():
-                        ages = (iteration - mb["versions"])[:, None, None].expand(mask.shape)
-                        l_behaviour = newlogprob - mb["logprobs"]
-                        too_low = (advantages < 0) & (ratio < 1 - args.clip_low)
-                        too_high = (advantages > 0) & (ratio > 1 + args.clip_high)
-                        columns = ages, l_behaviour, coefficient, too_low, too_high
-                        used.append(torch.stack([x[mask].float() for x in columns]))
+                        approx_kl = (k3(newlogprob - prox) * mask).sum() / num_tokens
                         stats["losses/policy_loss"].append(pg_loss.detach())
                         stats["losses/entropy"].append(entropy_loss.detach())
-                        logratio = newlogprob - mb["prox_logprobs"]
-                        stats["losses/approx_kl"].append(((logratio.exp() - 1 - logratio) * mask).sum() / num_tokens)
+                        stats["losses/approx_kl"].append(approx_kl)
+                        ages = (iteration - mb["versions"])[:, None, None].expand(mask.shape)
+                        too_low = (advantages < 0) & (ratio < 1 - args.clip_low)
+                        too_high = (advantages > 0) & (ratio > 1 + args.clip_high)
+                        columns = ages, newlogprob - behaviour, coefficient, too_low, too_high
+                        passes.append(torch.stack([x[mask].float() for x in columns]))
                 stats["losses/grad_norm"].append(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
                 optimizer.step()
                 updates += 1
@@ -1433,18 +1477,10 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             seconds["update"] += time.perf_counter() - t2
 
         # ==================== LOG ====================
-        num_updates = len(stats["losses/grad_norm"])
-        scalars |= {name: torch.stack(values).sum().item() / num_updates for name, values in stats.items() if values}
-        if used:
-            ages, logratios, coefficients, too_low, too_high = torch.cat(used, 1)
-            scalars |= age_statistics(ages, logratios, coefficients)
-            for name, tokens in (("fresh", ages == 0), ("replay", ages > 0)) if args.objective in CLIPPED else ():
-                scalars[f"clip/frac_low_{name}"] = (too_low * tokens).mean().item()
-                scalars[f"clip/frac_high_{name}"] = (too_high * tokens).mean().item()
-            # In the first pass nothing has changed since the fresh responses were sampled: l is 0 up to rounding there.
-            l_fresh = used[0][1][used[0][0] == 0]
-            if len(l_fresh):
-                scalars["is/log_ratio_max_fresh"] = l_fresh.abs().max().item()
+        if batch_groups:
+            num_updates = len(stats["losses/grad_norm"])
+            scalars |= {name: torch.stack(values).sum().item() / num_updates for name, values in stats.items()}
+            scalars |= update_statistics(passes, args)
         for name, value in scalars.items():
             if not math.isfinite(value):
                 raise BadNumber(f"{name} is {value} at step {global_step:,}")
@@ -1456,7 +1492,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             writer.add_scalar(name, value, global_step)
         left = (num_iterations - iteration) * seconds["training"] / iteration
         line = f"step {global_step:>9,}  pass {sum(recent_successes) / len(recent_successes):4.0%}"
-        line += f"  effective {effective_share:4.0%}  {sps:5.1f} rollouts/s  left {left // 60:.0f}m{left % 60:02.0f}s"
+        line += f"  effective {scalars['batch/effective_frac_fresh']:4.0%}  {sps:5.1f} rollouts/s"
+        line += f"  left {left // 60:.0f}m{left % 60:02.0f}s"
         progress(line, last=iteration == num_iterations)
         idle = 0 if effective or replayed or not arrived else idle + 1
         if idle in (1, 10, 100):
@@ -1498,9 +1535,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
     packages = ("torch", "transformers") if args.model else ("torch",)
     result = {
-        "env_id": args.env_id,
-        "exp_name": args.exp_name,
-        "seed": args.seed,
+        **{name: config[name] for name in ("env_id", "exp_name", "seed")},
         "total_timesteps": global_step,
         "iterations": iteration,
         "updates": updates,
@@ -1535,11 +1570,9 @@ if __name__ == "__main__":
     except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: the GPU is full: lower --micro-batch, and start anew", file=sys.stderr)
-        sys.exit(1)
-    except BadNumber as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (BadNumber, torch.OutOfMemoryError) as error:
+        full = "the GPU is full: lower --micro-batch, and start anew"
+        print(f"error: {error if isinstance(error, BadNumber) else full}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
