@@ -189,7 +189,7 @@ class Args:
 
     # ---- GIPO
     sigma: float = 0.2  # GIPO: the trust weight
-    """sigma: width of the trust weight in units of the log ratio (0.2 to 1; joint ratios spread wider: 0.5 to 2)"""
+    """sigma: width of the trust weight in units of the log ratio (0.1 to 1; joint ratios spread wider: 0.5 to 2)"""
     sigma_neg_ratio: float = 1.0
     """sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
@@ -207,7 +207,7 @@ class Args:
     cuda: bool = False
     """update the networks on the GPU (the policy acts on the CPU): pays for wide networks only"""
     torch_compile: bool = False
-    """compile the loss: faster updates, after a minute of compiling"""
+    """compile the loss: faster updates, after half a minute of compiling"""
     torch_threads: int = 1
     """CPU threads of an update; 1 is best for networks of this size"""
 

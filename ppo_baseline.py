@@ -196,7 +196,7 @@ class Args:
     cuda: bool = False
     """update the networks on the GPU (the policy acts on the CPU): pays for wide networks only"""
     torch_compile: bool = False
-    """compile the loss: faster updates, after a minute of compiling"""
+    """compile the loss: faster updates, after half a minute of compiling"""
     torch_threads: int = 1
     """CPU threads of an update; 1 is best for networks of this size"""
 
