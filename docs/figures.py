@@ -4,6 +4,8 @@
     python docs/figures.py curves     # success in training on four tasks, from the JSON files of the benchmark
     python docs/figures.py gif --model runs/NAME/best_model.pt    # the policy of a run before and after training, on one goal
     python docs/figures.py sokoban --model runs/NAME/model.pt     # the same on three levels of Sokoban
+    python docs/figures.py age --runs FOLDER ...                  # what of the replay still counts, by its age
+    python docs/figures.py libero --videos BEFORE.mp4 AFTER.mp4   # two videos of --capture-video, side by side
     python docs/figures.py graph --model runs/NAME/model.pt       # the graph of states of one group of Sokoban rollouts
 
 door-open-v3.gif is of `python gipo_continuous.py --env-id door-open-v3`, sokoban.gif of `python graphgpo_sokoban.py`, and
@@ -48,10 +50,14 @@ METHODS = {  # name in RUNS -> label and style of its line
 
 @dataclass
 class Args:
-    figure: tyro.conf.Positional[Literal["weight", "curves", "gif", "sokoban", "graph"]]
+    figure: tyro.conf.Positional[Literal["weight", "curves", "age", "gif", "libero", "sokoban", "graph"]]
     """what to draw"""
     model: str = ""
     """gif, sokoban, graph: model.pt or best_model.pt of a run"""
+    runs: tuple[Path, ...] = ()
+    """age: folders of runs, each stopped with a checkpoint in its middle"""
+    videos: tuple[Path, ...] = ()
+    """libero: of the policy before and after training"""
     goal: int = 0
     """gif: number of the training goal"""
     every: int = 5
@@ -114,6 +120,91 @@ def draw_curves() -> None:
     fig.savefig(IMAGES / "curves.png", dpi=110)
 
 
+# -------------------- What of the replay still counts --------------------
+AGES = {"0 to 2": (0, 2), "3 to 9": (3, 9), "10 to 19": (10, 19), "20 or more": (20, math.inf)}  # in rollouts
+BY_AGE = IMAGES.parent.parent / "results" / "replay_by_age.json"
+
+
+def diagnose(folder: Path) -> dict:
+    """Three figures of a run's whole replay by the age of the samples, with the policy and the objective of its checkpoint.
+
+    Of coef = trust * ratio, which multiplies A grad log pi and is 1 on-policy: effective sample size and share below 0.001.
+    Of the log ratio per action dimension: its standard deviation.
+    """
+    saved = json.loads((folder / "args.json").read_text())
+    script = ppo if "clip_coef" in saved else gipo
+    args = script.Args(**{field.name: saved[field.name] for field in dataclasses.fields(script.Args)})
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    replay = checkpoint["replay"]  # (T, S, ...)
+    agent = script.Agent(replay["obs"].shape[-1], replay["actions"].shape[-1], args)
+    agent.load_state_dict(checkpoint["model"])
+    with torch.no_grad():
+        _, logprob, _ = agent.get_action_and_logprob(replay["obs"], replay["actions"])
+        ends = {"end_values": script.get_end_values(agent, replay["next_obs"], replay["dones"])}
+        advantages, _ = script.compute_advantages(agent.get_value(replay["obs"]), replay | ends, args)
+        logratio = logprob - replay["logprobs"]
+        _, trust = script.policy_objective(logratio, (advantages - advantages.mean()).unsqueeze(-1), args)
+    coef, ages = trust * torch.exp(logratio), checkpoint["iteration"] - replay["versions"]
+    rows = {}
+    for name, (low, high) in AGES.items():
+        chosen = (ages >= low) & (ages <= high)
+        w, spread = coef[chosen], logratio[chosen].std(correction=0)
+        effective = w.mean() ** 2 / (w**2).mean()
+        figures = {"effective sample size": effective, "without a say": (w < 1e-3).float().mean(), "spread of l": spread}
+        rows[name] = {key: round(value.item(), 4) for key, value in figures.items()}
+    run = {key: saved[key] for key in ("env_id", "exp_name", "seed", "buffer_size")}
+    return run | {"step": checkpoint["iteration"] * args.num_envs * args.num_steps, "ages": rows}
+
+
+def draw_age(options: Args) -> None:
+    """A panel per figure: mean of a method's runs for every age, and the runs as dots."""
+    if options.runs:
+        BY_AGE.write_text(json.dumps([diagnose(folder) for folder in options.runs], indent=1) + "\n")
+    runs = json.loads(BY_AGE.read_text())
+    fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.6))
+    for axis, figure in zip(axes, runs[0]["ages"]["0 to 2"], strict=True):
+        for i, (name, (label, style)) in enumerate(METHODS.items()):
+            found = [[ages[figure] for ages in run["ages"].values()] for run in runs if run["exp_name"] == name]
+            places = np.arange(len(AGES)) + 0.12 * (i - 1)
+            axis.plot(places, np.mean(found, axis=0), label=label, **style)
+            axis.plot(places, np.transpose(found), ".", color=style["color"], markersize=4, alpha=0.5)
+        axis.set_title(figure, fontsize=9)
+        axis.set_xticks(range(len(AGES)), AGES, fontsize=7)
+        axis.set_ylim(0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=7)
+    fig.supxlabel("age of the samples in rollouts (lines: means, dots: runs)", fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=8, frameon=False)
+    fig.tight_layout(rect=(0, 0, 1, 0.93))
+    fig.savefig(IMAGES / "age.png", dpi=110)
+
+
+# -------------------- Films --------------------
+def draw_libero(options: Args) -> None:
+    """Every third frame of two videos, side by side."""
+    from moviepy import VideoFileClip
+
+    films = [[Image.fromarray(frame) for frame in VideoFileClip(str(path)).iter_frames()][::3] for path in options.videos]
+    for frames, label in zip(films, ("before RL", "after RL"), strict=True):
+        frames[:] = [frame.resize((240, 240)) for frame in frames]
+        for i, frame in enumerate(frames):
+            ImageDraw.Draw(frame).text((6, 4), f"{label}, step {3 * i}", fill="white")
+    save_side_by_side(films, "libero.gif")
+
+
+def save_side_by_side(films: list[list[Image.Image]], name: str) -> None:
+    """Two films of 240 x 240 pixels as one GIF; the shorter one waits for the longer."""
+    length, pictures = max(map(len, films)), []
+    for left, right in zip(*[frames + frames[-1:] * (length - len(frames)) for frames in films], strict=True):
+        both = Image.new("RGB", (484, 240), "white")
+        both.paste(left, (0, 0))
+        both.paste(right, (244, 0))
+        pictures.append(both.quantize(96))
+    path = IMAGES / name
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
 def film(agent, args, label: str, options: Args) -> list[Image.Image]:
     """Labelled frames of one episode of the deterministic policy; ends early once the task is solved."""
     args = dataclasses.replace(args, env_kwargs=json.dumps({"camera_name": "corner2"}))
@@ -148,17 +239,7 @@ def draw_gif(options: Args) -> None:
         if trained:
             agent.load_state_dict(saved["model"])
         films.append(film(agent, args, "trained" if trained else "untrained", options))
-    length = max(map(len, films))
-    films = [frames + frames[-1:] * (length - len(frames)) for frames in films]
-    pictures = []
-    for left, right in zip(*films, strict=True):
-        both = Image.new("RGB", (484, 240), "white")
-        both.paste(left, (0, 0))
-        both.paste(right, (244, 0))
-        pictures.append(both.quantize(96))
-    path = IMAGES / f"{args.env_id}.gif"
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0, optimize=True)
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    save_side_by_side(films, f"{args.env_id}.gif")
 
 
 def make_action_dim(args) -> int:
@@ -325,4 +406,5 @@ if __name__ == "__main__":
     if options.figure in ("weight", "curves"):
         {"weight": draw_weight, "curves": draw_curves}[options.figure]()
     else:
-        {"gif": draw_gif, "sokoban": draw_sokoban, "graph": draw_graph}[options.figure](options)
+        drawers = {"age": draw_age, "gif": draw_gif, "libero": draw_libero, "sokoban": draw_sokoban, "graph": draw_graph}
+        drawers[options.figure](options)
