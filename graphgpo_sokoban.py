@@ -44,11 +44,9 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import difflib
 import fcntl
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -92,10 +90,6 @@ Possible actions: go west, look, put lamp on table.
 Action: put lamp on table
 
 """  # of --prompt few-shot
-# Flags that act in some runs only: elsewhere they are refused, unless they have their default.
-SOKOBAN_ONLY = "reward room_size num_boxes wall_density min_solution max_solution".split()
-MODEL_ONLY = "prompt max_new_tokens micro_batch dtype invalid_penalty".split()
-GRAPH_ONLY = "omega unreachable_distance".split()
 
 
 class ArgumentError(ValueError):
@@ -369,8 +363,10 @@ def step_rewards(success, gains, args) -> np.ndarray:
     return args.success_reward * success - args.step_penalty
 
 
-def solution_length(walls, player: int, boxes: int, targets: int, moves, limit: int) -> int | None:
-    """Steps of the shortest solution by breadth-first search; None beyond `limit`. Sets of cells are bitmasks."""
+def solution_length(walls, player: int, boxes, targets, moves: list[int], limit: int) -> int | None:
+    """Steps of the shortest solution by breadth-first search; None beyond `limit`."""
+    walls = walls.tolist()
+    boxes, targets = (sum(1 << cell for cell in np.flatnonzero(cells).tolist()) for cells in (boxes, targets))  # bitmasks
     frontier, seen = [(player, boxes)], {(player, boxes)}
     for length in range(limit + 1):
         following = []
@@ -416,21 +412,21 @@ class Sokoban:
             if len(free) < 2 * args.num_boxes + 1:
                 continue
             player, *rest = rng.choice(free, 2 * args.num_boxes + 1, replace=False).tolist()
-            places = rest[: args.num_boxes], rest[args.num_boxes :]
-            masks = [sum(1 << cell for cell in cells) for cells in places]
-            length = solution_length(walls.tolist(), player, *masks, self.moves[:4].tolist(), args.max_solution)
-            if length is None or length < args.min_solution or (walls.tobytes(), player, *masks) in self.held_out:
-                continue
-            boxes, targets = (np.isin(np.arange(self.cells), cells) for cells in places)
-            return walls, boxes, targets, player, length
+            cells = np.arange(self.cells)
+            boxes, targets = np.isin(cells, rest[: args.num_boxes]), np.isin(cells, rest[args.num_boxes :])
+            length = solution_length(walls, player, boxes, targets, self.moves[:4].tolist(), args.max_solution)
+            room = walls, boxes, targets, np.array(player)
+            if length is not None and length >= args.min_solution and self.fingerprint(room) not in self.held_out:
+                return *room, length
         raise ArgumentError("--wall-density, --min-solution and --max-solution leave hardly any Sokoban level: widen them")
+
+    @staticmethod
+    def fingerprint(room: tuple) -> bytes:
+        return b"".join(part.tobytes() for part in room)
 
     def exclude(self, levels: list[tuple]) -> None:
         """Keep these levels, the held-out ones, out of every later reset()."""
-        made = [self.make_level(level) for level in levels]
-        masks = [[sum(1 << int(cell) for cell in np.flatnonzero(cells)) for cells in m[1:3]] for m in made]
-        self.made = {}
-        self.held_out = frozenset((m[0].tobytes(), m[3], *mask) for m, mask in zip(made, masks, strict=True))
+        self.held_out, self.made = frozenset(self.fingerprint(self.make_level(level)[:4]) for level in levels), {}
 
     def reset(self, levels: list[tuple]) -> None:
         self.made = {level: self.made.get(level) or self.make_level(level) for level in dict.fromkeys(levels)}
@@ -565,28 +561,28 @@ class TextWorld:
         import textworld.generator
 
         self.args, self.textworld, self.max_steps = args, textworld, args.max_steps or 50
-        self.num_envs, self.optimal, self.folder = num_envs, np.full(num_envs, np.nan), tempfile.TemporaryDirectory()
+        self.num_envs, self.optimal = num_envs, np.full(num_envs, np.nan)
+        self.folder, self.files = tempfile.TemporaryDirectory(), {}
         # The objective alone: the first screen has it below a banner of 385 tokens.
         wanted = "admissible_commands facts won lost description inventory objective".split()
         self.wanted = textworld.EnvInfos(**dict.fromkeys(wanted, True))
 
+    def make_game(self, level: tuple) -> str:
+        """Path of a new game; takes 1 to 3 seconds."""
+        options = self.textworld.GameOptions()
+        options.grammar.only_last_action = True  # or the objective would spell out the whole solution
+        options.seeds = int(np.random.SeedSequence(level).generate_state(1)[0]) % 2**31
+        options.path = str(Path(self.folder.name) / f"{'-'.join(map(str, level))}.z8")
+        make = self.textworld.challenges.CHALLENGES[self.args.env_id][1]
+        settings = {"level": self.args.game_level, "rewards": "sparse", "goal": "brief", "test": False}
+        return self.textworld.generator.compile_game(make(settings, options), options)
+
     def reset(self, levels: list[tuple]) -> None:
-        files, kept = {}, set()
-        for level in dict.fromkeys(levels):
-            options = self.textworld.GameOptions()
-            options.grammar.only_last_action = True  # or the objective would spell out the whole solution
-            options.seeds = int(np.random.SeedSequence(level).generate_state(1)[0]) % 2**31
-            options.path = str(Path(self.folder.name) / f"{options.seeds['map']}-{'-'.join(map(str, level))}.z8")
-            if not Path(options.path).exists():  # 1 to 3 seconds each
-                make = self.textworld.challenges.CHALLENGES[self.args.env_id][1]
-                settings = {"level": self.args.game_level, "rewards": "sparse", "goal": "brief", "test": False}
-                self.textworld.generator.compile_game(make(settings, options), options)
-            files[level] = options.path
-            kept.add(Path(options.path).stem)
-        for path in Path(self.folder.name).iterdir():  # 0.4 MB each, and training levels do not come back
-            if path.stem not in kept:
-                path.unlink()
-        self.envs = [self.textworld.start(files[level], self.wanted) for level in levels]
+        if self.files.keys() != set(levels):  # else those of the last evaluation
+            self.folder.cleanup()  # 0.4 MB each, and training levels do not come back
+            self.folder = tempfile.TemporaryDirectory()
+            self.files = {level: self.make_game(level) for level in dict.fromkeys(levels)}
+        self.envs = [self.textworld.start(self.files[level], self.wanted) for level in levels]
         self.states, self.t = [env.reset() for env in self.envs], 0
 
     def step(self, rows, actions):
@@ -619,8 +615,11 @@ def observations(envs, rows, args) -> np.ndarray:
 
 def make_env(args, num_envs: int):
     """N parallel episodes of `--env-id`."""
-    kinds = {"tw": TextWorld, "MiniGrid": MiniGrid, "BabyAI": MiniGrid}
-    return kinds.get(args.env_id.split("-")[0], Sokoban)(args, num_envs)
+    kind = {"tw": TextWorld, "MiniGrid": MiniGrid, "BabyAI": MiniGrid}.get(args.env_id.split("-")[0], Sokoban)
+    try:
+        return kind(args, num_envs)
+    except Exception as error:  # an id that the package does not know, another package missing, ...
+        raise ArgumentError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
 
 
 def held_out_levels(args) -> list[tuple]:
@@ -936,73 +935,75 @@ def refuse_existing(run_folder: Path, args) -> None:
 
 def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
-    positive = "success_reward total_episodes num_groups update_epochs minibatch_size max_grad_norm hidden_size"
-    positive += " game_level checkpoint_every max_new_tokens micro_batch torch_threads learning_rate"
-    limits = dict.fromkeys(positive.split(), (1e-12, 1e12, "positive and finite"))
-    limits |= dict.fromkeys("wall_density step_gamma".split(), (0, 1, "between 0 and 1"))
-    not_negative = "step_penalty eval_every eval_episodes max_steps ent_coef kl_coef beta_graph beta_episode invalid_penalty"
-    limits |= dict.fromkeys(not_negative.split(), (0, 1e12, "0 or more and finite"))
-    limits |= dict.fromkeys(["omega", "clip_coef"], (1e-12, 1 - 1e-12, "above 0 and below 1"))
-    limits |= {"seed": (0, 2**32 - 1, "between 0 and 4,294,967,295"), "eval_temperature": (0, 10, "between 0 and 10")}
-    limits |= {"group_size": (2, 1e6, "2 or more, to be compared"), "min_solution": (1, 99, "from 1 to 99")}
-    limits |= {"room_size": (5, 10, "from 5 to 10"), "num_boxes": (1, 2, "1 or 2")}
+
+    def refuse(name: str, words: str):
+        raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {words}")
+
     for field in dataclasses.fields(args):
         if typing.get_origin(field.type) is Literal and getattr(args, field.name) not in typing.get_args(field.type):
-            choices = ", ".join(typing.get_args(field.type))
-            raise ArgumentError(f"--{field.name.replace('_', '-')} {getattr(args, field.name)} must be one of {choices}")
-    for name, (low, high, words) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ArgumentError(f"--{name.replace('_', '-')} {value} must be {words}")
+            refuse(field.name, f"must be one of {', '.join(typing.get_args(field.type))}")
+    positive = "success_reward total_episodes num_groups update_epochs minibatch_size max_grad_norm hidden_size game_level"
+    positive += " checkpoint_every max_new_tokens micro_batch torch_threads learning_rate"
+    not_negative = "step_penalty eval_every eval_episodes max_steps ent_coef kl_coef beta_graph beta_episode invalid_penalty"
+    for names, low, high, words in (
+        (positive, 1e-12, 1e12, "positive and finite"),
+        (not_negative, 0, 1e12, "0 or more and finite"),
+        ("wall_density step_gamma", 0, 1, "between 0 and 1"),
+        ("omega clip_coef", 1e-12, 1 - 1e-12, "above 0 and below 1"),
+        ("seed", 0, 2**32 - 1, "between 0 and 4,294,967,295"),
+        ("eval_temperature", 0, 10, "between 0 and 10"),
+        ("group_size", 2, 1e6, "2 or more, to be compared"),
+        ("min_solution", 1, args.max_solution, f"from 1 to --max-solution {args.max_solution}"),
+        ("room_size", 5, 10, "from 5 to 10"),
+        ("num_boxes", 1, 2, "1 or 2"),
+    ):
+        for name in names.split():
+            if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+                refuse(name, f"must be {words}")
+    # Flags that act in some runs only are refused elsewhere, unless they have their default.
+    sokoban, text = args.env_id == "Sokoban", args.env_id in TEXT_GAMES
+    for names, used, words in (
+        ("reward room_size num_boxes wall_density min_solution max_solution", sokoban, "belongs to --env-id Sokoban"),
+        ("success_reward step_penalty", args.reward == "sparse", "contradicts --reward gym-sokoban"),
+        ("game_level", text, "belongs to a TextWorld game"),
+        ("prompt max_new_tokens micro_batch dtype invalid_penalty", args.model is not None, "needs --model"),
+        ("hidden_size", args.model is None, "belongs to the small network: drop it or --model"),
+        ("omega unreachable_distance", args.advantage == "graphgpo", "needs --advantage graphgpo"),
+        ("step_gamma", args.advantage == "gigpo", "needs --advantage gigpo"),
+        ("beta_graph", args.advantage != "grpo", "needs --advantage graphgpo or gigpo"),
+    ):
+        for name in names.split():
+            if not used and getattr(args, name) != getattr(Args, name):
+                refuse(name, words)
     if args.resume == "":
         raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
     if args.resume and args.overwrite:
         raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
     if "/" in args.exp_name or "\0" in args.exp_name:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
-    for names, used, needs in (
-        (SOKOBAN_ONLY, args.env_id == "Sokoban", "belongs to --env-id Sokoban"),
-        (["success_reward", "step_penalty"], args.reward == "sparse", "contradicts --reward gym-sokoban"),
-        (["game_level"], args.env_id in TEXT_GAMES, "belongs to a TextWorld game"),
-        (MODEL_ONLY, args.model is not None, "needs --model"),
-        (["hidden_size"], args.model is None, "belongs to the small network: drop it or --model"),
-        (GRAPH_ONLY, args.advantage == "graphgpo", "needs --advantage graphgpo"),
-        (["step_gamma"], args.advantage == "gigpo", "needs --advantage gigpo"),
-        (["beta_graph"], args.advantage != "grpo", "needs --advantage graphgpo or gigpo"),
-    ):
-        for name in names:
-            if not used and getattr(args, name) != getattr(Args, name):
-                raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {needs}")
-    if args.min_solution > args.max_solution:
-        raise ArgumentError(f"--min-solution {args.min_solution} must not exceed --max-solution {args.max_solution}")
-    if args.env_id == "Sokoban" and args.max_solution > (args.max_steps or 15):
-        raise ArgumentError(
-            f"--max-solution {args.max_solution} must not exceed the {args.max_steps or 15} steps of --max-steps"
-        )
-    if args.env_id == "tw-coin_collector":  # as its challenge defines the levels; TextWorld makes no more than 100 rooms
-        way, cap = (args.game_level - 1) % 100 + 1, args.max_steps or 50
-        if args.game_level > 300 or way * (1 + (args.game_level - 1) // 100) > 100 or way > cap:
-            levels = f"1 to {min(cap, 100)}, 101 to {100 + min(cap, 50)} or 201 to {200 + min(cap, 33)}"
-            raise ArgumentError(
-                f"--game-level {args.game_level} of {args.env_id} must be {levels} with {cap} steps (--max-steps)"
-            )
+    if sokoban and args.max_solution > (args.max_steps or 15):
+        refuse("max_solution", f"must not exceed the {args.max_steps or 15} steps of --max-steps")
     if args.env_id == "tw-treasure_hunter" and args.game_level > 30:
-        raise ArgumentError(f"--game-level {args.game_level} of {args.env_id} must be 1 to 30")
-    packages = [("model", "transformers")] if args.model else []
-    packages += [("track", "wandb")] if args.track else []
-    if args.env_id.startswith(("MiniGrid-", "BabyAI-")):
-        packages.append((f"env-id {args.env_id}", "minigrid"))
-    elif args.env_id in TEXT_GAMES:
-        packages.append((f"env-id {args.env_id}", "textworld"))
-    elif args.env_id != "Sokoban":
-        known = ["Sokoban", *TEXT_GAMES, "MiniGrid-DoorKey-5x5-v0", "MiniGrid-FourRooms-v0", "MiniGrid-Empty-5x5-v0"]
-        nearest = difflib.get_close_matches(args.env_id, known, n=2, cutoff=0.4) or ["Sokoban", "MiniGrid-DoorKey-5x5-v0"]
-        raise ArgumentError(f"--env-id {args.env_id} is unknown; try {' or '.join(nearest)}")
-    for flag, package in packages:
-        if importlib.util.find_spec(package) is None:
+        refuse("game_level", f"of {args.env_id} must be 1 to 30")
+    if args.env_id == "tw-coin_collector":  # its challenge defines the levels so; TextWorld makes no more than 100 rooms
+        times, way = divmod(args.game_level - 1, 100)
+        if times > 2 or (way + 1) * (times + 1) > 100 or way >= (args.max_steps or 50):
+            cap = args.max_steps or 50
+            levels = f"1 to {min(cap, 100)}, 101 to {100 + min(cap, 50)} or 201 to {200 + min(cap, 33)}"
+            refuse("game_level", f"of {args.env_id} must be {levels} with {cap} steps (--max-steps)")
+    minigrid = args.env_id.startswith(("MiniGrid-", "BabyAI-"))
+    if not (sokoban or text or minigrid):
+        refuse("env_id", f"is unknown; try Sokoban, MiniGrid-DoorKey-5x5-v0, BabyAI-GoToObj-v0 or {TEXT_GAMES[0]}")
+    for flag, package, used in (
+        ("model", "transformers", args.model),
+        ("track", "wandb", args.track),
+        (f"env-id {args.env_id}", "minigrid", minigrid),
+        (f"env-id {args.env_id}", "textworld", text),
+    ):
+        if used and importlib.util.find_spec(package) is None:
             raise ArgumentError(f"--{flag} needs the package {package}: pip install {package}")
-    if args.env_id in TEXT_GAMES and not args.model:
-        raise ArgumentError(f"--env-id {args.env_id} is text: name a language model with --model")
+    if text and not args.model:
+        refuse("env_id", "is text: name a language model with --model")
     if args.cuda and not torch.cuda.is_available():
         raise ArgumentError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
 
@@ -1014,14 +1015,6 @@ def with_defaults(args):
         defaults = {"learning_rate": 1e-5 if args.model == "smollm2" else 1e-6, "kl_coef": 0.01, "ent_coef": 0.0}
         defaults |= {"success_reward": 10.0, "max_new_tokens": 20 if args.prompt == "few-shot" else 512}
     return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-
-
-def build_envs(args, num_envs: int):
-    """make_env with its errors in one sentence."""
-    try:
-        return make_env(args, num_envs)
-    except Exception as error:  # an id that the package does not know, another package missing, ...
-        raise ArgumentError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
 
 
 def saved_args(path: Path, cls=Args):
@@ -1086,7 +1079,7 @@ def evaluate_saved_model(args) -> dict:
         how = f"the run held out {saved.eval_episodes} levels and may have trained on others"
         raise ArgumentError(f"--eval-episodes {args.eval_episodes}: {how}")
     torch.set_num_threads(args.torch_threads)
-    envs = build_envs(args, args.eval_episodes)
+    envs = make_env(args, args.eval_episodes)
     agent = make_agent(args, envs).to("cuda" if args.cuda else "cpu")
     agent.load_state_dict(weights)
     result = evaluate(agent, args, envs)
@@ -1101,6 +1094,22 @@ def timed(seconds: dict, part: str):
     start = time.perf_counter()
     yield
     seconds[part] += time.perf_counter() - start
+
+
+def stop_on_signals(at_exit: contextlib.ExitStack) -> list[int]:
+    """A list that the first Ctrl-C or SIGTERM is added to, which ends the run after its iteration. A second acts at once."""
+    stop_signals = []
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
+    return stop_signals
 
 
 def main(args: Args) -> dict:
@@ -1140,7 +1149,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     num_envs = args.num_groups * args.group_size
-    envs, eval_envs = build_envs(args, num_envs), build_envs(args, args.eval_episodes) if args.eval_episodes else None
+    envs, eval_envs = make_env(args, num_envs), make_env(args, args.eval_episodes) if args.eval_episodes else None
     if args.env_id == "Sokoban":
         envs.exclude(held_out_levels(args))
     agent = make_agent(args, envs).to(device)
@@ -1168,17 +1177,15 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5 if not args.model else 1e-8)
 
-    num_iterations, iteration, total_steps = math.ceil(args.total_episodes / num_envs), 0, 0
+    num_iterations, scalars = math.ceil(args.total_episodes / num_envs), checkpoint.get("scalars", {})  # of the last iteration
+    iteration, total_steps = checkpoint.get("iteration", 0), checkpoint.get("total_steps", 0)
+    recent_returns = collections.deque(checkpoint.get("recent_returns", []), maxlen=100)
+    recent_successes = collections.deque(checkpoint.get("recent_successes", []), maxlen=100)
     seconds = dict.fromkeys(("env", "policy", "credit", "update", "training", "wall"), 0.0)  # training: without evaluation
-    recent_returns, recent_successes = collections.deque(maxlen=100), collections.deque(maxlen=100)
-    scalars = {}  # of the last iteration
     if checkpoint:
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        iteration, total_steps, seconds = (checkpoint[key] for key in ("iteration", "total_steps", "seconds"))
-        scalars = checkpoint["scalars"]
-        recent_returns.extend(checkpoint["recent_returns"])
-        recent_successes.extend(checkpoint["recent_successes"])
+        seconds = checkpoint["seconds"]
         torch.set_rng_state(checkpoint["rng"])
         if args.cuda:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
@@ -1193,19 +1200,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     for name, value in scalars.items():
         writer.add_scalar(name, value, episodes)
 
-    stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
-
-    def ask_to_stop(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        before = signal.getsignal(signum) or signal.SIG_DFL
-        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
-            at_exit.callback(signal.signal, signum, before)
-            signal.signal(signum, ask_to_stop)
+    stop_signals = stop_on_signals(at_exit)
     start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
-    this_script = ["python", os.path.relpath(__file__)]
     say(f"{run_folder}: {num_iterations * num_envs:,} episodes of {args.env_id}, from episode {episodes:,}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` episodes been passed in the last iteration?
@@ -1238,7 +1234,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # group) alone, so no generator of levels has to be saved.
         with timed(seconds, "env"):
             envs.reset([(1, args.seed, iteration, row // args.group_size) for row in range(num_envs)])
-        alive, keys, steps = np.arange(num_envs), envs.keys(np.arange(num_envs)), collections.defaultdict(list)
+        alive, keys, steps, sources, targets = np.arange(num_envs), envs.keys(np.arange(num_envs)), [], [], []
         returns, successes, lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=int)
         while len(alive):
             with timed(seconds, "env"):
@@ -1249,19 +1245,17 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 success, done = envs.step(alive, actions)
                 next_keys = envs.keys(alive)
             rewards = step_rewards(success, envs.gains, args)
+            steps.append((obs, alive, actions < 0, rewards, tokens, mask, logprobs))
             # The last state of a success is never compared with others: it becomes the goal node, whatever it looks like.
-            targets = [SUCCESS if won else key for won, key in zip(success, next_keys, strict=True)]
-            step = {"obs": obs, "tokens": tokens, "mask": mask, "logprobs": logprobs, "rows": alive}
-            step |= {"sources": keys, "targets": targets, "invalid": actions < 0, "rewards": rewards}
-            for name, value in step.items():
-                steps[name].append(value)
+            sources += keys
+            targets += [SUCCESS if won else key for won, key in zip(success, next_keys, strict=True)]
             returns[alive] += rewards
             lengths[alive] += 1
             successes[alive] = success
             alive, keys = alive[~done], [key for key, over in zip(next_keys, done, strict=True) if not over]
-        obs, rows, invalid, rewards = (np.concatenate(steps[name]) for name in ("obs", "rows", "invalid", "rewards"))
-        tokens, mask, logprobs = (torch.cat(steps[name]) for name in ("tokens", "mask", "logprobs"))
-        sources, targets = (list(itertools.chain.from_iterable(steps[name])) for name in ("sources", "targets"))
+        obs, rows, invalid, rewards, tokens, mask, logprobs = zip(*steps, strict=True)
+        obs, rows, invalid, rewards = map(np.concatenate, (obs, rows, invalid, rewards))
+        tokens, mask, logprobs = map(torch.cat, (tokens, mask, logprobs))
         num_steps = len(rows)
         total_steps, episodes = total_steps + num_steps, episodes + num_envs
         recent_returns.extend(returns.tolist())
@@ -1270,23 +1264,19 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # ==================== ADVANTAGES ====================
         credit_step, credit_episode, found = np.zeros(num_steps), np.zeros(num_steps), collections.defaultdict(list)
         with timed(seconds, "credit"):
-            for group in range(args.num_groups):
-                inds = np.flatnonzero(rows // args.group_size == group)
-                start, trajectories = group * args.group_size, rows[inds] % args.group_size
-                s, s_next = [sources[i] for i in inds], [targets[i] for i in inds]
+            for first in range(0, num_envs, args.group_size):
+                inds = np.flatnonzero(rows // args.group_size == first // args.group_size)
+                s, s_next, trajectories = [sources[i] for i in inds], [targets[i] for i in inds], rows[inds] - first
                 distances = graph_distances(s, s_next)
-                step_values = np.zeros(len(inds))
-                if args.advantage == "graphgpo":
-                    step_values = graph_rewards(s_next, distances, args)
-                elif args.advantage == "gigpo":
-                    step_values = discounted_returns(trajectories, rewards[inds], args.step_gamma)
                 # The authors' rule: the penalty of an invalid answer is its own, and comes after all discounting.
-                penalties, credit = args.invalid_penalty * invalid[inds], np.zeros(len(inds))
-                if args.advantage != "grpo":
-                    credit = standardise(step_values - penalties, s, args.divide_by_std)
-                credit_step[inds] = credit
+                penalties = args.invalid_penalty * invalid[inds]
+                if args.advantage == "graphgpo":
+                    credit_step[inds] = standardise(graph_rewards(s_next, distances, args) - penalties, s, args.divide_by_std)
+                elif args.advantage == "gigpo":
+                    step_returns = discounted_returns(trajectories, rewards[inds], args.step_gamma)
+                    credit_step[inds] = standardise(step_returns - penalties, s, args.divide_by_std)
                 options = args.episode_norm, args.divide_by_std, penalties
-                credit_episode[inds] = episode_advantage(returns[start : start + args.group_size], trajectories, *options)
+                credit_episode[inds] = episode_advantage(returns[first : first + args.group_size], trajectories, *options)
                 for name, value in graph_diagnostics(s, s_next, distances, successes[rows[inds]]).items():
                     found[name].append(value)
         advantages = args.beta_graph * credit_step + args.beta_episode * credit_episode
@@ -1369,7 +1359,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             writer.flush()
 
     if stop_signals:
-        how = shlex.join([*this_script, "--resume", str(run_folder)])
+        how = shlex.join(["python", os.path.relpath(__file__), "--resume", str(run_folder)])
         say(f"\nstopped at episode {episodes:,} with a checkpoint; continue with: {how}")
         sys.exit(128 + stop_signals[0])
     seconds["wall"] = time.time() - start_time
@@ -1381,10 +1371,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "seed": args.seed,
         "total_timesteps": total_steps,
         "total_episodes": episodes,
-        "eval_success_rate": evaluation["success_rate"],
-        "eval_return_mean": evaluation["return_mean"],
-        "eval_episodes": evaluation["episodes"],
-        "eval_spl": evaluation["spl"],
+        **{f"eval_{name}": value for name, value in evaluation.items()},
         "train_return_mean": float(np.mean(recent_returns)),
         "train_success_rate": float(np.mean(recent_successes)),
         "sps": total_steps / seconds["training"],
@@ -1407,14 +1394,11 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ArgumentError as error:
+    except (ArgumentError, BadNumber) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except torch.OutOfMemoryError:
         print("error: the GPU is full: lower --micro-batch, and start anew", file=sys.stderr)
-        sys.exit(1)
-    except BadNumber as error:
-        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

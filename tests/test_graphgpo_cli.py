@@ -210,7 +210,7 @@ def test_minigrid_is_learned(tmp_path):
         ({"beta_graph": -1.0}, "--beta-graph -1.0 must be 0 or more"),
         ({"room_size": 11}, "--room-size 11 must be from 5 to 10"),
         ({"num_boxes": 3}, "--num-boxes 3 must be 1 or 2"),
-        ({"min_solution": 9, "max_solution": 8}, "--min-solution 9 must not exceed --max-solution 8"),
+        ({"min_solution": 9, "max_solution": 8}, "--min-solution 9 must be from 1 to --max-solution 8"),
         ({"max_solution": 20}, "--max-solution 20 must not exceed the 15 steps of --max-steps"),
         ({"wall_density": 1.0}, "--wall-density, --min-solution and --max-solution leave hardly any Sokoban level"),
         ({"evaluate": "nothing.pt"}, "--evaluate 'nothing.pt' is no file"),
