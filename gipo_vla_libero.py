@@ -537,7 +537,7 @@ def train(args: Args, at_exit) -> dict:
     if args.resume and (run_folder / "result.json").exists():
         say(f"{run_folder} is finished already: nothing to resume")
         return read_json(run_folder / "result.json")
-    if int(os.environ.get("RANK", 0)) == 0:
+    if ranks()[0] == 0:
         refuse_existing(run_folder, args)
         at_exit.enter_context(lock_folder(run_folder))
         refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
@@ -683,9 +683,8 @@ def train(args: Args, at_exit) -> dict:
         seconds["training"] += time.perf_counter() - iteration_start
         sps = step / seconds["training"]
         updates = iteration * args.updates_per_iteration / max(seconds["update"], 1e-9)
-        scalars |= {"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-        scalars |= {"charts/chunks_per_second": sps / chunk, "charts/updates_per_second": updates}
-        scalars["gipo/log_ratio_max"] = log_ratio_max
+        scalars |= {"charts/SPS": sps, "charts/chunks_per_second": sps / chunk, "charts/updates_per_second": updates}
+        scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "gipo/log_ratio_max": log_ratio_max}
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
         success, episode_length = progress.recent_means(device)
         if success is not None:
@@ -750,7 +749,7 @@ def train(args: Args, at_exit) -> dict:
 # -------------------- Start of a run --------------------
 def start(args, at_exit):
     """Processes, device, policy: -> rank, world, agent, tokenizer, norm_stats, interface."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = ranks()
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
@@ -766,10 +765,8 @@ def start(args, at_exit):
     if rank:
         dist.barrier()  # the first process downloads, or collects and clones; the others find it in the cache
     find_assets()
-    if args.evaluate or args.model:
-        agent, tokenizer, norm_stats = load_policy(args.evaluate or args.model, args, device)
-    else:
-        agent, tokenizer, norm_stats = tiny_policy(args, device)
+    name = args.evaluate or args.model
+    agent, tokenizer, norm_stats = load_policy(name, args, device) if name else tiny_policy(args, device)
     if world > 1 and not rank:
         dist.barrier()
     if world > 1:  # the first process may have cloned, so that its adapters and heads are drawn from other random numbers
@@ -1444,6 +1441,11 @@ def trained_state(agent: Agent) -> dict:
 
 
 # -------------------- Many processes --------------------
+def ranks() -> tuple[int, int]:
+    """Number of this process, and of all of them, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The tensor summed, in place, over all processes of torchrun (as it is, without torchrun)."""
     if dist.is_initialized():
@@ -1922,9 +1924,7 @@ class VectorEnv:
         # robosuite would take CUDA_VISIBLE_DEVICES for numbers of EGL devices, which differ; workers do not use CUDA.
         variables = {"LIBERO_ASSETS": str(find_assets()), "CUDA_VISIBLE_DEVICES": ""} | render_variables(args.render)
         self.args, self.variables, self.num_envs = args, variables, num_envs or args.num_envs
-        self.processes, self.connections = [None] * self.num_envs, [None] * self.num_envs
-        self.calls, self.phases = [None] * self.num_envs, [None] * self.num_envs
-        self.inbox = [None] * self.num_envs
+        self.processes, self.connections, self.calls, self.phases, self.inbox = ([None] * self.num_envs for _ in range(5))
         # multiprocessing's own exit handler, which runs after this one, waits for the workers for ever.
         atexit.register(self.close)
         for i in range(self.num_envs):
@@ -1947,8 +1947,8 @@ class VectorEnv:
 
     def _enter(self, i: int, phase: str) -> None:
         """From now on simulator i has the time of this phase."""
-        flag = "demo_timeout" if phase == "run" and self.calls[i][0] is scripted_expert else "env_timeout"
-        flag = "env_start_timeout" if phase in ("start", "compile") else flag
+        running = "demo_timeout" if self.calls[i] and self.calls[i][0] is scripted_expert else "env_timeout"
+        flag = "env_start_timeout" if phase in ("start", "compile") else running
         self.phases[i] = phase, flag, time.monotonic() + getattr(self.args, flag)
 
     def _kill(self, i: int) -> None:
@@ -2198,22 +2198,20 @@ def load_heads(agent: Agent, folder: Path) -> None:
 
 
 @torch.no_grad()
-def load_adapters(agent: Agent, lora: dict, path: Path) -> None:
+def load_adapters(agent: Agent, lora: dict, path: Path, args) -> None:
     """Put the content of lora.pt on top of its base: as adapters again, or added to the float32 weights of full training."""
     with reading(path, "take the file saved with the policy"):
-        scale = lora["alpha"] / lora["rank"]
+        for flag, value in (("lora_rank", lora["rank"]), ("lora_alpha", lora["alpha"])) if args.train == "lora" else ():
+            if not math.isclose(value, getattr(args, flag), rel_tol=1e-4):
+                flag = f"--{flag.replace('_', '-')}"
+                raise ArgumentError(f"{flag}: {path} has adapters with {value:g}, give {flag} {value:g}")
         for key, value in lora["trained"].items():
             module, name = agent.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
-            if name == "weight" or (isinstance(module, LoRALinear) and getattr(module, name).shape == value.shape):
+            if name == "weight" or isinstance(module, LoRALinear):
                 getattr(module, name).copy_(value)
-            elif isinstance(module, LoRALinear):
-                rank = lora["rank"]
-                raise ArgumentError(f"--lora-rank: {path} has adapters of rank {rank}, give --lora-rank {rank}")
             elif name == "lora_b":
-                module.weight += (scale * value @ lora["trained"][key.removesuffix("b") + "a"]).to(module.weight)
-    layers = [module for module in agent.modules() if isinstance(module, LoRALinear)]
-    if not all(math.isclose(layer.scale, scale, rel_tol=1e-4) for layer in layers):
-        raise ArgumentError(f"--lora-alpha: {path} has adapters with {lora['alpha']:g}, give --lora-alpha {lora['alpha']:g}")
+                lora_a = lora["trained"][key.removesuffix("b") + "a"]
+                module.weight += (lora["alpha"] / lora["rank"] * value @ lora_a).to(module.weight)
 
 
 def find_start(folder: Path, args) -> tuple[Path, dict | None]:
@@ -2266,7 +2264,7 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
     tokenizer = load_tokenizer(base / "tokenizer.json")
     prepare_training(agent, args)
     if lora is not None:
-        load_adapters(agent, lora, folder / "lora.pt")
+        load_adapters(agent, lora, folder / "lora.pt", args)
         say(f"{name}: the adapters of {start}, unmerged")
     return agent, tokenizer, norm_stats
 
@@ -2344,15 +2342,15 @@ def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, args) -> None
     layers = {name: module for name, module in agent.named_modules() if isinstance(module, LoRALinear)}
     if layers and agent.start is not None:
         trained = {key: p.detach().cpu() for key, p in agent.named_parameters() if ".lora_" in key or "lm_head" in key}
-        alpha = round(next(iter(layers.values())).scale * args.lora_rank, 6)
-        torch.save(agent.start | {"rank": args.lora_rank, "alpha": alpha, "trained": trained}, new / "lora.pt")
+        lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "trained": trained}
+        torch.save(agent.start | lora, new / "lora.pt")
         if agent.start["base"] == str(Path(agent.source).resolve()):  # peft cannot put one adapter on another
-            save_peft_adapter(new / "lora_adapter", agent, layers, alpha, tensors["language_model.lm_head.weight"])
+            save_peft_adapter(new / "lora_adapter", agent, layers, args, tensors["language_model.lm_head.weight"])
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(new, folder)
 
 
-def save_peft_adapter(folder: Path, agent: Agent, layers: dict, alpha: float, lm_head: torch.Tensor) -> None:
+def save_peft_adapter(folder: Path, agent: Agent, layers: dict, args, lm_head: torch.Tensor) -> None:
     """The adapters as peft's PeftModel.from_pretrained reads them, with lm_head in full."""
     folder.mkdir()
     tensors = {"base_model.model.language_model.lm_head.weight": lm_head.to(torch.bfloat16)}
@@ -2361,8 +2359,7 @@ def save_peft_adapter(folder: Path, agent: Agent, layers: dict, alpha: float, lm
             tensors[f"base_model.model.{name}.lora_{letter}.weight"] = weight.detach().cpu().contiguous()
     safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {"peft_type": "LORA", "base_model_name_or_path": agent.start["hub_id"] or agent.start["base"]}
-    settings |= {"revision": agent.start["revision"] or None, "lora_alpha": alpha}
-    settings |= {"r": len(next(iter(layers.values())).lora_a)}
+    settings |= {"revision": agent.start["revision"] or None, "r": args.lora_rank, "lora_alpha": args.lora_alpha}
     settings |= {"target_modules": sorted(layers), "modules_to_save": ["lm_head"], "bias": "none", "inference_mode": True}
     write_json(folder / "adapter_config.json", settings | {"lora_dropout": 0.0, "task_type": None})
 
@@ -2441,7 +2438,7 @@ def check_memory(config: PolicyConfig, args, device) -> None:
     """ArgumentError if the plan does not fit the GPU: said before anything is loaded or simulated, with what would fit."""
     if torch.device(device).type != "cuda":
         return
-    gib, world = torch.cuda.get_device_properties(device).total_memory / 2**30, int(os.environ.get("WORLD_SIZE", 1))
+    gib, world = torch.cuda.get_device_properties(device).total_memory / 2**30, ranks()[1]
     micro_batch = 1 if args.micro_batch == "auto" else int(args.micro_batch)
     needed = sum(memory_plan(config, args, micro_batch, world).values())
     if needed < gib:
@@ -2465,7 +2462,7 @@ def find_micro_batch(agent, interface, args) -> int:
         return 64
     limit = 0.9 * torch.cuda.get_device_properties(interface.device).total_memory
     if sharded_layers(agent):  # planned, not tried: ranks that fail at other sizes would wait for each other's gradients
-        plans = {2**k: memory_plan(agent.config, args, 2**k, dist.get_world_size()) for k in range(10)}
+        plans = {2**k: memory_plan(agent.config, args, 2**k, ranks()[1]) for k in range(10)}
         return max(size for size, plan in plans.items() if size == 1 or sum(plan.values()) * 2**30 < limit)
     trained = [p for p in agent.parameters() if p.requires_grad]
     limit -= 8 * sum(p.numel() for p in trained)
@@ -2681,7 +2678,7 @@ def load_checkpoint(path: Path) -> dict:
 
 def say(text: str, end: str = "\n") -> None:
     """Print, on the first process only; once nobody reads it any more (`| head`), go on without."""
-    if int(os.environ.get("RANK", 0)):
+    if ranks()[0]:
         return
     try:
         print(text, end=end, flush=True)
@@ -2774,7 +2771,7 @@ def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, s
     """Write a checkpoint: the folder checkpoint-<iteration> with the training state and each process's own data, and then
     checkpoint.pt, which says that the folder counts: a run that dies in between still has the one before.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = ranks()
     folder = run_folder / f"checkpoint-{progress.iteration}"
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -2802,7 +2799,7 @@ def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, s
 
 def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Progress, simulators, rng) -> None:
     """Put back what `save_run` wrote, in place: exactly for as many processes as before; others share the replay out."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = ranks()
     last = load_checkpoint(run_folder / "checkpoint.pt")
     folder = run_folder / f"checkpoint-{last['iteration']}"
     with as_shards(agent):
@@ -2865,7 +2862,7 @@ def evaluate_saved_policy(args, at_exit) -> dict:
     """`--evaluate`: the policy as it was trained, each episode kept in evaluation.json, after what is there already."""
     folder = run_folder_of(args)
     file = folder / "evaluation.json"
-    if int(os.environ.get("RANK", 0)) == 0:
+    if ranks()[0] == 0:
         at_exit.enter_context(lock_folder(folder))
     earlier = read_json(file).get("evaluations", []) if file.exists() else []
     rank, _, agent, _, norm_stats, interface = start(args, at_exit)
@@ -2913,10 +2910,9 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
     """
     sampled = {"deterministic": not args.eval_temperature, "temperature": args.eval_temperature or 1.0}
     before = simulators.snapshot() if simulators.episodes[0] else None
+    rank, world = ranks()
     todo = [(task, init_state) for task in args.tasks for init_state in range(args.eval_episodes)]
-    if dist.is_initialized():
-        todo = todo[dist.get_rank() :: dist.get_world_size()]
-    todo, results = collections.deque(todo), []
+    todo, results = collections.deque(todo[rank::world]), []
     running = set(range(min(len(todo), len(simulators.episodes))))
     for i in sorted(running):
         simulators.start(i, *todo.popleft())
@@ -2944,7 +2940,7 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
     if before is not None:
         simulators.restore(before)
     if dist.is_initialized():
-        shares = [None] * dist.get_world_size()
+        shares = [None] * world
         dist.all_gather_object(shares, results)
         results = [r for share in shares for r in share]
     results.sort()
@@ -2964,7 +2960,7 @@ def record_videos(agent, interface, args, folder: Path) -> None:
     for task in args.tasks:
         simulators.episodes = [{}]  # none in flight, that evaluate() would play again
         evaluate(agent, dataclasses.replace(args, tasks=(task,), eval_episodes=1), interface, simulators)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if ranks()[0] == 0:
             frames = [frame[:, ::-1] for frame in simulators.envs.call(0, operator.attrgetter("frames"))]
             ImageSequenceClip(frames, fps=20).write_videofile(str(folder / f"task{task}.mp4"), logger=None)
     simulators.close()
@@ -3176,7 +3172,7 @@ def demonstration_statistics(demos: dict) -> dict:
 if __name__ == "__main__":
     try:
         main(parse_args())
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # all is written, and threads of PyTorch sometimes abort an orderly exit
+        if ranks()[1] > 1:  # all is written, and threads of PyTorch sometimes abort an orderly exit
             sys.stdout.flush()
             os._exit(0)
     except ArgumentError as error:
