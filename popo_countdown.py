@@ -97,7 +97,7 @@ GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
 MACHINE_ARGS = "run_dir resume overwrite evaluate export checkpoint_every track wandb_project cuda torch_threads".split()
 CLIPPED = ("decoupled", "pi_old", "behaviour")  # objectives with PPO's clip; the others are one coefficient of grad log pi
-AGES = (0, 1, 2, 4, 8, 16)  # first age, in iterations, of each stretch that the log tells apart
+AGES = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16+": 16}  # stretches that the log tells apart, and where they begin
 
 
 class ArgumentError(ValueError):
@@ -593,8 +593,6 @@ def fixed_logprobs(policy, batch, temperature: float, micro: int) -> torch.Tenso
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """(R - mean) / std over the last dimension, the responses of one prompt; 0 where all rewards are equal."""
     centred = rewards - rewards.mean(-1, keepdim=True)
-    if rewards.shape[-1] == 1:
-        return centred
     advantages = centred / (rewards.std(-1, keepdim=True) + 1e-6)  # the sample standard deviation (ddof 1), as in verl
     return torch.where(is_effective(rewards).unsqueeze(-1), advantages, 0.0)  # the mean of equal rewards may be rounded
 
@@ -860,12 +858,11 @@ def age_statistics(ages, logratios, coefficients) -> dict[str, float]:
         "gipo/logratio_std": logratios.std(correction=0).item(),
         "gipo/policy_lag": ages.float().mean().item(),
     }
-    for first, end in itertools.pairwise((*AGES, math.inf)):
+    for (name, first), end in zip(AGES.items(), [*AGES.values(), math.inf][1:], strict=True):
         chosen = (ages >= first) & (ages < end)
         if chosen.any():
-            name = f"age/{first}" if end == first + 1 else f"age/{first}+" if end == math.inf else f"age/{first}-{end - 1}"
-            found[f"{name}/effective_sample_size"] = effective_sample_size(coefficients[chosen])
-            found[f"{name}/logratio_std"] = logratios[chosen].std(correction=0).item()
+            found[f"age/{name}/effective_sample_size"] = effective_sample_size(coefficients[chosen])
+            found[f"age/{name}/logratio_std"] = logratios[chosen].std(correction=0).item()
     return found
 
 
@@ -1260,23 +1257,12 @@ def main(args: Args) -> dict:
     args = with_defaults(args)
     if args.evaluate is not None:
         return evaluate_saved_model(args)
-    with contextlib.ExitStack() as at_exit:  # whatever happens: handlers and locks are given back
-        try:
-            return train(args, at_exit)
-        except Exception as error:
-            if isinstance(error, ArgumentError):
-                raise
-            checkpoint = run_folder_of(args) / "checkpoint.pt"
-            last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
-            if isinstance(error, BadNumber):
-                raise BadNumber(f"{error}; {last_good}") from error
-            if checkpoint.exists():
-                error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
-            raise
+    with contextlib.ExitStack() as at_exit:
+        return train(args, at_exit)
 
 
 def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
-    """What main() does."""
+    """What main() does. Locks and signal handlers are given back by `at_exit`, whatever happens."""
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
     run_folder = run_folder_of(args)
@@ -1425,7 +1411,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             seconds["logprob"] += t2 - t1
 
             # ==================== UPDATE ====================
-            # Every group once, in `updates_per_iteration` minibatches; means are over the minibatch's tokens.
+            # ALGO LOGIC: every group once, in `updates_per_iteration` minibatches; means are over the minibatch's tokens
             permutation = torch.randperm(len(batch_groups)).to(device)
             for mb_inds in permutation.tensor_split(min(args.updates_per_iteration, len(batch_groups))):
                 num_tokens = b["mask"][mb_inds].sum()
@@ -1469,7 +1455,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             scalars |= update_statistics(passes, args)
         for name, value in scalars.items():
             if not math.isfinite(value):
-                raise BadNumber(f"{name} is {value} at step {global_step:,}")
+                last_good = run_folder / "checkpoint.pt"
+                last_good = f"last good checkpoint: {last_good if last_good.exists() else 'none yet'}"
+                raise BadNumber(f"{name} is {value} at step {global_step:,}; {last_good}")
         seconds["training"] += time.perf_counter() - iteration_start
         sps = global_step / seconds["training"]
         scalars |= {"charts/SPS": sps, "charts/updates": updates}
