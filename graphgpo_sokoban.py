@@ -461,16 +461,11 @@ class Sokoban:
     def prompts(self, rows):
         legend = "# wall, . floor, O target, X box, * box on a target, P you, S you on a target"
         intro = f"Sokoban: push every box onto a target. {legend}. You push a box by walking into it; you cannot pull.\n"
-        symbols = np.array(list(".#O?X?*?PS"))[self.codes(rows)].reshape(len(rows), self.args.room_size, -1)
+        codes = self.walls[rows] + 2 * self.targets[rows] + 4 * self.boxes[rows]
+        codes[np.arange(len(rows)), self.player[rows]] += 8
+        symbols = np.array(list(".#O?X?*?P?S"))[codes].reshape(len(rows), self.args.room_size, -1)
         rooms = ["\n".join("".join(line) for line in room) for room in symbols]
         return [with_choices(intro + room, self.names, self.args) for room in rooms]
-
-    def codes(self, rows):
-        """(n, cells): 0 floor, 1 wall, 2 target, 4 box, 6 box on target, 8 player, 9 player on target."""
-        codes = self.walls[rows] + 2 * self.targets[rows] + 4 * self.boxes[rows]
-        player = np.arange(len(rows)), self.player[rows]
-        codes[player] = np.where(codes[player] == 2, 9, 8)
-        return codes
 
 
 class MiniGrid:
@@ -988,7 +983,7 @@ def check_args(args) -> None:
     if args.env_id == "tw-coin_collector":  # a level is the way's length, plus 100 or 200 for two or three times as many rooms
         times, way = divmod(args.game_level - 1, 100)
         if times > 2 or (way + 1) * (times + 1) > 100 or way >= (args.max_steps or 50):
-            refuse("game_level", "must be 1 to 100, 101 to 150 or 201 to 233, and its way (the last two digits) within --max-steps")
+            refuse("game_level", "must be 1 to 100, 101 to 150 or 201 to 233, and its last two digits within --max-steps")
     minigrid = args.env_id.startswith(("MiniGrid-", "BabyAI-"))
     if not (sokoban or text or minigrid):
         refuse("env_id", f"is unknown; try Sokoban, MiniGrid-DoorKey-5x5-v0, BabyAI-GoToObj-v0 or {TEXT_GAMES[0]}")
