@@ -850,8 +850,9 @@ def effective_sample_size(coefficients: torch.Tensor) -> float:
     return (coefficients.mean() ** 2 / (coefficients**2).mean().clamp(min=1e-12)).item()
 
 
-def age_statistics(ages, logratios, coefficients) -> dict[str, float]:
-    """What the age of the data does to it: three tensors with one value per token that an update used."""
+def update_statistics(passes: list[torch.Tensor], args) -> dict[str, float]:
+    """Of all tokens of an update: for each pass age, log ratio, coefficient, and whether the clip can act below or above."""
+    ages, logratios, coefficients, too_low, too_high = torch.cat(passes, 1)
     found = {
         "gipo/effective_sample_size": effective_sample_size(coefficients),
         "gipo/utilization": (coefficients > 1e-3).float().mean().item(),
@@ -863,13 +864,6 @@ def age_statistics(ages, logratios, coefficients) -> dict[str, float]:
         if chosen.any():
             found[f"age/{name}/effective_sample_size"] = effective_sample_size(coefficients[chosen])
             found[f"age/{name}/logratio_std"] = logratios[chosen].std(correction=0).item()
-    return found
-
-
-def update_statistics(passes: list[torch.Tensor], args) -> dict[str, float]:
-    """Of all tokens of an update: for each pass age, log ratio, coefficient, and whether the clip can act below or above."""
-    ages, logratios, coefficients, too_low, too_high = torch.cat(passes, 1)
-    found = age_statistics(ages, logratios, coefficients)
     for name, tokens in (("fresh", ages == 0), ("replay", ages > 0)) if args.objective in CLIPPED else ():
         found[f"clip/frac_low_{name}"] = (too_low * tokens).mean().item()
         found[f"clip/frac_high_{name}"] = (too_high * tokens).mean().item()
@@ -1049,6 +1043,28 @@ def refuse_existing(run_folder: Path, args) -> None:
     exists = os.path.isdir(run_folder) and any(path.name != ".lock" for path in run_folder.iterdir())
     if exists and not (args.resume or args.overwrite):
         raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+
+
+def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
+    """The run's arguments, written to args.json once an overwritten run is gone; starts Weights & Biases with --track."""
+    config = vars(args) | {"resume": False, "overwrite": False}
+    # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
+    if args.track:
+        import wandb
+
+        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
+        at_exit.callback(wandb.finish)
+    if args.overwrite:
+        for path in run_folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+    return config
 
 
 def warm_start(policy, task, args, device, progress) -> None:
@@ -1282,29 +1298,11 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
     saved = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
-    config = vars(args) | {"resume": False, "overwrite": False}
-    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
-    if args.track:
-        import wandb
-
-        # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
-        wandb_id = wandb_id or uuid.uuid4().hex
-        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
-        at_exit.callback(wandb.finish)
-    if args.overwrite:
-        for path in run_folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
-    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
-
+    config = write_config(run_folder, args, at_exit)
     if args.model is None and saved is None:
         warm_start(policy, task, args, device, progress)
     torch.manual_seed(1_000_000 + args.seed)  # again, so that it makes no difference who warmed up
     reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef > 0 else None  # the start policy
-
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
     buffer = GroupBuffer(args.buffer_groups, args.replay_age_min, args.max_age, args.max_reuse)
     batch_rollouts = args.num_prompts * args.group_size

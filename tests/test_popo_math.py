@@ -512,9 +512,16 @@ def test_levels_of_gipo():
             torch.testing.assert_close(row, torch.full((3,), math.exp(x - 0.5 * (x / 0.5) ** 2)))
 
 
-def test_age_statistics_by_hand():
-    ages = torch.tensor([0.0, 0, 3, 3, 20])
-    found = popo.age_statistics(ages, torch.tensor([0.0, 0, 1, -1, 2]), torch.tensor([1.0, 1, 3, 1, 0]))
+def test_update_statistics_by_hand():
+    """Two passes; the first has a fresh token with a log ratio of 0 and a stale one."""
+    ages, logratios, coefficients = torch.tensor([[0.0, 3, 0, 3, 20], [0, 1, 0, -1, 2], [1, 3, 1, 1, 0]])
+    too_low, too_high = torch.tensor([[0.0, 1, 0, 0, 0], [0, 0, 1, 0, 1]])
+    passes = torch.stack([ages, logratios, coefficients, too_low, too_high]).split([2, 3], 1)
+    found = popo.update_statistics(passes, popo.Args(objective="gipo"))
+    assert not [name for name in found if name.startswith("clip/")] and found["is/log_ratio_max_fresh"] == 0
+    clips = popo.update_statistics(passes, popo.Args())
+    shares = [clips[f"clip/frac_{side}_{age}"] for side in ("low", "high") for age in ("fresh", "replay")]
+    assert shares == [pytest.approx(share) for share in (0, 0.2, 0.2, 0.2)]
     assert found["gipo/effective_sample_size"] == pytest.approx(36 / (5 * 12))
     assert found["gipo/utilization"] == pytest.approx(0.8) and found["gipo/policy_lag"] == pytest.approx(26 / 5)
     assert {name: found[name] for name in found if name.startswith("age/")} == {
