@@ -510,9 +510,9 @@ EXPLANATION += (
 )
 EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds):"
-README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} steps. *Success* is the share of 50 goals reached "
-README_TABLE += "at the end. *Area* is the mean success over the whole of training: it is larger where a task is learned earlier. "
-README_TABLE += "Means of the middle half of the {runs} runs, with 95 % intervals, which three seeds make too narrow."
+README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} steps. *Success* is the share of 50 goals "
+README_TABLE += "reached at the end. *Area* is the mean success over the whole of training: it is larger where a task is "
+README_TABLE += "learned earlier. Means of the middle half of the {runs} runs, with 95 % intervals, which three seeds make too narrow."
 DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
 DIAGNOSTICS += "mean of the first / last fifth of a run (the README explains them):"
 SCORES = {  # of a run: what the table compares
