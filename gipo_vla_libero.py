@@ -407,7 +407,7 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
         std = max(std, args.adv_std_floor * agent.adv_std_peak.item())
         normalized = ((advantages.flatten() - mean) / (std + 1e-8)).to(device)
 
-    statistics = Statistics(rows, units, tokens, device)
+    statistics = Statistics(rows, units, device)
     optimizer.zero_grad()
     pieces = index.split(micro_batch)
     for number, piece in enumerate(pieces, 1):
@@ -432,8 +432,8 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
         losses = {"policy_loss": pg_loss, "entropy": entropy_loss, "value_loss": v_loss}
         statistics.add(losses, logratio[mask], trust[mask], newvalue, returns[piece].to(device), flat["lag"][piece])
     policy, critic, *sharded = (part["params"] for part in optimizer.param_groups)
-    for p in [critic, *([policy, *sharded] if train_policy else [])]:  # a gradient of zeros would move Adam's averages
-        sum_gradients(p)
+    for part in [critic, policy, *sharded] if train_policy else [critic]:  # a gradient of zeros would move Adam's averages
+        sum_gradients(part)
     clip_gradients([critic], args.max_grad_norm)
     grad_norm = clip_gradients([policy, *sharded], args.max_grad_norm)
     with as_shards(agent):
@@ -444,7 +444,7 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
 class Statistics:
     """The scalars of an update: sums over its pieces and all processes, divided at the end."""
 
-    def __init__(self, rows: float, units: float, tokens: float, device):
+    def __init__(self, rows: float, units: float, device):
         self.rows, self.units, self.device = rows, units, device
         self.sums, self.extremes = collections.defaultdict(float), torch.tensor([-1.0, 0.0], device=device)  # -trust, abs(l)
 
@@ -453,39 +453,25 @@ class Statistics:
         """A piece: its share of the losses, log-ratios and trust of its units, values, returns and lag of its rows."""
         ratio = torch.exp(log_r.clamp(max=MAX_LOG_COEF))
         coef, error = trust * ratio, returns - newvalue
-        for name, value in losses.items():
-            self.sums[name] += value.double().cpu()
-        for name, values in {
-            "approx_kl": (ratio - 1) - log_r,
-            "clipfrac": (ratio - 1).abs() > 0.2,
-            "trust": trust,
-            "coef": coef,
-            "coef2": coef**2,
-            "used": coef > 1e-3,
-            "l": log_r,
-            "l2": log_r**2,
-            "error": error,
-            "error2": error**2,
-            "lag": lag,
-            "returns": returns,
-            "returns2": returns**2,
-        }.items():
+        units = {"trust": trust, "coef": coef, "coef2": coef**2, "used": coef > 1e-3, "l": log_r, "l2": log_r**2}
+        units |= {"approx_kl": (ratio - 1) - log_r, "clipfrac": (ratio - 1).abs() > 0.2}
+        rows = {"error": error, "error2": error**2, "returns": returns, "returns2": returns**2, "lag": lag}
+        for name, values in (losses | units | rows).items():
             self.sums[name] += values.sum().double().cpu()
         if len(log_r):  # none: only rows of simulators that had to be replaced
             self.extremes = torch.maximum(self.extremes, torch.stack([-trust.min(), log_r.abs().max()]))
 
     def scalars(self) -> dict:
-        names = list(self.sums)
-        sums = sum_over_ranks(torch.stack([torch.as_tensor(self.sums[name]) for name in names]).to(self.device))
-        sums = dict(zip(names, sums.tolist(), strict=True))
-        unit, row = ({name: value / count for name, value in sums.items()} for count in (self.units, self.rows))
+        sums = sum_over_ranks(torch.stack(list(self.sums.values())).to(self.device)).tolist()
         if dist.is_initialized():
             dist.all_reduce(self.extremes, dist.ReduceOp.MAX)
+        total = dict(zip(self.sums, sums, strict=True))
+        unit, row = ({name: value / count for name, value in total.items()} for count in (self.units, self.rows))
         returns_var = max(row["returns2"] - row["returns"] ** 2, 1e-12)
         return {
-            "losses/policy_loss": sums["policy_loss"],
-            "losses/value_loss": sums["value_loss"],
-            "losses/entropy": sums["entropy"],
+            "losses/policy_loss": total["policy_loss"],
+            "losses/value_loss": total["value_loss"],
+            "losses/entropy": total["entropy"],
             "losses/approx_kl": unit["approx_kl"],
             "losses/clipfrac": unit["clipfrac"],
             "losses/explained_variance": 1 - (row["error2"] - row["error"] ** 2) / returns_var,
@@ -1182,7 +1168,7 @@ class Agent(nn.Module):
     also the text; a stock causal Llama runs without an error and drops from 97 % success to 50 %.
     """
 
-    def __init__(self, config, num_images=1, use_proprio=False, append_stop=True, value_hidden=0):
+    def __init__(self, config, num_images=1, use_proprio=False, append_stop=True):
         # Here, since the simulators' processes import this file, but need none of it.
         from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaModel, LlamaRMSNorm
 
@@ -1213,7 +1199,7 @@ class Agent(nn.Module):
         replace_layers(trunk, LlamaAttention, TextAttention)
         # Of lm_head only the 256 action rows exist, in float32.
         self.language_model = nn.ModuleDict({"model": trunk, "lm_head": nn.Linear(d, config.bins, bias=False)})
-        self.value_head = ValueHead(d, value_hidden or d)
+        self.value_head = ValueHead(d, d)
         self.proprio_projector = MLP(8, d, d) if use_proprio else None
         self.register_buffer("adv_std_peak", torch.zeros(()))  # of the learning loop, saved with the weights
 
@@ -2570,11 +2556,9 @@ def check_args(args) -> None:
         raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
     if "/" in args.exp_name or "\0" in args.exp_name:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
-    for task in args.tasks:
-        if not 0 <= task < len(task_names(args.suite)):
-            raise ArgumentError(
-                f"--tasks {task} must be below {len(task_names(args.suite))}, the number of tasks of {args.suite}"
-            )
+    number = len(task_names(args.suite))
+    if wrong := set(args.tasks) - set(range(number)):
+        raise ArgumentError(f"--tasks {wrong.pop()} must be below {number}, the number of tasks of {args.suite}")
     if args.evaluate == "" or (args.preset == "none" and not (args.model or args.evaluate)):
         raise ArgumentError("--model is missing: name a checkpoint folder or hub id, or start small with --preset tiny")
     if args.revision and (not (args.model or args.evaluate) or Path(args.evaluate or args.model).is_dir()):
