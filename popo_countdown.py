@@ -76,13 +76,7 @@ ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 VOCABULARY = "0123456789+-*="
-SIZES = {  # how many numbers a problem has
-    "countdown-2": (2,),
-    "countdown-3": (3,),
-    "countdown-4": (4,),
-    "countdown-34": (3, 4),
-    "modular-addition": (),
-}
+SIZES = {"countdown-2": (2,), "countdown-3": (3,), "countdown-4": (4,), "countdown-34": (3, 4)}  # numbers of a problem
 EXAMPLES = {  # of --prompt few-shot, by the count of numbers; none is a held-out problem
     2: ("use 3 5 to make 15: 3 * 5", "use 9 2 to make 7: 9 - 2", "use 6 4 to make 10: 6 + 4"),
     3: ("use 3 5 2 to make 17: 3 * 5 + 2", "use 9 2 4 to make 3: 9 - 2 - 4", "use 6 4 7 to make 17: 6 + 4 + 7"),
@@ -148,8 +142,8 @@ class Args:
     """Weights & Biases project"""
 
     # ---- task
-    env_id: Literal["countdown-2", "countdown-3", "countdown-4", "countdown-34", "modular-addition"] = "countdown-3"
-    """Countdown with 2, 3, 4, or 3 and 4 numbers; or (a + b) mod p, a bandit with one answer token for quick checks"""
+    env_id: Literal["countdown-2", "countdown-3", "countdown-4", "countdown-34"] = "countdown-3"
+    """Countdown with 2 (for quick checks), 3, 4, or 3 and 4 numbers"""
     format_reward: float = 0.0
     """reward of a well-formed wrong answer; 0.1 in the lab's Countdown, where it adds variance among wrong answers"""
 
@@ -382,33 +376,6 @@ class Countdown:
         mask = torch.arange(expressions.shape[1]) < problems["lengths"][:, None]
         problems["target"] = problems["target"][torch.randperm(count)]
         return self.prompts(problems)[0], expressions, mask
-
-
-class ModularAddition(Countdown):
-    """Prompts "a b p =", answer (a + b) mod p in one token, p from 2 to 9: a random valid digit is right with chance 1 / p."""
-
-    def __init__(self, args):
-        self.format_reward, self.eos = args.format_reward, ()
-
-    def problems(self, count: int, test: bool, generator=None):
-        cube = torch.cartesian_prod(torch.arange(10), torch.arange(10), torch.arange(2, 10))
-        keys = cube @ torch.tensor([10_000, 100, 1])
-        kept = (held_out(keys) == test).nonzero().squeeze(1)
-        chosen = kept[torch.randint(len(kept), (count,), generator=generator)]
-        target = (cube[chosen, 0] + cube[chosen, 1]) % cube[chosen, 2]
-        return {"numbers": cube[chosen], "target": target, "keys": keys[chosen], "lengths": torch.ones_like(target)}
-
-    def prompts(self, problems):
-        tokens = F.pad(problems["numbers"], (0, 1), value=VOCABULARY.index("="))
-        return tokens, torch.ones_like(tokens, dtype=torch.bool)
-
-    def verify(self, numbers, target, tokens):
-        return tokens[0] == target, tokens[0] < numbers[-1]
-
-    def examples(self, count: int):
-        problems = self.problems(count, test=False)
-        answers = (torch.rand(count) * problems["numbers"][:, 2]).long().unsqueeze(1)
-        return self.prompts(problems)[0], answers, torch.ones_like(answers, dtype=torch.bool)
 
 
 class TextCountdown(Countdown):
@@ -960,8 +927,8 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
 def make_task_and_policy(args):
     """The task and its policy, the latter on the CPU; ArgumentError if --model cannot be loaded."""
     if args.model is None:
-        task = ModularAddition(args) if args.env_id == "modular-addition" else Countdown(args)
-        return task, GPT(4 if args.env_id == "modular-addition" else 3 * task.width + 1, args)
+        task = Countdown(args)
+        return task, GPT(3 * task.width + 1, args)
     model, tokenizer, ends = load_language_model(args.model)
     return TextCountdown(args, tokenizer, ends), HuggingFacePolicy(model, args.dtype)
 
@@ -1180,8 +1147,6 @@ def check_args(args) -> None:
     require("lag", args.method != "popo" or args.lag < args.max_age, f"must be below {replayed}")
     require("replay_age_min", args.replay_age_min <= args.max_age, f"must not exceed {replayed}")
     require("export", not args.export or args.evaluate, "needs --evaluate with the model.pt or best_model.pt of a run")
-    in_words = not args.model or args.env_id != "modular-addition"
-    require("model", in_words, "works on the Countdown tasks: choose one of them with --env-id")
     require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: drop it or install a CUDA build of torch")
     for name, package in (("track", "wandb"), ("model", "transformers")):
         found = not getattr(args, name) or importlib.util.find_spec(package)

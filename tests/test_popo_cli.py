@@ -24,23 +24,23 @@ import popo_countdown as popo
 NET = "--hidden-size 32 --num-layers 1 --num-heads 2"
 TINY = f"{NET} --num-prompts 8 --group-size 4 --warmup-steps 40 --eval-episodes 16 --eval-samples 2"
 SHORT = f"{TINY} --total-timesteps 300 --eval-every 128 --checkpoint-every 64"  # rounded up to 320: 10 iterations
-LONGER = "--warmup-steps 200 --warmup-learning-rate 3e-3"  # Countdown's format takes longer than one digit
-ADD = f"--env-id modular-addition {SHORT}"
+LONGER = "--warmup-steps 200 --warmup-learning-rate 3e-3"  # for more than two numbers
+TWO = f"--env-id countdown-2 {SHORT} --warmup-steps 100 --warmup-learning-rate 3e-3"
 
 RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
-    "popo": f"{ADD} --exp-name a --seed 3 --learning-rate 3e-4",
-    "grpo": f"{ADD} --method grpo --ent-coef 0 --kl-coef 0.1 --max-grad-norm 0.5 --clip-low 0.1 --clip-high 0.1 --dual-clip 3",
+    "popo": f"{TWO} --exp-name a --seed 3 --learning-rate 3e-4",
+    "grpo": f"{TWO} --method grpo --ent-coef 0 --kl-coef 0.1 --max-grad-norm 0.5 --clip-low 0.1 --clip-high 0.1 --dual-clip 3",
     "filter": f"--env-id countdown-34 {SHORT} --method grpo-filter --format-reward 0.1 --updates-per-iteration 2 {LONGER}",
-    "dapo": f"{ADD} --method dapo --max-gen-batches 3 --temperature 0.9 --eval-temperature 0.6",
-    "stale": f"{ADD} --buffer-groups 100 --replay-age-min 3 --max-age 6 --max-reuse 2 --is-cap inf --is-level sequence",
-    "pi_old": f"{ADD} --replay ineff --objective pi_old --torch-threads 1",
-    "behaviour": f"{ADD} --objective behaviour",
-    "gipo": f"{ADD} --objective gipo --sigma 0.4 --sigma-neg-ratio 0.8 --kernel cauchy --is-level geometric",
-    "sapo": f"{ADD} --objective sapo --sapo-tau-pos 1.1 --sapo-tau-neg 1.2 --lag 2",
-    "cispo": f"{ADD} --method grpo --objective cispo --is-cap 3 --lag 5",
-    "m2po": f"{ADD} --method grpo-filter --objective m2po --m2-threshold 0.1 --lag 1",
+    "dapo": f"{TWO} --method dapo --max-gen-batches 3 --temperature 0.9 --eval-temperature 0.6",
+    "stale": f"{TWO} --buffer-groups 100 --replay-age-min 3 --max-age 6 --max-reuse 2 --is-cap inf --is-level sequence",
+    "pi_old": f"{TWO} --replay ineff --objective pi_old --torch-threads 1",
+    "behaviour": f"{TWO} --objective behaviour",
+    "gipo": f"{TWO} --objective gipo --sigma 0.4 --sigma-neg-ratio 0.8 --kernel cauchy --is-level geometric",
+    "sapo": f"{TWO} --objective sapo --sapo-tau-pos 1.1 --sapo-tau-neg 1.2 --lag 2",
+    "cispo": f"{TWO} --method grpo --objective cispo --is-cap 3 --lag 5",
+    "m2po": f"{TWO} --method grpo-filter --objective m2po --m2-threshold 0.1 --lag 1",
 }
-SPECIAL = f"{ADD} --overwrite --resume --evaluate --track --wandb-project --cuda"
+SPECIAL = f"{TWO} --overwrite --resume --evaluate --track --wandb-project --cuda"
 SPECIAL += " --model --prompt --max-number --max-new-tokens --micro-batch --dtype --export"  # in test_popo_model.py
 
 RESULT_KEYS = set(
@@ -171,7 +171,7 @@ def test_saved_model_evaluates_to_the_runs_own_result(finished, command):
 
 def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):
     """The warm-up is made once; a run that finds it equals the run that made it."""
-    flags = f"{ADD} --total-timesteps 64"
+    flags = f"{TWO} --total-timesteps 64"
     first, _ = run_inline(tmp_path, f"{flags} --exp-name first")
     (cached,) = (tmp_path / "warmup").iterdir()
     before = cached.stat().st_mtime_ns
@@ -179,7 +179,7 @@ def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):
     grpo, _ = run_inline(tmp_path, f"{flags} --exp-name grpo --method grpo")
     assert cached.stat().st_mtime_ns == before and len([*(tmp_path / "warmup").iterdir()]) == 1
     assert first["curve"] == second["curve"] and first["curve"][0] == grpo["curve"][0]
-    models = [read_pt(tmp_path / f"modular-addition__{name}__1" / "model.pt")["model"] for name in ("first", "second", "grpo")]
+    models = [read_pt(tmp_path / f"countdown-2__{name}__1" / "model.pt")["model"] for name in ("first", "second", "grpo")]
     assert differences(models[0], models[1]) == [] and differences(models[0], models[2])
     run_inline(tmp_path, f"{flags} --exp-name other --seed 2")
     result, folder = run_inline(tmp_path, f"{flags} --exp-name longer --warmup-steps 41 --eval-episodes 0")
@@ -205,19 +205,19 @@ def test_warm_up_teaches_the_format_only():
 
 def test_track(tmp_path):
     """The real package, offline: a run of the right name, with the configuration and the event file."""
-    flags = f"{ADD} --total-timesteps 64 --track --wandb-project paper".split()
+    flags = f"{TWO} --total-timesteps 64 --track --wandb-project paper".split()
     environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
     process, _ = run_script("popo_countdown", tmp_path / "runs", *flags, **environment)
     assert process.returncode == 0, process.stderr
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
-    assert read_json(tmp_path / "runs" / "modular-addition__popo__1" / "args.json")["wandb_id"] in log.name
+    assert read_json(tmp_path / "runs" / "countdown-2__popo__1" / "args.json")["wandb_id"] in log.name
     assert all(word in content for word in (b"paper", b"buffer_groups", b"batch/effective_frac_fresh", b"losses/policy_loss"))
 
 
 def test_progress_updates_in_place_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    run_inline(tmp_path, f"{ADD} --total-timesteps 96")
+    run_inline(tmp_path, f"{TWO} --total-timesteps 96")
     assert capsys.readouterr().out.count("\rstep ") == 3
 
 
@@ -240,7 +240,7 @@ def watch(monkeypatch):
 
 def test_popo_replaces_every_ineffective_group(tmp_path, monkeypatch):
     pushed, selected, batches = watch(monkeypatch)
-    run_inline(tmp_path, ADD)
+    run_inline(tmp_path, TWO)
     assert len(pushed) == len(selected) == 10
     assert sum(len(chosen) for *_, chosen in selected) > 5
     batches = iter(batches)
@@ -264,7 +264,7 @@ def test_popo_replaces_every_ineffective_group(tmp_path, monkeypatch):
 def test_lag(method, tmp_path, monkeypatch):
     """Every batch was written K iterations ago, or is a replayed one and older; the first K iterations only generate."""
     pushed, _, batches = watch(monkeypatch)
-    result, _ = run_inline(tmp_path, f"{ADD} --method {method} --lag 3 --objective gipo")
+    result, _ = run_inline(tmp_path, f"{TWO} --method {method} --lag 3 --objective gipo")
     versions = [sorted({group["version"] for group in batch}) for batch in batches]
     assert max(version for batch in versions for version in batch) == 7
     if method == "grpo":
@@ -276,7 +276,7 @@ def test_lag(method, tmp_path, monkeypatch):
 
 def test_resumed_with_a_lag(tmp_path, monkeypatch):
     """The batches that wait are part of the checkpoint."""
-    flags = f"{ADD} --lag 4 --objective gipo"
+    flags = f"{TWO} --lag 4 --objective gipo"
     _, reference = run_inline(tmp_path / "reference", flags)
     original = popo.generate_groups
 
@@ -296,7 +296,7 @@ def test_resumed_with_a_lag(tmp_path, monkeypatch):
 
 def test_first_iteration_equals_grpo_filter(tmp_path):
     """The buffer is empty then: the same update, bit for bit."""
-    flags = f"{ADD} --total-timesteps 32"
+    flags = f"{TWO} --total-timesteps 32"
     models = [
         read_pt(run_inline(tmp_path, f"{flags} --exp-name {method} --method {method}")[1] / "model.pt")["model"]
         for method in ("popo", "grpo-filter", "grpo")
@@ -306,14 +306,14 @@ def test_first_iteration_equals_grpo_filter(tmp_path):
 
 def test_any_group_is_stored_in_the_ablation(tmp_path, monkeypatch):
     pushed, _, _ = watch(monkeypatch)
-    run_inline(tmp_path, f"{ADD} --replay ineff")
+    run_inline(tmp_path, f"{TWO} --replay ineff")
     assert all(len(stored) == 8 for stored in pushed)
 
 
 @pytest.mark.parametrize("method", ["grpo", "grpo-filter", "dapo"])
 def test_baselines_do_not_replay(method, tmp_path, monkeypatch):
     pushed, selected, batches = watch(monkeypatch)
-    run_inline(tmp_path, f"{ADD} --method {method}")
+    run_inline(tmp_path, f"{TWO} --method {method}")
     assert pushed == selected == []
     for iteration, batch in enumerate(batches, start=1):
         assert {group["version"] for group in batch} == {iteration}
@@ -329,11 +329,12 @@ def test_logprobs_of_training_are_at_the_sampling_temperature(tmp_path):
 
 @pytest.mark.parametrize("method", ["popo", "grpo"])
 def test_it_learns(method, tmp_path):
-    """Modular addition from nothing but the reward; with the sign flipped it gets worse instead."""
-    flags = f"--env-id modular-addition {NET} --warmup-steps 60 --learning-rate 3e-3 --total-timesteps 15000 --eval-every 0"
+    """Two numbers from nothing but the reward; with the sign flipped it gets worse instead."""
+    flags = f"--env-id countdown-2 {NET} --warmup-steps 150 --warmup-learning-rate 3e-3 --learning-rate 1e-3 --eval-every 0"
+    flags += " --total-timesteps 15000"
     result, _ = run_inline(tmp_path, f"{flags} --eval-episodes 64 --eval-samples 8 --method {method}")
     start = result["curve"][0]["success_rate"]
-    assert 0.1 < start < 0.2 and result["eval_success_rate"] > start + 0.08
+    assert 0.15 < start < 0.3 and result["eval_success_rate"] > start + 0.08
 
 
 # -------------------- Resuming --------------------
@@ -357,7 +358,7 @@ def assert_equal_runs(folder, reference):
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    return run_inline(tmp_path_factory.mktemp("short"), ADD)[1]
+    return run_inline(tmp_path_factory.mktemp("short"), TWO)[1]
 
 
 class Crash(Exception):
@@ -378,13 +379,13 @@ def test_resumed_run_equals_uninterrupted_one(calls, tmp_path, monkeypatch, shor
     with monkeypatch.context() as patch:
         patch.setattr(popo, "generate_groups", crash)
         with pytest.raises(Crash):
-            run_inline(tmp_path / "crashed", ADD)
+            run_inline(tmp_path / "crashed", TWO)
     time.sleep(1.0)  # TensorBoard orders event files by the second in their names
-    _, folder = run_inline(tmp_path / "crashed", f"{ADD} --resume")
+    _, folder = run_inline(tmp_path / "crashed", f"{TWO} --resume")
     assert_equal_runs(folder, short_run)
 
 
-LONG = f"{ADD} --total-timesteps 2400 --eval-every 0"
+LONG = f"{TWO} --total-timesteps 2400 --eval-every 0"
 
 
 @pytest.fixture(scope="module")
@@ -417,9 +418,9 @@ def test_a_run_killed_after_its_evaluation_has_every_point_once(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(popo, "generate_groups", die)
         with pytest.raises(Crash):
-            run_inline(tmp_path, ADD)
+            run_inline(tmp_path, TWO)
     time.sleep(1.0)
-    _, folder = run_inline(tmp_path, f"{ADD} --resume")
+    _, folder = run_inline(tmp_path, f"{TWO} --resume")
     for tag, points in read_scalars(folder).items():
         assert len({step for step, _ in points}) == len(points), tag
     assert_equal_runs(folder, short_run)
@@ -427,10 +428,10 @@ def test_a_run_killed_after_its_evaluation_has_every_point_once(tmp_path, monkey
 
 def test_one_run_one_owner(tmp_path, command):
     """A folder whose run goes on is neither resumed nor overwritten."""
-    process = start_script("popo_countdown", tmp_path, *ADD.split(), "--total-timesteps", "1000000", "--eval-every", "0")
+    process = start_script("popo_countdown", tmp_path, *TWO.split(), "--total-timesteps", "1000000", "--eval-every", "0")
     wait_for_line(process, "eval at")
     (folder,) = (path for path in tmp_path.iterdir() if path.name != "warmup")
-    for flags in (["--resume", str(folder)], [*ADD.split(), "--run-dir", str(tmp_path), "--overwrite"]):
+    for flags in (["--resume", str(folder)], [*TWO.split(), "--run-dir", str(tmp_path), "--overwrite"]):
         if flags[0] == "--resume":
             code, _, err = command(flags)
         else:
@@ -438,7 +439,7 @@ def test_one_run_one_owner(tmp_path, command):
         assert code == 2 and "is in use by a run that goes on" in err, err
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert command([*ADD.split(), "--run-dir", str(tmp_path), "--overwrite", "--total-timesteps", "64"])[0] == 0
+    assert command([*TWO.split(), "--run-dir", str(tmp_path), "--overwrite", "--total-timesteps", "64"])[0] == 0
 
 
 def test_an_exception_of_the_users_own_keeps_its_traceback(tmp_path):
@@ -448,19 +449,19 @@ def test_an_exception_of_the_users_own_keeps_its_traceback(tmp_path):
         "    centred = rewards - rewards.mean", "    int('a fork went wrong')\n    centred = rewards - rewards.mean"
     )
     (tmp_path / "fork.py").write_text(changed)
-    command = [sys.executable, str(tmp_path / "fork.py"), *ADD.split(), "--run-dir", str(tmp_path / "runs")]
+    command = [sys.executable, str(tmp_path / "fork.py"), *TWO.split(), "--run-dir", str(tmp_path / "runs")]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 1 and "Traceback" in process.stderr and "a fork went wrong" in process.stderr
 
 
 def test_run_dir_that_is_a_file(tmp_path, command):
     (tmp_path / "file").write_text("")
-    code, _, err = command([*ADD.split(), "--run-dir", str(tmp_path / "file")])
+    code, _, err = command([*TWO.split(), "--run-dir", str(tmp_path / "file")])
     assert code == 2 and err.startswith("error: --run-dir: ") and err.count("\n") == 1
 
 
 def test_a_resumed_run_may_change_what_concerns_the_machine(tmp_path, command):
-    flags = [*ADD.split(), "--run-dir", str(tmp_path), "--total-timesteps", "64"]
+    flags = [*TWO.split(), "--run-dir", str(tmp_path), "--total-timesteps", "64"]
     assert command(flags)[0] == 0
     (folder,) = (path for path in tmp_path.iterdir() if path.name != "warmup")
     assert command(["--resume", str(folder), "--torch-threads", "2"])[0] == 0
@@ -474,16 +475,16 @@ def test_a_resumed_run_may_change_what_concerns_the_machine(tmp_path, command):
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
-    _, folder = run_inline(tmp_path, ADD)
+    _, folder = run_inline(tmp_path, TWO)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     capsys.readouterr()
-    run_inline(tmp_path, f"{ADD} --resume")
+    run_inline(tmp_path, f"{TWO} --resume")
     assert "finished already" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_existing_folder(tmp_path, command):
-    flags = [*ADD.split(), "--total-timesteps", "32", "--run-dir", str(tmp_path)]
+    flags = [*TWO.split(), "--total-timesteps", "32", "--run-dir", str(tmp_path)]
     assert command(flags)[0] == 0
     code, _, err = command(flags)
     assert code == 2 and "--resume" in err and "--overwrite" in err
@@ -535,7 +536,6 @@ BAD = [
     ({"max_gen_batches": 3}, "--max-gen-batches 3 needs --method dapo"),
     ({"dual_clip": 0.5}, "--dual-clip 0.5 must be 1 or more"),
     ({"model": "m", "learning_rate": 1e-6, "hidden_size": 32}, "--hidden-size 32 belongs to the GPT"),
-    ({"model": "m", "learning_rate": 1e-6, "env_id": "modular-addition"}, "--model m works on the Countdown tasks"),
     ({"evaluate": "missing.pt"}, "--evaluate 'missing.pt' is no file"),
 ]
 
@@ -588,12 +588,12 @@ def test_nan_stops_with_the_scalar_and_the_step(tmp_path, monkeypatch):
     original = popo.policy_objective
     monkeypatch.setattr(popo, "policy_objective", lambda *args: (original(*args)[0] * math.nan, *original(*args)[1:]))
     with pytest.raises(popo.BadNumber, match=r"losses/policy_loss is nan at step \d+; last good checkpoint: none yet"):
-        run_inline(tmp_path, ADD)
+        run_inline(tmp_path, TWO)
 
 
 def test_nan_in_the_warm_up(tmp_path):
     with pytest.raises(FloatingPointError, match="lower --warmup-learning-rate"):
-        run_inline(tmp_path, f"{ADD} --warmup-learning-rate 1e12")
+        run_inline(tmp_path, f"{TWO} --warmup-learning-rate 1e12")
 
 
 # -------------------- The file --------------------

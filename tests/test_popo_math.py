@@ -175,24 +175,9 @@ def test_warm_up_examples_teach_format_only():
     assert well_formed.all() and rewards.mean() < 0.1
 
 
-def test_modular_addition():
-    _, task, _ = make(env_id="modular-addition", format_reward=0.1)
-    problems = task.problems(300, test=False)
-    prompts, _ = task.prompts(problems)
-    assert prompts.shape == (300, 4) and prompts[:, 2].min() >= 2 and (prompts[:, 3] == 13).all()
-    responses = torch.arange(14).view(1, 14, 1).expand(300, 14, 1)  # every token once: exactly one of them is right
-    rewards, _ = task.rewards(problems, responses, torch.ones_like(responses, dtype=torch.bool))
-    p = problems["numbers"][:, 2]
-    assert ((rewards == 1).sum(1) == 1).all() and ((rewards > 0).sum(1) == p).all()
-    right = (rewards == 1).int().argmax(1)
-    assert (right == (problems["numbers"][:, 0] + problems["numbers"][:, 1]) % p).all()
-    _, answers, _ = task.examples(2000)
-    assert answers.max() < 9 and answers.min() == 0
-
-
 # -------------------- Sampler --------------------
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
-@pytest.mark.parametrize("env_id", ["countdown-34", "modular-addition"])
+@pytest.mark.parametrize("env_id", ["countdown-34", "countdown-2"])
 def test_stored_logprobs_equal_teacher_forced_ones(env_id, temperature):
     """The sampler's cache, positions, mask and temperature against one pass without a cache, written out here."""
     args, task, policy = make(env_id=env_id, temperature=temperature)
@@ -222,8 +207,8 @@ def test_lengths_follow_the_problem():
 
 
 def test_samples_follow_the_distribution():
-    _, _, policy = make(env_id="modular-addition")
-    torch.nn.init.normal_(policy.head.weight, std=0.5)
+    _, _, policy = make(env_id="countdown-2")
+    torch.nn.init.normal_(policy.head.weight, std=0.3)
     prompts = torch.tensor([[3, 4, 5, 13]])
     mask = torch.ones_like(prompts, dtype=torch.bool)
     tokens, _, _ = popo.sample(policy, prompts, mask, 20_000, torch.tensor([1]), (), 0.8)
