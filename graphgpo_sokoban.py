@@ -896,6 +896,28 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
         save_checkpoint(best, model)
 
 
+def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
+    """The run's arguments, written to args.json once an overwritten run is gone; starts Weights & Biases with --track."""
+    config = vars(args) | {"resume": False, "overwrite": False}
+    # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
+    if args.track:
+        import wandb
+
+        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
+        at_exit.callback(wandb.finish)
+    if args.overwrite:
+        for path in run_folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+    return config
+
+
 def run_folder_of(args) -> Path:
     """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
     if isinstance(args.resume, str):
@@ -931,12 +953,15 @@ def refuse_existing(run_folder: Path, args) -> None:
 def check_args(args) -> None:
     """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
 
-    def refuse(name: str, words: str):
-        raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {words}")
+    def require(name: str, fine: bool, why: str) -> None:
+        if not fine:
+            value = "" if getattr(args, name) is True else " " + shlex.quote(str(getattr(args, name)))
+            raise ArgumentError(f"--{name.replace('_', '-')}{value} {why}")
 
     for field in dataclasses.fields(args):
-        if typing.get_origin(field.type) is Literal and getattr(args, field.name) not in typing.get_args(field.type):
-            refuse(field.name, f"must be one of {', '.join(typing.get_args(field.type))}")
+        if typing.get_origin(field.type) is Literal:
+            choices = typing.get_args(field.type)
+            require(field.name, getattr(args, field.name) in choices, f"must be one of {', '.join(choices)}")
     positive = "success_reward total_episodes num_groups update_epochs minibatch_size max_grad_norm hidden_size game_level"
     positive += " checkpoint_every max_new_tokens micro_batch torch_threads learning_rate"
     not_negative = "step_penalty eval_every eval_episodes max_steps ent_coef kl_coef beta_graph beta_episode invalid_penalty"
@@ -953,11 +978,10 @@ def check_args(args) -> None:
         ("num_boxes", 1, 2, "1 or 2"),
     ):
         for name in names.split():
-            if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-                refuse(name, f"must be {words}")
+            require(name, getattr(args, name) is None or low <= getattr(args, name) <= high, f"must be {words}")
     # Flags that act in some runs only are refused elsewhere, unless they have their default.
     sokoban, text = args.env_id == "Sokoban", args.env_id in TEXT_GAMES
-    for names, used, words in (
+    for names, matters, why in (
         ("reward room_size num_boxes wall_density min_solution max_solution", sokoban, "belongs to --env-id Sokoban"),
         ("success_reward step_penalty", args.reward == "sparse", "contradicts --reward gym-sokoban"),
         ("game_level", text, "belongs to a TextWorld game"),
@@ -968,37 +992,30 @@ def check_args(args) -> None:
         ("beta_graph", args.advantage != "grpo", "needs --advantage graphgpo or gigpo"),
     ):
         for name in names.split():
-            if not used and getattr(args, name) != getattr(Args, name):
-                refuse(name, words)
-    if args.resume == "":
-        raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
-    if args.resume and args.overwrite:
-        raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
-    if "/" in args.exp_name or "\0" in args.exp_name:
-        raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
-    if sokoban and args.max_solution > (args.max_steps or 15):
-        refuse("max_solution", f"must not exceed the {args.max_steps or 15} steps of --max-steps")
-    if args.env_id == "tw-treasure_hunter" and args.game_level > 30:
-        refuse("game_level", f"of {args.env_id} must be 1 to 30")
+            require(name, matters or getattr(args, name) == getattr(Args, name), why)
+    cap, minigrid = args.max_steps or 15, args.env_id.startswith(("MiniGrid-", "BabyAI-"))
+    require("resume", args.resume != "", "is no folder: give that of a run, or --resume alone with the flags that name it")
+    require("resume", not (args.resume and args.overwrite), "contradicts --overwrite: drop one of them")
+    require("exp_name", "/" not in args.exp_name, "is part of a folder's name: leave out the slash")
+    require("max_solution", not sokoban or args.max_solution <= cap, f"must not exceed the {cap} steps of --max-steps")
     if args.env_id == "tw-coin_collector":  # a level is the way's length, plus 100 or 200 for two or three times as many rooms
         times, way = divmod(args.game_level - 1, 100)
-        if times > 2 or (way + 1) * (times + 1) > 100 or way >= (args.max_steps or 50):
-            refuse("game_level", "must be 1 to 100, 101 to 150 or 201 to 233, and its last two digits within --max-steps")
-    minigrid = args.env_id.startswith(("MiniGrid-", "BabyAI-"))
-    if not (sokoban or text or minigrid):
-        refuse("env_id", f"is unknown; try Sokoban, MiniGrid-DoorKey-5x5-v0, BabyAI-GoToObj-v0 or {TEXT_GAMES[0]}")
-    for flag, package, used in (
+        known = times < 3 and (way + 1) * (times + 1) <= 100 and way < (args.max_steps or 50)
+        require("game_level", known, "must be 1 to 100, 101 to 150 or 201 to 233, and its last two digits within --max-steps")
+    if args.env_id == "tw-treasure_hunter":
+        require("game_level", args.game_level <= 30, "must be 1 to 30")
+    examples = "try Sokoban, MiniGrid-DoorKey-5x5-v0, BabyAI-GoToObj-v0 or tw-coin_collector"
+    require("env_id", sokoban or text or minigrid, f"is unknown; {examples}")
+    for name, package, used in (
         ("model", "transformers", args.model),
         ("track", "wandb", args.track),
-        (f"env-id {args.env_id}", "minigrid", minigrid),
-        (f"env-id {args.env_id}", "textworld", text),
+        ("env_id", "minigrid", minigrid),
+        ("env_id", "textworld", text),
     ):
-        if used and importlib.util.find_spec(package) is None:
-            raise ArgumentError(f"--{flag} needs the package {package}: pip install {package}")
-    if text and not args.model:
-        refuse("env_id", "is text: name a language model with --model")
-    if args.cuda and not torch.cuda.is_available():
-        raise ArgumentError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
+        found = not used or importlib.util.find_spec(package)
+        require(name, found, f"needs the package {package}: pip install {package}")
+    require("env_id", not text or args.model, "is text: name a language model with --model")
+    require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: drop it or install a CUDA build of torch")
 
 
 def with_defaults(args):
@@ -1089,8 +1106,8 @@ def timed(seconds: dict, part: str):
     seconds[part] += time.perf_counter() - start
 
 
-def stop_on_signals(at_exit: contextlib.ExitStack) -> list[int]:
-    """A list that the first Ctrl-C or SIGTERM is added to, which ends the run after its iteration. A second acts at once."""
+def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
+    """Signals so far: after a first Ctrl-C or SIGTERM the run ends with a checkpoint; a second one ends it at once."""
     stop_signals = []
 
     def ask_to_stop(signum, frame):
@@ -1109,23 +1126,12 @@ def main(args: Args) -> dict:
     """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
     if args.evaluate is not None:
         return evaluate_saved_model(args)
-    with contextlib.ExitStack() as at_exit:  # whatever happens: handlers and locks are given back
-        try:
-            return train(args, at_exit)
-        except Exception as error:
-            if isinstance(error, ArgumentError):
-                raise
-            checkpoint = run_folder_of(args) / "checkpoint.pt"
-            last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
-            if isinstance(error, BadNumber):
-                raise BadNumber(f"{error}; {last_good}") from error
-            if checkpoint.exists():
-                error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
-            raise
+    with contextlib.ExitStack() as at_exit:
+        return train(args, at_exit)
 
 
 def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
-    """What main() does."""
+    """What main() does. Locks and signal handlers are given back by `at_exit`, whatever happens."""
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
     run_folder = run_folder_of(args)
@@ -1136,8 +1142,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if args.resume and (run_folder / "result.json").exists():
         say(f"{run_folder} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
-    config = vars(args) | {"resume": False, "overwrite": False}
-    args = with_defaults(args)
+    given, args = args, with_defaults(args)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -1152,22 +1157,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
     checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
-    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
-    if args.track:
-        import wandb
-
-        # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
-        wandb_id = wandb_id or uuid.uuid4().hex
-        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
-        at_exit.callback(wandb.finish)
-    if args.overwrite:
-        for path in run_folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
-    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+    config = write_config(run_folder, given, at_exit)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5 if not args.model else 1e-8)
 
     num_iterations, scalars = math.ceil(args.total_episodes / num_envs), checkpoint.get("scalars", {})  # of the last iteration
@@ -1193,7 +1183,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     for name, value in scalars.items():
         writer.add_scalar(name, value, episodes)
 
-    stop_signals = stop_on_signals(at_exit)
+    stop_signals = catch_stop_signals(at_exit)
     start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
     say(f"{run_folder}: {num_iterations * num_envs:,} episodes of {args.env_id}, from episode {episodes:,}")
 
@@ -1295,7 +1285,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                     for name, value in mb_stats.items():
                         stats[name].append(value)
                         if not math.isfinite(value):  # before the step: the weights in memory are still good
-                            raise BadNumber(f"{name} is {value} at episode {episodes:,}")
+                            last_good = run_folder / "checkpoint.pt"
+                            last_good = f"last good checkpoint: {last_good if last_good.exists() else 'none yet'}"
+                            raise BadNumber(f"{name} is {value} at episode {episodes:,}; {last_good}")
                     optimizer.step()
 
         # ==================== LOG ====================
