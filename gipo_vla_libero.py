@@ -1512,10 +1512,10 @@ def encode_prompt(tokenizer, instruction: str, config: PolicyConfig) -> list[int
     return ids if ids[-1] == config.blank else [*ids, config.blank]
 
 
-def pad_prompts(prompts: list[list[int]], config: PolicyConfig, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists of ids -> (B, L) int64, padded on the right to the longest or to `width`, and lengths (B,)."""
+def pad_prompts(prompts: list[list[int]], config: PolicyConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of ids -> (B, L) int64, padded on the right to the longest, and lengths (B,)."""
     lengths = torch.tensor([len(ids) for ids in prompts])
-    padded = torch.full((len(prompts), max(width, int(lengths.max()))), config.pad_id)
+    padded = torch.full((len(prompts), int(lengths.max())), config.pad_id)
     for row, ids in zip(padded, prompts, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     return padded, lengths

@@ -422,8 +422,8 @@ def test_prompts():
     again = vla.tokenizers.Tokenizer.from_str(tokenizer.to_str())
     assert vla.encode_prompt(again, "open the drawer", config) == vla.encode_prompt(tokenizer, "open the drawer", config)
     assert vla.encode_prompt(tokenizer, "open the fridge", config)[12] == 0  # unknown word
-    padded, lengths = vla.pad_prompts([[1, 5, 3], [1, 3]], config, width=5)
-    assert padded.tolist() == [[1, 5, 3] + [config.pad_id] * 2, [1, 3] + [config.pad_id] * 3] and lengths.tolist() == [3, 2]
+    padded, lengths = vla.pad_prompts([[1, 5, 3], [1, 3]], config)
+    assert padded.tolist() == [[1, 5, 3], [1, 3, config.pad_id]] and lengths.tolist() == [3, 2]
     ends_with_blank = SimpleNamespace(encode=lambda text: SimpleNamespace(ids=[1, 13, 29871]))
     assert vla.encode_prompt(ends_with_blank, "x", vla.PolicyConfig()) == [1, 13, 29871]  # not appended twice
     with pytest.raises(ValueError, match="<s>"):
