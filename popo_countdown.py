@@ -201,10 +201,6 @@ class Args:
     """gipo: sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
     """gipo: shape of the trust weight; only the Gaussian bounds omega * rho for every sigma"""
-    sapo_tau_pos: float = 1.0
-    """SAPO's temperature for positive advantages (1.0 in its paper and in the GIPO authors' code)"""
-    sapo_tau_neg: float = 1.05
-    """SAPO's temperature for negative advantages (1.05 in its paper, 2.0 in the GIPO authors' code)"""
     m2_threshold: float = 0.04
     """m2po: tokens of largest squared log ratio are left out until the mean square of the rest is at most this (unverified)"""
     clip_low: float = 0.2
@@ -654,7 +650,8 @@ def trust_coefficient(logratio, advantages, mask, args) -> torch.Tensor:
         return (logratio + log_trust).clamp(max=MAX_LOG_COEF).exp()
     ratio = logratio.clamp(max=MAX_LOG_COEF).exp()
     if args.objective == "sapo":
-        gate = torch.sigmoid(torch.where(advantages > 0, args.sapo_tau_pos, args.sapo_tau_neg) * (ratio - 1.0))
+        # The temperatures of its paper; the GIPO authors' code has 2.0 for A < 0.
+        gate = torch.sigmoid(torch.where(advantages > 0, 1.0, 1.05) * (ratio - 1.0))
         return 4.0 * gate * (1.0 - gate) * ratio
     if args.objective == "cispo":
         return ratio.clamp(max=args.is_cap)
@@ -1107,7 +1104,7 @@ def check_args(args) -> None:
             require(field.name, getattr(args, field.name) in choices, f"must be one of {', '.join(choices)}")
     positive = "total_timesteps eval_samples checkpoint_every hidden_size num_layers num_heads num_prompts"
     positive += " warmup_learning_rate max_new_tokens micro_batch updates_per_iteration learning_rate clip_high"
-    positive += " sigma sigma_neg_ratio sapo_tau_pos sapo_tau_neg m2_threshold"
+    positive += " sigma sigma_neg_ratio m2_threshold"
     positive += " max_grad_norm max_gen_batches buffer_groups replay_age_min max_age max_reuse torch_threads"
     for names, low, high, words in (
         (positive, 1e-12, 1e12, "positive and finite"),
@@ -1132,7 +1129,6 @@ def check_args(args) -> None:
         ("is_cap", args.objective in ("decoupled", "cispo"), "needs --objective decoupled or cispo"),
         ("is_level", args.objective in ("decoupled", "gipo"), "needs --objective decoupled or gipo"),
         ("sigma sigma_neg_ratio kernel", args.objective == "gipo", "needs --objective gipo"),
-        ("sapo_tau_pos sapo_tau_neg", args.objective == "sapo", "needs --objective sapo"),
         ("m2_threshold", args.objective == "m2po", "needs --objective m2po"),
     ):
         for name in names.split():

@@ -36,7 +36,7 @@ RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
     "pi_old": f"{TWO} --replay ineff --objective pi_old --torch-threads 1",
     "behaviour": f"{TWO} --objective behaviour",
     "gipo": f"{TWO} --objective gipo --sigma 0.4 --sigma-neg-ratio 0.8 --kernel cauchy --is-level geometric",
-    "sapo": f"{TWO} --objective sapo --sapo-tau-pos 1.1 --sapo-tau-neg 1.2 --lag 2",
+    "sapo": f"{TWO} --objective sapo --lag 2",
     "cispo": f"{TWO} --method grpo --objective cispo --is-cap 3 --lag 5",
     "m2po": f"{TWO} --method grpo-filter --objective m2po --m2-threshold 0.1 --lag 1",
 }
@@ -528,7 +528,6 @@ BAD = [
     ({"objective": "gipo", "clip_high": 0.3}, "--clip-high 0.3 means nothing for --objective gipo"),
     ({"objective": "sapo", "is_level": "sequence"}, "--is-level sequence needs --objective decoupled or gipo"),
     ({"objective": "pi_old", "is_cap": 3.0}, "--is-cap 3.0 needs --objective decoupled or cispo"),
-    ({"sapo_tau_neg": 2.0}, "--sapo-tau-neg 2.0 needs --objective sapo"),
     ({"m2_threshold": 2.0}, "--m2-threshold 2.0 needs --objective m2po"),
     ({"lag": 10}, "--lag 10 must be below --max-age 10"),
     ({"lag": -1}, "--lag -1 must be 0 or more"),
