@@ -9,7 +9,8 @@
     python docs/figures.py graph --model runs/NAME/model.pt       # the graph of states of one group of Sokoban rollouts
 
 door-open-v3.gif is of `python gipo_continuous.py --env-id door-open-v3`, sokoban.gif of `python graphgpo_sokoban.py`, and
-results/graphgpo_sokoban/graph.png of the same with `--total-episodes 1280`; all with seed 1.
+results/graphgpo_sokoban/graph.png of the same with `--total-episodes 1280`. libero.gif is of the clone and of the policy after RL
+of `./benchmark.sh vla --methods gipo --regimes recent`, each with --evaluate --capture-video. All have seed 1.
 
 Filming without a display needs MUJOCO_GL=egl or osmesa, as --capture-video does.
 """
@@ -181,14 +182,14 @@ def draw_age(options: Args) -> None:
 
 # -------------------- Films --------------------
 def draw_libero(options: Args) -> None:
-    """Every third frame of two videos, side by side."""
+    """Every fourth frame of two videos, side by side."""
     from moviepy import VideoFileClip
 
-    films = [[Image.fromarray(frame) for frame in VideoFileClip(str(path)).iter_frames()][::3] for path in options.videos]
+    films = [[Image.fromarray(frame) for frame in VideoFileClip(str(path)).iter_frames()][::4] for path in options.videos]
     for frames, label in zip(films, ("before RL", "after RL"), strict=True):
         frames[:] = [frame.resize((240, 240)) for frame in frames]
         for i, frame in enumerate(frames):
-            ImageDraw.Draw(frame).text((6, 4), f"{label}, step {3 * i}", fill="white")
+            ImageDraw.Draw(frame).text((6, 4), f"{label}, step {4 * i}", fill="white")
     save_side_by_side(films, "libero.gif")
 
 
