@@ -9,8 +9,8 @@
     python docs/figures.py graph --model runs/NAME/model.pt       # the graph of states of one group of Sokoban rollouts
 
 door-open-v3.gif is of `python gipo_continuous.py --env-id door-open-v3`, sokoban.gif of `python graphgpo_sokoban.py`, and
-results/graphgpo_sokoban/graph.png of the same with `--total-episodes 1280`. libero.gif is of the clone and of the policy after RL
-of `./benchmark.sh vla --methods gipo --regimes recent`, each with --evaluate --capture-video. All have seed 1.
+results/graphgpo_sokoban/graph.png of the same with `--total-episodes 1280`. libero.gif is of the clone and of the policy after
+RL of `./benchmark.sh vla --methods gipo --regimes recent`, each with --evaluate --capture-video. All have seed 1.
 
 Filming without a display needs MUJOCO_GL=egl or osmesa, as --capture-video does.
 """
