@@ -123,6 +123,7 @@ def draw_curves() -> None:
 
 # -------------------- What of the replay still counts --------------------
 AGES = {"0 to 2": (0, 2), "3 to 9": (3, 9), "10 to 19": (10, 19), "20 or more": (20, math.inf)}  # in rollouts
+BY_AGE_FIGURES = "effective sample size", "share with next to no weight", "spread of the log ratio"
 BY_AGE = IMAGES.parent.parent / "results" / "replay_by_age.json"
 
 
@@ -151,8 +152,8 @@ def diagnose(folder: Path) -> dict:
         chosen = (ages >= low) & (ages <= high)
         w, spread = coef[chosen], logratio[chosen].std(correction=0)
         effective = w.mean() ** 2 / (w**2).mean()
-        figures = {"effective sample size": effective, "without a say": (w < 1e-3).float().mean(), "spread of l": spread}
-        rows[name] = {key: round(value.item(), 4) for key, value in figures.items()}
+        figures = effective, (w < 1e-3).float().mean(), spread
+        rows[name] = {key: round(value.item(), 4) for key, value in zip(BY_AGE_FIGURES, figures, strict=True)}
     run = {key: saved[key] for key in ("env_id", "exp_name", "seed", "buffer_size")}
     return run | {"step": checkpoint["iteration"] * args.num_envs * args.num_steps, "ages": rows}
 
@@ -163,7 +164,7 @@ def draw_age(options: Args) -> None:
         BY_AGE.write_text(json.dumps([diagnose(folder) for folder in options.runs], indent=1) + "\n")
     runs = json.loads(BY_AGE.read_text())
     fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.6))
-    for axis, figure in zip(axes, runs[0]["ages"]["0 to 2"], strict=True):
+    for axis, figure in zip(axes, BY_AGE_FIGURES, strict=True):
         for i, (method, (_, label, style)) in enumerate(METHODS.items()):
             of_method = [run["ages"].values() for run in runs if run["exp_name"] == f"{method}_{run['buffer_size']}"]
             found = [[row[figure] for row in ages] for ages in of_method]

@@ -1,11 +1,15 @@
 """What surrounds the code: inline metadata of the scripts, versions, links, and the figures that the README quotes."""
 
+import importlib.util
 import json
+import math
 import re
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -90,3 +94,65 @@ def test_the_readmes_first_output_is_the_committed_run():
     assert f"finished in {run['wall_seconds']:.0f} s, {run['sps']:.0f} steps/s" in shown
     changed = {key for key, value in vars(gipo_continuous.Args()).items() if run["args"][key] != value}
     assert changed == {"total_timesteps"} and run["versions"]["algorithm"] == gipo_continuous.ALGORITHM_VERSION
+
+
+# -------------------- Pictures --------------------
+@pytest.fixture
+def figures(monkeypatch, tmp_path):
+    """docs/figures.py, drawing into a folder of the test's own."""
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["figures"] = module
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "IMAGES", tmp_path)
+    return module
+
+
+def test_pictures_are_drawn_from_committed_files(figures, tmp_path):
+    figures.draw_weight()
+    figures.draw_curves()
+    figures.draw_age(figures.Args(figure="age"))
+    assert {path.name for path in tmp_path.iterdir()} == {"weight.png", "curves.png", "age.png"}
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+
+
+def test_replay_by_age_in_the_text(figures):
+    """The figures that docs/benchmark.md quotes of samples of 20 rollouts or more are the means of the stored runs."""
+    runs = json.loads(figures.BY_AGE.read_text())
+    tasks = ["button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "push-v3"]
+    means = {}
+    for method in figures.METHODS:
+        found = [run for run in runs if run["exp_name"] == f"{method}_5120"]
+        assert sorted(run["env_id"] for run in found) == tasks and all(run["step"] == 150_016 for run in found)
+        rows = [run["ages"]["20 or more"] for run in found]
+        means[method] = [sum(row[name] for row in rows) / len(rows) for name in figures.BY_AGE_FIGURES]
+    text = (ROOT / "docs" / "benchmark.md").read_text()
+    shares = [f"{means[method][1]:.0%}".replace("%", " %") for method in ("ppo-clip-0.2", "ppo-clip-0.5", "gipo")]
+    assert "a clip of 0.2 gives no weight to {}, a clip of 0.5 to {}, and GIPO to {}.".format(*shares) in text
+    sizes = [means[method][0] for method in ("gipo", "ppo-clip-0.2", "ppo-clip-0.5")]
+    assert f"It is {sizes[0]:.2f} with GIPO and {sizes[1]:.1f} with either clip" in text and round(sizes[2], 1) == round(
+        sizes[1], 1
+    )
+    spreads = [f"{means[method][2]:.1f}" for method in ("gipo", "ppo-clip-0.5", "ppo-clip-0.2")]
+    assert spreads == ["0.4", "0.4", "0.2"] and "spreads by 0.4 with either. With a clip of 0.2 it spreads by 0.2." in text
+
+
+def test_diagnosis_by_age_by_hand(figures, tmp_path):
+    """Of a run's replay: without an update every ratio is 1, so every sample counts alike, whatever its age."""
+    args = gipo_continuous.Args(env_id="Pendulum-v1", num_steps=4, num_envs=2, buffer_size=16, policy_head="gaussian")
+    agent = gipo_continuous.Agent(3, 1, args)
+    obs, shape = torch.randn(4, 4, 3), (4, 4)
+    with torch.no_grad():
+        actions, logprobs, *_ = agent.get_action_and_logprob(obs)
+    zeros, versions = torch.zeros(shape), torch.tensor([1.0, 1.0, 30.0, 30.0]).expand(shape)
+    replay = {"obs": obs, "next_obs": obs, "actions": actions, "logprobs": logprobs.clone(), "versions": versions}
+    replay |= {"rewards": torch.randn(shape), "terminations": zeros, "dones": zeros}
+    replay["logprobs"][:, 0] -= 0.2  # of the oldest rollout one segment is now more likely than it was: l = 0.2
+    torch.save({"model": agent.state_dict(), "replay": replay, "iteration": 31}, tmp_path / "checkpoint.pt")
+    (tmp_path / "args.json").write_text(json.dumps(vars(args)))
+    run = figures.diagnose(tmp_path)
+    assert run["step"] == 31 * 8
+    fresh, old = run["ages"]["0 to 2"].values(), run["ages"]["20 or more"].values()
+    assert [*fresh] == pytest.approx([1, 0, 0], abs=1e-4)
+    w = math.exp(0.2 - 0.5)  # omega * rho at l = sigma
+    assert [*old] == pytest.approx([(1 + w) ** 2 / (2 * (1 + w**2)), 0, 0.1], abs=1e-3)
