@@ -1363,11 +1363,12 @@ def main(args: Args) -> None:
         return
     runs = Path(args.runs)
     benchmark = [folder for suite in SUITES for folder in runs.glob(suite)]
-    if args.compare or (run_folders(runs) and not benchmark and args.runs != Args.runs and not args.check):
+    outside = [path for path in run_folders(runs) if path.parent not in benchmark]
+    if args.compare or (outside and not benchmark and args.runs != Args.runs and not args.check):
         compare([Path(folder) for folder in args.compare or [args.runs]])
         return
     if not args.check:
-        if run_folders(runs):
+        if outside:
             print(f"{runs} has runs outside the benchmark, too: python report.py --compare {runs} shows them")
         new = {}
         for collect_suite in (collect, collect_graphgpo, collect_popo, collect_vla):
