@@ -37,7 +37,7 @@ def kill_once(run_dir: Path, flags: list, chance: random.Random, pause: float) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--pause", type=float, default=40.0, help="longest time before a kill, in seconds")
+    parser.add_argument("--pause", type=float, default=10.0, help="longest time before a kill, in seconds")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
