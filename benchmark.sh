@@ -9,6 +9,7 @@
 #   ./benchmark.sh gymnasium    five MuJoCo tasks of Gymnasium, 1,000,000 steps
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
+#   ./benchmark.sh lag          six objectives on Countdown with answers that are 0, 4 and 16 iterations old, five seeds (an hour on one core)
 #   ./benchmark.sh smollm2      POPO, GRPO, GRPO-filter and DAPO on a pretrained language model, three seeds (setup: docs/popo_countdown.md)
 #   ./benchmark.sh vla          GIPO and PPO on LIBERO, tiny preset, two buffer sizes, three seeds (6 hours on 2 cores; needs requirements-vla.txt)
 #   ./benchmark.sh throughput   steps per second against version 1, the stock environment and the arithmetic limit (half an hour)
@@ -31,6 +32,7 @@ SIX="gipo ppo-clip-0.2 ppo-clip-0.5 sapo none ppo"
 # Suite, name, script and flags; a name without more is the script as it is. To add a method, add a line.
 # "replay" stands for --buffer-size and the size that --regimes names.
 PPO="ppo_baseline.py replay --num-steps 16 --minibatch-size 128 --policy-head categorical --ratio per-dim --ent-coef 0.001" # as GIPO but for the objective
+AGE_50="--replay-age-min 50 --max-age 200 --buffer-groups 2048 --max-reuse 100" # replay at least 50 iterations old
 METHODS="
 core      gipo                    gipo_continuous.py replay
 core      gipo-sigma-0.1          gipo_continuous.py replay --sigma 0.1
@@ -58,6 +60,10 @@ graphgpo  gigpo-entropy-0.03      graphgpo_sokoban.py --advantage gigpo --ent-co
 graphgpo  graphgpo-entropy-0.03   graphgpo_sokoban.py --advantage graphgpo --ent-coef 0.03
 graphgpo  graphgpo-omega-0.5      graphgpo_sokoban.py --advantage graphgpo --omega 0.5
 graphgpo  graphgpo-inf            graphgpo_sokoban.py --advantage graphgpo --unreachable-distance inf
+graphgpo  gigpo-lr-3e-4           graphgpo_sokoban.py --advantage gigpo --learning-rate 3e-4
+graphgpo  gigpo-lr-3e-3           graphgpo_sokoban.py --advantage gigpo --learning-rate 3e-3
+graphgpo  graphgpo-lr-3e-4        graphgpo_sokoban.py --advantage graphgpo --learning-rate 3e-4
+graphgpo  graphgpo-lr-3e-3        graphgpo_sokoban.py --advantage graphgpo --learning-rate 3e-3
 graphgpo  gigpo-step-gym          graphgpo_sokoban.py --advantage gigpo --beta-episode 0 --reward gym-sokoban
 graphgpo  graphgpo-step-gym       graphgpo_sokoban.py --advantage graphgpo --beta-episode 0 --reward gym-sokoban
 popo      grpo                    popo_countdown.py --method grpo
@@ -73,14 +79,31 @@ popo      popo-gipo               popo_countdown.py --objective gipo
 popo      popo-sapo               popo_countdown.py --objective sapo
 popo      popo-cispo              popo_countdown.py --objective cispo
 popo      popo-m2po               popo_countdown.py --objective m2po
+popo      grpo-gipo               popo_countdown.py --method grpo --objective gipo
+popo      grpo-sapo               popo_countdown.py --method grpo --objective sapo
+popo      grpo-cispo              popo_countdown.py --method grpo --objective cispo
+popo      grpo-m2po               popo_countdown.py --method grpo --objective m2po
 popo      grpo-decoupled-lag-4    popo_countdown.py --method grpo --lag 4
+popo      grpo-pi_old-lag-4       popo_countdown.py --method grpo --objective pi_old --lag 4
 popo      grpo-gipo-lag-4         popo_countdown.py --method grpo --objective gipo --lag 4
+popo      grpo-sapo-lag-4         popo_countdown.py --method grpo --objective sapo --lag 4
+popo      grpo-cispo-lag-4        popo_countdown.py --method grpo --objective cispo --lag 4
+popo      grpo-m2po-lag-4         popo_countdown.py --method grpo --objective m2po --lag 4
 popo      grpo-decoupled-lag-16   popo_countdown.py --method grpo --lag 16
+popo      grpo-pi_old-lag-16      popo_countdown.py --method grpo --objective pi_old --lag 16
 popo      grpo-gipo-lag-16        popo_countdown.py --method grpo --objective gipo --lag 16
+popo      grpo-sapo-lag-16        popo_countdown.py --method grpo --objective sapo --lag 16
+popo      grpo-cispo-lag-16       popo_countdown.py --method grpo --objective cispo --lag 16
+popo      grpo-m2po-lag-16        popo_countdown.py --method grpo --objective m2po --lag 16
 popo      grpo-fast               popo_countdown.py --method grpo --learning-rate 3e-4
 popo      popo-fast               popo_countdown.py --method popo --learning-rate 3e-4
 popo      popo-stale-fast         popo_countdown.py --replay-age-min 10 --max-age 20 --buffer-groups 512 --learning-rate 3e-4
 popo      popo-pi_old-fast        popo_countdown.py --objective pi_old --learning-rate 3e-4
+popo      popo-age-50-fast        popo_countdown.py $AGE_50 --learning-rate 3e-4
+popo      popo-age-50-uncapped-fast  popo_countdown.py $AGE_50 --learning-rate 3e-4 --is-cap inf
+popo      grpo-lr-1e-3            popo_countdown.py --method grpo --learning-rate 1e-3
+popo      popo-lr-1e-3            popo_countdown.py --method popo --learning-rate 1e-3
+popo      popo-pi_old-lr-1e-3     popo_countdown.py --objective pi_old --learning-rate 1e-3
 vla       gipo                    gipo_vla_libero.py replay --preset tiny --trust-weight gipo
 vla       ppo                     gipo_vla_libero.py replay --preset tiny --trust-weight ppo
 vla       sapo                    gipo_vla_libero.py replay --preset tiny --trust-weight sapo
@@ -100,10 +123,12 @@ case "$suite" in
     gymnasium) tasks="$MUJOCO" seeds="4 5 6" methods="gipo ppo-clip-0.2 ppo" regimes="5120" steps=1000000 ;;
     graphgpo) tasks="Sokoban" seeds="1 2 3 4 5 6 7 8 9 10" methods="grpo gigpo graphgpo" regimes="-" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
+    lag) tasks="countdown-3" seeds="1 2 3 4 5" regimes="-" steps=51200
+        methods="grpo $(awk '$1 == "popo" && $2 ~ /^grpo-(.*-lag-.*|gipo|sapo|cispo|m2po)$/ { print $2 }' <<<"$METHODS" | tr '\n' ' ')" ;;
     smollm2) tasks="countdown-2" seeds="4 5 6" methods="popo grpo grpo-filter dapo" regimes="-" steps=768 ;;
     vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="recent stale" steps=102400 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, gymnasium, graphgpo, popo, smollm2, vla or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, gymnasium, graphgpo, popo, lag, smollm2, vla or throughput"; exit 0 ;;
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm=""
@@ -112,7 +137,7 @@ if [ "$suite" = vla ]; then # 9 GB for the five processes of a run
     [ "$fitting" -ge "$workers" ] || workers=$((fitting > 0 ? fitting : 1))
 fi
 meaningless="" # options
-case $suite in graphgpo) meaningless="--tasks --regimes" ;; popo | smollm2) meaningless="--regimes" ;; throughput) meaningless="--seeds --methods --regimes" ;; esac
+case $suite in graphgpo) meaningless="--tasks --regimes" ;; popo | lag | smollm2) meaningless="--regimes" ;; throughput) meaningless="--seeds --methods --regimes" ;; esac
 while [ $# -gt 0 ]; do
     case "$1" in
         --tasks | --seeds | --methods | --regimes | --steps | --workers)
@@ -146,7 +171,7 @@ table=core unit=--total-timesteps task_flag=--env-id
 run_dir="runs/benchmark-$steps" more="--eval-every 0 --no-overlap" # as many runs as cores: one process each
 case $suite in
     graphgpo) table=graphgpo run_dir="runs/graphgpo-$steps" unit=--total-episodes more="" ;;
-    popo) table=popo run_dir="runs/popo-$steps" more="--eval-every 5120" ;;
+    popo | lag) table=popo run_dir="runs/popo-$steps" more="--eval-every 5120" ;;
     smollm2) table=popo run_dir="runs/popo-smollm2-$steps" more="--model smollm2 --kl-coef 0.05 --num-prompts 8"
         more+=" --updates-per-iteration 2 --max-new-tokens 10 --eval-every 192 --eval-episodes 48" ;;
     vla) table=vla run_dir="runs/vla-tiny" task_flag=--suite more="--eval-every 0" ;; # without the steps: demonstrations and clones are shared

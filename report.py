@@ -66,6 +66,8 @@ POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours;
     "popo-behaviour": "ablations",
     "popo-ineff": "ablations",
     "popo-uncapped": "ablations",
+    "popo-age-50": "ablations",
+    "popo-age-50-uncapped": "ablations",
 }
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9", "#999999"]  # Okabe and Ito, 2008
 # A flag that only one script has: what runs of that script had before other flags came, or after they went.
@@ -861,8 +863,8 @@ def graphgpo_report(args: Args, new: dict[Path, dict] | None = None) -> str:
             rows.append("| " + " | ".join(map(str, [*row, f"{share:.0%}"])) + " |")
         parts += [f"## {total:,} episodes, algorithm version {version}", "\n".join(rows)]
         differences = []
-        compared = [("graphgpo", "gigpo"), ("gigpo", "grpo")]
-        compared += [("graphgpo-step", "gigpo-step"), ("graphgpo-step-gym", "gigpo-step-gym")]
+        compared = [("graphgpo", "gigpo"), ("gigpo", "grpo")]  # then each variant that both have
+        compared += [(name, "gi" + name.removeprefix("graph")) for name in names if name.startswith("graphgpo-")]
         for better, worse in compared:
             seeds = sorted(methods.get(better, {}).keys() & methods.get(worse, {}).keys())
             if len(seeds) > 1:
@@ -969,6 +971,31 @@ def popo_table(methods: dict[str, list[dict]]) -> str:
     return "\n".join(rows)
 
 
+def is_about_age(run: dict) -> bool:
+    """GRPO with another objective, or on answers that are iterations old: a run of the table below."""
+    args = outcome_args(run["args"])
+    return args.get("method") == "grpo" and (args["lag"], args["objective"]) != (0, "decoupled")
+
+
+def lag_table(runs: list[dict]) -> str:
+    """GRPO's area and final pass rate: a row per objective, a column per age of the answers in iterations."""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        args = outcome_args(run["args"])
+        area = popo_curve(run, "rollouts", np.linspace(0, popo_rollouts(run), GRID_POINTS + 1)).mean()
+        groups[args["objective"], args["lag"]].append((area, run["eval_success_rate"]))
+    objectives, lags = dict.fromkeys(name for name, _ in groups), sorted({lag for _, lag in groups})
+    columns = [(score, lag) for score in ("area", "end") for lag in lags]
+    rows = ["| objective | seeds | " + " | ".join(f"{score}, lag {lag}" for score, lag in columns) + " |"]
+    rows.append("|---" * (len(columns) + 2) + "|")
+    for name in objectives:
+        found = {lag: np.array(groups[name, lag]).T for lag in lags if (name, lag) in groups}
+        row = [name, "/".join(str(found[lag].shape[1]) if lag in found else "-" for lag in lags)]
+        row += [percent(found[lag][int(score == "end")], seed_mean) if lag in found else "-" for score, lag in columns]
+        rows.append("| " + " | ".join(row) + " |")
+    return "\n".join(rows)
+
+
 def plot_popo(methods: dict[str, list[dict]], axis_name: str):
     """Held-out pass rate against rollouts or updates: mean over the seeds, band of its 95 % bootstrap interval."""
     import matplotlib.pyplot as plt
@@ -1000,7 +1027,7 @@ def write_popo_report(args: Args, write, new: dict[Path, dict] | None) -> None:
     folder, groups = Path(args.results) / "popo_countdown", collections.defaultdict(lambda: collections.defaultdict(list))
     for run in load(folder, POPO | MACHINE, new).values():
         group = run["env_id"], run["args"]["total_timesteps"], run["args"]["learning_rate"], run["versions"]["algorithm"]
-        groups[group][run["exp_name"].removesuffix("-fast")].append(run)
+        groups[group][re.sub(r"-(fast|lr-[0-9e.-]+)$", "", run["exp_name"])].append(run)
     for (env_id, steps, rate, version), found in sorted(groups.items()):
         order = [*POPO_METHODS, *sorted(found.keys() - POPO_METHODS.keys())]
         methods = {method: found[method] for method in order if method in found}
@@ -1011,10 +1038,18 @@ def write_popo_report(args: Args, write, new: dict[Path, dict] | None) -> None:
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         heading = f"{len(runs)} runs, {len({run['seed'] for run in runs})} seeds, algorithm version {version}. Machine: "
         heading += f"{machines}. Held-out pass rate in percent, 95 % bootstrap intervals over the seeds. Written by report.py."
-        plots = "\n\n".join(f"![pass rate against {axis}]({axis}-{name}.png)" for axis in ("rollouts", "updates"))
-        text = f"# {env_id}, {steps:,} rollouts, step size {rate:g}\n\n{heading}\n\n{popo_table(methods)}\n\n{plots}\n"
-        write(folder / f"benchmark-{name}.md", text)
-        if not args.check:
+        by_age = [run for run in runs if is_about_age(run)]
+        methods = {name: runs for name, runs in methods.items() if not is_about_age(runs[0])}
+        parts = [f"# {env_id}, {steps:,} rollouts, step size {rate:g}", heading]
+        if methods:
+            parts.append(popo_table(methods))
+        if by_age:
+            parts.append("GRPO on answers that are so many iterations old (lag); means over the seeds:")
+            parts.append(lag_table(methods.get("grpo", []) + by_age))
+        if methods:
+            parts += [f"![pass rate against {axis}]({axis}-{name}.png)" for axis in ("rollouts", "updates")]
+        write(folder / f"benchmark-{name}.md", "\n\n".join(parts) + "\n")
+        if methods and not args.check:
             for axis in ("rollouts", "updates"):
                 draw(folder / f"{axis}-{name}.png", plot_popo, methods, axis)
 

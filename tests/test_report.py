@@ -1021,7 +1021,7 @@ def test_commands_that_a_script_refuses():
     [
         (
             ["all"],
-            "unknown suite 'all': quick, main, age, authors, tune, gymnasium, graphgpo, popo, smollm2, vla or throughput",
+            "unknown suite 'all': quick, main, age, authors, tune, gymnasium, graphgpo, popo, lag, smollm2, vla or throughput",
         ),
         (["sweep"], "unknown suite 'sweep'"),
         (["quick", "--method", "gipo"], "--method"),
@@ -1081,7 +1081,7 @@ def test_usage_names_every_suite():
     process = benchmark()
     assert process.returncode == 0 and not process.stderr
     listed = re.findall(r"^  ./benchmark.sh (\S+)   ", process.stdout, re.MULTILINE)
-    assert listed == "quick main age authors tune gymnasium graphgpo popo smollm2 vla throughput".split()
+    assert listed == "quick main age authors tune gymnasium graphgpo popo lag smollm2 vla throughput".split()
 
 
 def test_python_in_a_folder_with_a_space(tmp_path):
