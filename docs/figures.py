@@ -37,15 +37,16 @@ import ppo_baseline as ppo
 import report
 
 IMAGES = Path(__file__).resolve().parent / "images"
-RUNS = IMAGES.parent.parent / "results" / "v1" / "runs" / "300000"
+RUNS = IMAGES.parent.parent / "results" / "runs" / "300000-v2"
+REPLAY = 5120  # steps
 TASKS = ("button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "push-v3")
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#666666"  # of Okabe and Ito, 2008; also apart in grey
 
 
-METHODS = {  # of the benchmark -> name in RUNS, label and style of its line
-    "gipo": ("gipo_stale", "GIPO", {"color": BLUE, "linestyle": "-", "linewidth": 2.2}),
-    "ppo-clip-0.5": ("ppo-clip-0.5_stale", "PPO, clip 0.5", {"color": RED, "linestyle": "-."}),
-    "ppo-clip-0.2": ("ppo-clip_stale", "PPO, clip 0.2", {"color": RED, "linestyle": "--"}),
+METHODS = {  # of the benchmark -> label and style of its line
+    "gipo": ("GIPO", {"color": BLUE, "linestyle": "-", "linewidth": 2.2}),
+    "ppo-clip-0.5": ("PPO, clip 0.5", {"color": RED, "linestyle": "-."}),
+    "ppo-clip-0.2": ("PPO, clip 0.2", {"color": RED, "linestyle": "--"}),
 }
 
 
@@ -101,11 +102,12 @@ def draw_weight() -> None:
 
 
 def draw_curves() -> None:
-    """Success in training on replay of 20,000 steps: mean over three seeds, band from the worst to the best."""
+    """Success in training, a panel per task: mean over the seeds of the README's table, band from the worst to the best."""
     fig, axes = plt.subplots(1, len(TASKS), figsize=(8.6, 2.5), sharey=True)
     for axis, task in zip(axes, TASKS, strict=True):
-        for name, label, style in METHODS.values():
-            runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob(f"{task}__{name}__*.json"))]
+        for name, (label, style) in METHODS.items():
+            files = [RUNS / f"{task}__{name}_{REPLAY}__{seed}.json" for seed in report.README_SEEDS]
+            runs = [json.loads(file.read_text()) for file in files]
             curves = np.array([report.filled_curve(run, "success") for run in runs])
             steps = np.array(runs[0]["curves"]["steps"]) / 1000
             axis.plot(steps, curves.mean(0), label=label, **style)
@@ -165,7 +167,7 @@ def draw_age(options: Args) -> None:
     runs = json.loads(BY_AGE.read_text())
     fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.6))
     for axis, figure in zip(axes, BY_AGE_FIGURES, strict=True):
-        for i, (method, (_, label, style)) in enumerate(METHODS.items()):
+        for i, (method, (label, style)) in enumerate(METHODS.items()):
             of_method = [run["ages"].values() for run in runs if run["exp_name"] == f"{method}_{run['buffer_size']}"]
             found = [[row[figure] for row in ages] for ages in of_method]
             places = np.arange(len(AGES)) + 0.12 * (i - 1)
