@@ -128,7 +128,7 @@ case "$suite" in
     smollm2) tasks="countdown-2" seeds="4 5 6" methods="popo grpo grpo-filter dapo" regimes="-" steps=768 ;;
     vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="recent stale" steps=102400 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, gymnasium, graphgpo, popo, lag, smollm2, vla or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${0##*/}"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, gymnasium, graphgpo, popo, lag, smollm2, vla or throughput"; exit 0 ;;
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm=""
@@ -137,12 +137,12 @@ if [ "$suite" = vla ]; then # 9 GB for the five processes of a run
     [ "$fitting" -ge "$workers" ] || workers=$((fitting > 0 ? fitting : 1))
 fi
 meaningless="" # options
-case $suite in graphgpo) meaningless="--tasks --regimes" ;; popo | lag | smollm2) meaningless="--regimes" ;; throughput) meaningless="--seeds --methods --regimes" ;; esac
+case $suite in graphgpo) meaningless="--tasks --regimes" ;; popo | lag | smollm2) meaningless="--regimes" ;; throughput) meaningless="--seeds --methods --regimes --workers --slurm" ;; esac
 while [ $# -gt 0 ]; do
+    [[ " $meaningless " != *" $1 "* ]] || die "$1 means nothing for $suite: drop it"
     case "$1" in
         --tasks | --seeds | --methods | --regimes | --steps | --workers)
             [ $# -ge 2 ] || die "$1 needs a value"
-            [[ " $meaningless " != *" $1 "* ]] || die "$1 means nothing for $suite: drop it"
             declare "${1#--}=$2" && shift 2 ;;
         --dry-run) dry_run=1 && shift ;;
         --slurm) slurm=1 && shift ;;

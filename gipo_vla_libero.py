@@ -569,6 +569,7 @@ def train(args: Args, at_exit) -> dict:
     def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
         return every > 0 and progress.global_step // every > (progress.global_step - rollout_size) // every
 
+    saved = True  # is all that was done in the checkpoint?
     while True:
         # ==================== EVAL ====================
         # Before collecting more, so that a run which died here evaluates again when resumed; first the policy RL starts from.
@@ -593,7 +594,7 @@ def train(args: Args, at_exit) -> dict:
                     record_videos(agent, interface, args, run_folder / "videos" / str(step))
         if finished and not args.eval_episodes and rank == 0:
             save_policy(run_folder / "model", agent, tokenizer, norm_stats, args)
-        if finished or stop:
+        if finished or (stop and saved):
             break
         progress.iteration += 1
         iteration, iteration_start = progress.iteration, time.perf_counter()
@@ -679,10 +680,10 @@ def train(args: Args, at_exit) -> dict:
         for name, value in scalars.items() if writer else ():
             writer.add_scalar(name, value, step)
         if tty or time.time() - last_print > 10 or step >= total_steps:
-            left = (total_steps - step) / sps
+            left = round((total_steps - step) / sps)
             shown = "   -" if success is None else f"{success:4.0%}"
             line = f"step {step:>9,}  success {shown}  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s"
-            line += f"  left {left // 60:.0f}m{left % 60:02.0f}s"
+            line += f"  left {left // 60}m{left % 60:02d}s"
             say(f"\r{line} " if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
@@ -690,7 +691,8 @@ def train(args: Args, at_exit) -> dict:
         # Also before every evaluation, and when asked to stop.
         seconds["wall"] = time.time() - start_time
         due = step >= total_steps or passed(args.checkpoint_every) or passed(args.eval_every)
-        if any_rank(due or bool(stop_signals)):
+        saved = any_rank(due or bool(stop_signals))
+        if saved:
             save_run(run_folder, agent, optimizer, rb, progress, simulators, rng)
             if writer:
                 writer.flush()
@@ -2598,7 +2600,7 @@ def saved_args(path: Path) -> Args:
         raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
     saved = set(read_json(file)) - {"algorithm_version", "wandb_id"}
     if read_json(file).get("algorithm_version") != ALGORITHM_VERSION or saved != set(vars(Args())):
-        raise ArgumentError(f"--resume: {path} is another script's or version's run: --overwrite starts anew")
+        raise ArgumentError(f"--resume: {path} is another script's or version's run: move it away and start anew")
     return Args(**stored_args(file, saved - {"evaluate", "resume"}) | {"resume": str(path), "run_dir": str(path.parent)})
 
 
@@ -3032,8 +3034,8 @@ def collect_demonstrations(args, path: Path, tasks, init_states, per_state: int)
                 save_npz(parts / "{}-{}-{}.npz".format(*running[i]), envs.answer(i) or {})
                 del running[i]
                 done += 1
-                left = (time.time() - start) / done * (total - done)
-                say(f"demonstrations: {done}/{total}, left {left // 60:.0f}m{left % 60:02.0f}s")
+                left = round((time.time() - start) / done * (total - done))
+                say(f"demonstrations: {done}/{total}, left {left // 60}m{left % 60:02d}s")
     finally:
         envs.close()
     demos, ends = [], [0]
@@ -3089,9 +3091,9 @@ def clone(agent, demos: dict, interface, args, path: Path) -> None:
         losses.append(loss.item())
         done += 1
         if done % 100 == 0 or done == args.clone_updates:
-            left = (time.time() - start) / (done - first) * (args.clone_updates - done)
+            left = round((time.time() - start) / (done - first) * (args.clone_updates - done))
             line = f"cloning: update {done:,}  loss {np.mean(losses[-100:]):.3f}"
-            say(f"{line}  left {left // 60:.0f}m{left % 60:02.0f}s")
+            say(f"{line}  left {left // 60}m{left % 60:02d}s")
         if done % 500 == 0:
             save_checkpoint(state, {"model": agent.state_dict(), "optimizer": optimizer.state_dict(), "updates": done})
     state.unlink(missing_ok=True)

@@ -774,7 +774,7 @@ class LanguageAgent(nn.Module):
             # Up to the first end, which counts.
             masks.append(nn.functional.pad(is_end.cumsum(1) - is_end.long() == 0, missing, value=False))
         tokens, mask = torch.cat(tokens), torch.cat(masks)
-        texts = self.tokenizer.batch_decode(torch.where(mask, tokens, self.pad), skip_special_tokens=True)
+        texts = [self.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask, strict=True)]
         actions = [self.parse(text, names) for text, names in zip(texts, choices, strict=True)]
         if not want_logprobs:
             return np.array(actions), tokens, mask, None
@@ -1015,7 +1015,7 @@ def check_args(args) -> None:
         found = not used or importlib.util.find_spec(package)
         require(name, found, f"needs the package {package}: pip install {package}")
     require("env_id", not text or args.model, "is text: name a language model with --model")
-    require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: drop it or install a CUDA build of torch")
+    require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: use --no-cuda or install a CUDA build of torch")
 
 
 def with_defaults(args):
@@ -1036,11 +1036,11 @@ def saved_args(path: Path, cls=Args):
         saved = json.loads(file.read_text())
         version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArgumentError(f"--resume: {file} is missing or damaged: --overwrite starts anew") from error
+        raise ArgumentError(f"--resume: {file} is missing or damaged: give the folder of a run") from error
     if not set(saved) <= {field.name for field in dataclasses.fields(cls)}:  # fewer: an older file's run
         raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
-        raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
+        raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew")
     return cls(**saved | {"resume": str(path), "run_dir": str(path.parent)})
 
 
@@ -1170,7 +1170,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         optimizer.load_state_dict(checkpoint["optimizer"])
         seconds = checkpoint["seconds"]
         torch.set_rng_state(checkpoint["rng"])
-        if args.cuda:
+        if args.cuda and checkpoint["cuda_rng"] is not None:  # None: it ran on the CPU before
             torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
@@ -1190,6 +1190,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     def passed(every: int) -> bool:  # has a multiple of `every` episodes been passed in the last iteration?
         return every > 0 and episodes // every > (episodes - num_envs) // every
 
+    saved = True  # is all that was done in the checkpoint?
     while True:
         # ==================== EVAL ====================
         # Before collecting more, so that a run which died here evaluates again when resumed.
@@ -1206,7 +1207,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             line = f"eval at {episodes:,}: success {evaluation['success_rate']:.1%}"
             line += f" of {evaluation['episodes']} held-out levels"
             say(f"\n{line}" if tty else line)
-        if finished or stop_signals:
+        if finished or (stop_signals and saved):
             break
 
         iteration += 1
@@ -1314,16 +1315,17 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         for name, value in scalars.items():
             writer.add_scalar(name, value, episodes)
         if tty or time.time() - last_print > 10 or iteration == num_iterations:
-            left = (num_iterations - iteration) * seconds["training"] / iteration
+            left = round((num_iterations - iteration) * seconds["training"] / iteration)
             line = f"episode {episodes:>7,}  success {np.mean(recent_successes):4.0%}  length {lengths.mean():5.1f}"
-            line += f"  {sps:6.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
+            line += f"  {sps:6.0f} steps/s  left {left // 60}m{left % 60:02d}s"
             say(f"\r{line} " if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
         # ==================== CHECKPOINT ====================
         # Also before every evaluation, and when asked to stop.
         seconds["wall"] = time.time() - start_time
-        if iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or stop_signals:
+        saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
+        if saved:
             state = {
                 "model": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -1341,7 +1343,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
     if stop_signals:
         how = shlex.join(["python", os.path.relpath(__file__), "--resume", str(run_folder)])
-        say(f"\nstopped at episode {episodes:,} with a checkpoint; continue with: {how}")
+        say(f"\nstopped at episode {episodes:,}; continue with: {how}")
         sys.exit(128 + stop_signals[0])
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0, "spl": None}

@@ -202,7 +202,7 @@ class Args:
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
     """gipo: shape of the trust weight; only the Gaussian bounds omega * rho for every sigma"""
     m2_threshold: float = 0.04
-    """m2po: tokens of largest squared log ratio are left out until the mean square of the rest is at most this (unverified)"""
+    """m2po: tokens that PPO could clip are left out, largest squared log ratio first, until its mean is at most this"""
     clip_low: float = 0.2
     """eps_lo: the ratio is clipped at 1 - eps_lo where A < 0"""
     clip_high: float = 0.28
@@ -302,6 +302,7 @@ class Countdown:
     def __init__(self, args):
         self.sizes, self.max_number, self.format_reward = SIZES[args.env_id], args.max_number, args.format_reward
         self.width, self.eos = max(self.sizes), ()  # no end token: the length is known
+        self.longest = 2 * self.width - 1  # tokens of a response
         self.shapes = {}  # all orders of numbers (False) and operators (True) that are valid reverse Polish
         for n in self.sizes:
             orders = set(itertools.permutations([False] * n + [True] * (n - 1)))
@@ -380,14 +381,14 @@ class TextCountdown(Countdown):
     def __init__(self, args, tokenizer, ends):
         super().__init__(args)
         self.tokenizer, self.few_shot = tokenizer, args.prompt == "few-shot"
-        self.max_new_tokens = args.max_new_tokens
+        self.longest = args.max_new_tokens
         if self.few_shot:  # the answer is one line
             ends = ends | line_ends(tokenizer)
         self.eos = tuple(sorted(ends))
 
     def problems(self, count, test, generator=None):
         problems = super().problems(count, test, generator)
-        return problems | {"lengths": torch.full((count,), self.max_new_tokens)}
+        return problems | {"lengths": torch.full((count,), self.longest)}
 
     def prompts(self, problems):
         """Padded on the left, so that every response starts at the same position."""
@@ -632,13 +633,14 @@ def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
     return {"gaussian": -0.5 * x**2, "laplacian": -x.abs(), "cauchy": -torch.log1p(x**2)}[kernel]
 
 
-def second_moment_mask(logratio, mask, threshold: float) -> torch.Tensor:
-    """The tokens that M2PO keeps, bool: those of smallest squared log ratio, as many as have a mean square <= `threshold`."""
-    squares = torch.where(mask, logratio**2, math.inf)
-    ordered = squares[mask].sort().values
+def second_moment_mask(logratio, advantages, threshold: float) -> torch.Tensor:
+    """The tokens that M2PO keeps, bool (algorithm 1 of arXiv 2510.01161): all that PPO would never clip (l A <= 0), and of the
+    others those of smallest squared log ratio, as many as have a mean square <= `threshold`."""
+    could_clip = logratio * advantages > 0
+    ordered = (logratio**2)[could_clip].sort().values
     means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)
     kept = int((means <= threshold).sum())  # the means never fall
-    return squares <= (ordered[kept - 1] if kept else -1.0)
+    return ~could_clip | (logratio**2 <= (ordered[kept - 1] if kept else -1.0))
 
 
 def trust_coefficient(logratio, advantages, mask, args) -> torch.Tensor:
@@ -655,7 +657,7 @@ def trust_coefficient(logratio, advantages, mask, args) -> torch.Tensor:
         return 4.0 * gate * (1.0 - gate) * ratio
     if args.objective == "cispo":
         return ratio.clamp(max=args.is_cap)
-    return ratio * second_moment_mask(logratio, mask, args.m2_threshold)
+    return ratio * second_moment_mask(logratio, advantages, args.m2_threshold)
 
 
 def policy_objective(logprobs, prox_logprobs, behaviour_logprobs, advantages, mask, args):
@@ -697,7 +699,9 @@ def answer(policy, task, args, problems, group_size: int, temperature: float, ge
         part = {name: value[rows] for name, value in problems.items()}
         prompts, prompt_mask = task.prompts(part)
         inputs = prompts.to(device), prompt_mask.to(device), group_size, part["lengths"].to(device)
-        responses, mask, logprobs = (x.cpu() for x in sample(policy, *inputs, task.eos, temperature, generator))
+        sampled = sample(policy, *inputs, task.eos, temperature, generator)
+        room = (0, task.longest - sampled[0].shape[-1])  # problems may be shorter than the task's
+        responses, mask, logprobs = (F.pad(x.cpu(), room) for x in sampled)
         rewards, well_formed = task.rewards(part, responses, mask)
         ended = ~mask[..., -1] | torch.isin(responses[..., -1], torch.tensor(task.eos, dtype=torch.long))
         batch = {"prompts": prompts, "prompt_mask": prompt_mask, "responses": responses, "mask": mask, "logprobs": logprobs}
@@ -742,7 +746,9 @@ def warm_up(policy, task, args, progress) -> None:
 
 @torch.no_grad()
 def evaluate(policy, args, task, num_problems: int, stop_signals=(), progress=None) -> dict:
-    """Sample `eval_samples` responses to each of the first `num_problems` held-out problems, with generators of its own.
+    """Sample `eval_samples` responses to each of `num_problems` held-out problems, with generators of its own.
+
+    Equal numbers are equal problems; fewer are not the first of more.
 
     Returns `success_rate` (mean over all responses: pass@1), `return_mean` and `episodes`. Ends early once a signal arrived.
     """
@@ -840,7 +846,8 @@ def sample_answers(task, groups: list[dict], count: int) -> str:
     """The first answer of the first `count` groups, each with its reward, as one reads it."""
     lines = []
     for group in groups[:count]:
-        question = task.text(group["prompts"][group["prompt_mask"]]).splitlines()[-1]
+        lines_of_prompt = task.text(group["prompts"][group["prompt_mask"]]).splitlines()
+        question = [line for line in lines_of_prompt if any(map(str.isdigit, line))][-1]  # a chat ends with a header
         response = task.text(group["responses"][0][group["mask"][0]]).rstrip()
         lines.append(f"{question} {response}   [{group['rewards'][0].item():g}]")
     return "\n".join(lines)
@@ -1143,7 +1150,7 @@ def check_args(args) -> None:
     require("lag", args.method != "popo" or args.lag < args.max_age, f"must be below {replayed}")
     require("replay_age_min", args.replay_age_min <= args.max_age, f"must not exceed {replayed}")
     require("export", not args.export or args.evaluate, "needs --evaluate with the model.pt or best_model.pt of a run")
-    require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: drop it or install a CUDA build of torch")
+    require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: use --no-cuda or install a CUDA build of torch")
     for name, package in (("track", "wandb"), ("model", "transformers")):
         found = not getattr(args, name) or importlib.util.find_spec(package)
         require(name, found, f"needs the package {package}: pip install {package}")
@@ -1167,11 +1174,11 @@ def saved_args(path: Path, cls=Args):
         saved = json.loads(file.read_text())
         version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArgumentError(f"--resume: {file} is missing or damaged: --overwrite starts anew") from error
+        raise ArgumentError(f"--resume: {file} is missing or damaged: give the folder of a run") from error
     if not set(saved) <= {field.name for field in dataclasses.fields(cls)}:  # fewer: an older file's run
         raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
-        raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
+        raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew")
     return cls(**saved | {"resume": str(path), "run_dir": str(path.parent)})
 
 
@@ -1283,7 +1290,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         recent_returns.extend(saved["recent_returns"])
         recent_successes.extend(saved["recent_successes"])
         torch.set_rng_state(saved["rng"])
-        if args.cuda:
+        if args.cuda and saved["cuda_rng"] is not None:  # None: it ran on the CPU before
             torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
         saved = None  # weights and Adam's moments
 
@@ -1304,6 +1311,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     def passed(every: int) -> bool:  # has a multiple of `every` been passed in the last iteration, at one batch in each?
         return every > 0 and iteration * batch_rollouts // every > (iteration - 1) * batch_rollouts // every
 
+    saved = True  # is all that was done in the checkpoint?
     while True:
         # ==================== EVAL ====================
         # Before generating more, so that a run which died here evaluates again when resumed. Also before the first update.
@@ -1319,7 +1327,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
             passed_share = f"{evaluation['success_rate']:.1%} of held-out answers"
             progress.message(f"eval at {global_step:,} rollouts, {updates:,} updates: {passed_share}")
-        if finished or stop_signals:
+        if finished or (stop_signals and saved):
             break
 
         iteration += 1
@@ -1423,10 +1431,10 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("generate", "logprob", "update")}
         for name, value in scalars.items():
             writer.add_scalar(name, value, global_step)
-        left = (num_iterations - iteration) * seconds["training"] / iteration
+        left = round((num_iterations - iteration) * seconds["training"] / iteration)
         line = f"step {global_step:>9,}  pass {sum(recent_successes) / len(recent_successes):4.0%}"
         line += f"  effective {scalars['batch/effective_frac_fresh']:4.0%}  {sps:5.1f} rollouts/s"
-        line += f"  left {left // 60:.0f}m{left % 60:02.0f}s"
+        line += f"  left {left // 60}m{left % 60:02d}s"
         progress(line, last=iteration == num_iterations)
         idle = 0 if effective or replayed or not arrived else idle + 1
         if idle in (1, 10, 100):
@@ -1439,7 +1447,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # ==================== CHECKPOINT ====================
         # Also before every evaluation, and when asked to stop.
         seconds["wall"] = time.time() - start_time
-        if iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or stop_signals:
+        saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
+        if saved:
             state = {
                 "model": policy.state_dict(),
                 "reference": reference.state_dict() if reference and args.model is None else None,
@@ -1462,7 +1471,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(run_folder)])
-        say(f"\nstopped at step {global_step:,} with a checkpoint; continue with: {how}")
+        say(f"\nstopped at step {global_step:,}; continue with: {how}")
         sys.exit(128 + stop_signals[0])
     seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}

@@ -112,11 +112,11 @@ class Args:
     eval_every: int = 100_000
     """environment steps between evaluations (0: only at the end)"""
     eval_episodes: int = 50
-    """episodes of an evaluation, on the first k <= 50 goals of Meta-World; MT10: per task, at most 5 in training (0: never)"""
+    """episodes per evaluation (0: never evaluate); Meta-World: one per goal, 50 at most; MT10: per task, 5 before the end"""
     checkpoint_every: int = 50_000
     """environment steps between checkpoints"""
     capture_video: bool = False
-    """record the first episode of every evaluation as mp4 (needs moviepy and an OpenGL library, see the README)"""
+    """record the first episode of every evaluation as mp4 (needs moviepy and an OpenGL library: docs/gipo_continuous.md)"""
     track: bool = False
     """also log to Weights & Biases (needs `pip install wandb`)"""
     wandb_project: str = "gipo"
@@ -144,17 +144,17 @@ class Args:
     minibatch_size: int = 64
     """environment steps per update; where segments are replayed, a multiple of num_steps"""
     updates_per_iteration: int = 10
-    """updates after each rollout from replayed segments; times minibatch_size / (num_envs * num_steps): the replay ratio"""
+    """updates after each rollout of replay; a step is used this * minibatch_size / (num_envs * num_steps) times (10)"""
     learning_rate: float = 3e-4
     """Adam step size of the actor (1e-4 to 1e-3)"""
     critic_learning_rate: float = 1e-3
     """Adam step size of the critic (3e-4 to 3e-3)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """how the actor's step size falls to 0 over the run"""
+    """course of the actor's step size: constant, or falling to 0 over the run, in a line or half a cosine"""
     critic_lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """how the critic's step size falls to 0 over the run"""
+    """the same of the critic's"""
     lr_warmup: float = 0.0
-    """share of the run over which both step sizes rise linearly to their value, from 0 in the first rollout"""
+    """share of the run over which both step sizes rise linearly from 0; then the schedule as if there had been no warm-up"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -493,8 +493,8 @@ class Collector:
         self.next_obs = torch.as_tensor(self.envs.reset()[0], dtype=torch.float32)
         self.check_numbers("observation", self.next_obs)
         if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
-            text = f"{self.args.env_id} has random numbers that no checkpoint holds: its running episodes go on otherwise"
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            text = f"{self.args.env_id} has numbers, random ones or from earlier episodes, that no checkpoint holds"
+            print(f"warning: {text}: its running episodes go on otherwise", file=sys.stderr, flush=True)
 
     def snapshot(self) -> dict:
         """What reset() needs, as tensors and plain types."""
@@ -505,7 +505,8 @@ class Collector:
         """Act with these weights, those of iteration `version`, for T steps.
 
         Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes` that ended: (steps of the run, return, length,
-        success); and `log_ratio_max`, the largest |log ratio| between acting and a batch, same weights: 0 but for rounding.
+        success); and `log_ratio_max`: the same weights score the rollout once more, as one batch; the largest difference of a
+        log-prob is 0 but for rounding.
         """
         torch.set_num_threads(1)
         self.agent.load_state_dict(weights)
@@ -518,7 +519,7 @@ class Collector:
             t1 = time.perf_counter()
             try:
                 obs_np, rewards, terminations, truncations, infos = self.envs.step(env_action)
-            except EOFError as error:
+            except (EOFError, ConnectionError) as error:
                 raise RuntimeError("a process of --async-envs has died, perhaps killed for want of memory") from error
             seconds["policy"] += t1 - t0
             seconds["env"] += time.perf_counter() - t1
@@ -825,6 +826,8 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
     """
     returns, successes, has_goals = [], [], args.env_id in [*META_WORLD, "MT10"]
     for task_idx in range(len(MT10) if args.env_id == "MT10" else 1):
+        if stop_signals:
+            break
         render = ["rgb_array" if video_dir and i == 0 else None for i in range(min(num_episodes, MAX_EVAL_ENVS))]
         envs = [make_env(args, task_idx, render_mode)() for render_mode in render]
         for first in range(0, num_episodes, len(envs)):
@@ -969,7 +972,7 @@ def check_args(args) -> None:
         require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1")
     require("seed", 0 <= args.seed <= 4_000_000, "must be between 0 and 4,000,000")  # 1000 * seed + i must be below 2^32
     require("init_log_std", -20 <= args.init_log_std <= 2, "must be between -20 and 2")
-    require("num_bins", 2 <= args.num_bins <= 100_000, "must be 2 or more")
+    require("num_bins", 2 <= args.num_bins <= 100_000, "must be 2 or more, at most 100,000")
     positive = "total_timesteps num_envs num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate"
     positive += " reward_scale max_grad_norm hidden_size checkpoint_every torch_threads"
     positive += " clip_coef update_epochs"
@@ -979,9 +982,9 @@ def check_args(args) -> None:
         if get_origin(field.type) is Literal:
             require(name, value in get_args(field.type), f"must be one of {', '.join(get_args(field.type))}")
         elif name in may_be_zero.split():
-            require(name, 0 <= value <= 1e12, "must be 0 or more")
+            require(name, 0 <= value <= 1e12, "must be 0 or more, at most 1e12")
         elif name in positive.split():
-            require(name, 1e-12 <= value <= 1e12, "must be positive")
+            require(name, 1e-12 <= value <= 1e12, "must be positive, at most 1e12")
     for name, most in (("hidden_size", 16_384), ("torch_threads", 1_024)):
         require(name, getattr(args, name) <= most, f"must be {most:,} or fewer")
     if args.resume == "":
@@ -1002,8 +1005,8 @@ def check_args(args) -> None:
         raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
     try:
         found = not module or importlib.util.find_spec(module)
-    except ModuleNotFoundError as error:
-        found = not f"{module}.".startswith(f"{error.name}.")  # else it is there, and lacks another
+    except ImportError as error:  # of another module that it lacks: then it is there; or of a path, which is no name
+        found = isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}.")
     if not found:
         raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
     known = [*META_WORLD, "MT10", *gym.registry]
@@ -1021,10 +1024,12 @@ def check_args(args) -> None:
     require("minibatch_size", args.minibatch_size <= buffer, f"must not exceed the buffer of {buffer} steps")
     whole_segments = buffer < 2 * rollout or args.minibatch_size % args.num_steps == 0
     require("minibatch_size", whole_segments, f"must be a multiple of --num-steps {args.num_steps}")
-    if args.vtrace and (buffer < 2 * rollout or not args.recompute_advantages):
-        raise ArgumentError("--vtrace needs replayed segments with recomputed advantages: raise --buffer-size")
+    if args.vtrace and not args.recompute_advantages:
+        raise ArgumentError("--vtrace needs the current ratios: drop --no-recompute-advantages")
+    if args.vtrace and buffer < 2 * rollout:
+        raise ArgumentError(f"--vtrace needs replayed segments: raise --buffer-size to {2 * rollout} or more")
     if args.cuda and not torch.cuda.is_available():
-        raise ArgumentError("--cuda: PyTorch sees no GPU here; drop the flag or install a CUDA build of torch")
+        raise ArgumentError("--cuda: PyTorch sees no GPU here; use --no-cuda or install a CUDA build of torch")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
@@ -1080,11 +1085,13 @@ def saved_run(args) -> tuple:
         saved = json.loads((folder / "args.json").read_text())
         version, wandb_id = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
     except Exception as error:
-        raise ArgumentError(f"--resume: {folder / 'args.json'} is missing or damaged: --overwrite starts anew") from error
+        raise ArgumentError(f"--resume: {folder / 'args.json'} is missing or damaged: give the folder of a run") from error
     if not saved.keys() <= vars(args).keys():  # fewer: an older file's run
         raise ArgumentError(f"--resume: {folder} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
-        raise ArgumentError(f"--resume: {folder} is of version {version}, not {ALGORITHM_VERSION}: --overwrite starts anew")
+        raise ArgumentError(
+            f"--resume: {folder} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew"
+        )
     return Args(**saved | {"resume": str(folder), "run_dir": str(folder.parent)}), wandb_id
 
 
@@ -1177,7 +1184,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "rewards": torch.zeros(shape, device=device),  # raw, not scaled
         "terminations": torch.zeros(shape, device=device),
         "dones": torch.zeros(shape, device=device),  # termination or truncation
-        "versions": torch.zeros(shape, device=device),  # iteration with whose first weights the policy acted
+        "versions": torch.zeros(shape, device=device),  # iteration at whose start the acting weights were taken
         "advantages": torch.zeros(shape, device=device),  # of collection time; used unless they are recomputed
         "returns": torch.zeros(shape, device=device),
     }
@@ -1269,8 +1276,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         say(f"\n{line}" if tty else line)
         return evaluation
 
-    evaluation = evaluation_phase()
-    while iteration < num_iterations and not stop_signals:
+    evaluation, saved = evaluation_phase(), True  # saved: is all that was done in the checkpoint?
+    while iteration < num_iterations and not (stop_signals and saved):
         # ==================== ROLLOUT ====================
         # With replay, as in GIPO; on-policy, with the weights after the last update.
         iteration += 1
@@ -1346,19 +1353,20 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 raise BadNumber(f"{name} is {value} at step {global_step:,}")
             writer.add_scalar(name, value, global_step)
         if tty or time.time() - last_print > 10 or iteration == num_iterations:
-            left, train_success = (num_iterations - iteration) * rollout_size / sps, success_rate(recent_successes)
+            left, train_success = round((num_iterations - iteration) * rollout_size / sps), success_rate(recent_successes)
             line = f"first episode ends by step {max_episode_steps * args.num_envs:,}"
             if recent_returns:
                 line = f"return {np.mean(recent_returns):8.1f}"
             line += "" if train_success is None else f"  success {train_success:4.0%}"
-            line = f"step {global_step:>9,}  {line}  {sps:5.0f} steps/s  left {left // 60:.0f}m{left % 60:02.0f}s"
+            line = f"step {global_step:>9,}  {line}  {sps:5.0f} steps/s  left {left // 60}m{left % 60:02d}s"
             say(f"\r{line} " if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
         # ==================== CHECKPOINT ====================
         # Also before every evaluation, and when asked to stop.
         seconds["wall"] = time.time() - start_time
-        if iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or stop_signals:
+        saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
+        if saved:
             next_rollout = collector.result() if collector.busy else None
             checkpoint = {
                 "model": agent.state_dict(),
@@ -1381,7 +1389,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(run_folder)])
-        say(f"\nstopped at step {global_step:,} with a checkpoint; continue with: {how}")
+        say(f"\nstopped at step {global_step:,}; continue with: {how}")
         sys.exit(128 + stop_signals[0])
     if not args.eval_episodes:
         save_models(run_folder, agent, config, None, global_step)

@@ -478,7 +478,7 @@ BAD = [  # fields, and what the sentence must name
     ({"gamma": 1.5}, "--gamma 1.5"),
     ({"gae_lambda": NAN}, "--gae-lambda nan"),
     ({"lr_warmup": 2.0}, "--lr-warmup 2.0"),
-    ({"learning_rate": INF}, "--learning-rate inf"),
+    ({"learning_rate": INF}, "--learning-rate inf must be positive, at most 1e12"),
     ({"critic_learning_rate": NAN}, "--critic-learning-rate nan"),
     ({"ent_coef": INF}, "--ent-coef inf"),
     ({"reward_scale": NAN}, "--reward-scale nan"),
@@ -489,14 +489,14 @@ BAD = [  # fields, and what the sentence must name
     ({"seed": 4_000_001}, "--seed 4000001 must be between 0 and 4,000,000"),
     ({"seed": 2**32}, "--seed 4294967296"),
     ({"num_bins": 1}, "--num-bins 1"),
-    ({"num_bins": 1_000_000}, "--num-bins 1000000"),
+    ({"num_bins": 1_000_000}, "--num-bins 1000000 must be 2 or more, at most 100,000"),
     ({"total_timesteps": 10**13}, "--total-timesteps 10000000000000"),
     ({"buffer_size": 63}, "--buffer-size 63"),
     ({"buffer_size": 4 * 10**11}, "--buffer-size 400000000000 needs "),
     ({"buffer_size": 4 * 10**12}, "--buffer-size 4000000000000"),
     ({"buffer_size": 128, "minibatch_size": 160}, "--minibatch-size 160"),
     ({"buffer_size": 128, "minibatch_size": 48}, "--minibatch-size 48"),
-    ({"vtrace": True, "recompute_advantages": False}, "--vtrace"),
+    ({"vtrace": True, "recompute_advantages": False}, "--vtrace needs the current ratios: drop --no-recompute-advantages"),
     ({"exp_name": "a/b"}, "--exp-name 'a/b'"),
     ({"exp_name": "a\0b"}, "--exp-name 'a\\x00b'"),
     ({"resume": True}, "--resume: there is no "),
@@ -515,6 +515,7 @@ BAD = [  # fields, and what the sentence must name
     ({"env_id": "Meta-World/MT1"}, "--env-id Meta-World/MT1: give the name of a task"),
     ({"env_id": "Meta-World/reach-v3"}, "--env-id Meta-World/reach-v3: give the name of a task"),
     ({"env_id": "no_module_here:X-v0"}, "--env-id no_module_here:X-v0: there is no module no_module_here"),
+    ({"env_id": "./my_env:X-v0"}, "--env-id ./my_env:X-v0: there is no module ./my_env"),
     ({"env_id": "json:X-v0"}, "--env-id json:X-v0 cannot be built"),  # a module that registers nothing
     ({"env_id": ":Pendulum-v1"}, "--env-id :Pendulum-v1"),
     ({"env_id": "CartPole-v1"}, "--env-id CartPole-v1 has the action space"),
@@ -548,6 +549,12 @@ def test_bad_arguments(script, fields, message, tmp_path, monkeypatch):
         main(args)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+
+
+def test_vtrace_needs_replay(tmp_path):
+    main, args = arguments("ppo_baseline", run_dir=str(tmp_path), vtrace=True, buffer_size=0, recompute_advantages=True)
+    with pytest.raises(ValueError, match=r"--vtrace needs replayed segments: raise --buffer-size to \d+ or more"):
+        main(args)
 
 
 @pytest.mark.parametrize(("script", "name"), [(script, name) for script, names in OWN.items() for name in names])

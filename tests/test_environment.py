@@ -552,6 +552,21 @@ def test_evaluation_of_mt10_reports_every_task():
     assert result["success_rate"] == 1.0
 
 
+def test_a_stopped_evaluation_of_mt10_builds_no_more_environments(monkeypatch):
+    """The signal comes while the second task's are built."""
+    stop_signals, built, make_env = [], [], gipo.make_env
+
+    def counted(args, idx, render_mode=None):
+        built.append(idx)
+        stop_signals.extend([signal.SIGINT] * (idx == 1))
+        return make_env(args, idx, render_mode)
+
+    monkeypatch.setattr(gipo, "make_env", counted)
+    args = gipo.Args(env_id="MT10", num_envs=10, seed=1)
+    result = gipo.evaluate(Expert("MT10"), args, 1, stop_signals=stop_signals)
+    assert built == [0, 1] and result["episodes"] == 1
+
+
 def test_evaluation_where_no_success_is_reported():
     """Fixed reset seeds instead of goals: different starts, the same ones every time."""
     seen = []

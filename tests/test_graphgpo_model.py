@@ -118,6 +118,16 @@ def test_mask_ends_with_the_first_end(agent):
     assert 1 < mask.sum(1).float().mean() < 3  # geometric: 2 on average
 
 
+def test_an_answer_ends_where_its_mask_does(agent):
+    """Whatever word a tokenizer without a padding token has at number 0, it is no part of the answer before it."""
+    agent.args.prompt, agent.pad = "few-shot", WORDS.index("right")
+    bias(agent, up=0.0, **{"<end>": 0.0})
+    obs, choices = prompts(64)
+    actions, _, mask, _ = agent.act(obs, choices)
+    assert [action == 0 for action in actions] == [length == 2 for length in mask.sum(1).tolist()]  # `up <end>`
+    assert 5 < (actions == 0).sum() < 30
+
+
 def test_the_models_own_sampling_defaults_do_not_act(agent):
     """Its generation_config asks for top-k 1, temperature 0.1 and a repetition penalty; sampling must follow the log-probs."""
     bias(agent, up=0.0, down=0.0, left=math.log(2))
@@ -253,9 +263,7 @@ def test_text_games_with_a_model(folder, tmp_path):
 
 def test_choices_of_a_step_decide_what_is_valid(agent):
     bias(agent, **{"<action>": 0.0})
-    agent.tokenizer = SimpleNamespace(
-        batch_decode=lambda *_, **__: ["<action> go east </action>"] * 2, **{"chat_template": None}
-    )
+    agent.tokenizer = SimpleNamespace(decode=lambda *_, **__: "<action> go east </action>", chat_template=None)
     agent.encode = lambda texts: (torch.full((len(texts), 3), 2), torch.ones(len(texts), 3, dtype=torch.bool))
     actions, *_ = agent.act(np.array(["", ""], dtype=object), [("look", "go east"), ("look",)])
     assert actions.tolist() == [1, -1]

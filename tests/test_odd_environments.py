@@ -670,6 +670,17 @@ def test_a_process_that_ends_is_named(script, async_envs, register, tmp_path):
         script.main(args)
 
 
+@SCRIPTS
+def test_a_process_that_ends_between_two_steps_is_named(script, register, tmp_path):
+    collector = script.Collector(script.Args(env_id=register(Walk), async_envs=True, **SIZES))
+    collector.reset()
+    collector.envs.processes[0].kill()
+    collector.envs.processes[0].join()
+    with pytest.raises(RuntimeError, match="a process of --async-envs has died"):
+        collector.collect(collector.agent.state_dict(), 1)
+    collector.close()
+
+
 BUG = """
 import gymnasium
 from gymnasium.envs.classic_control import PendulumEnv

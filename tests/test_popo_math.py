@@ -468,22 +468,22 @@ def test_sapo_and_cispo_by_hand():
 
 
 def test_m2po_by_hand():
-    """Squares 0, 0.09, 0.16, 2.25, 4, each twice: the mean of the first six is 0.0833, with one of 2.25 it is 0.39."""
-    for (x, _), c in coefficients(objective="m2po", m2_threshold=0.09).items():
-        assert c == pytest.approx(math.exp(x) if abs(x) < 1 else 0.0, rel=1e-5)
+    """PPO could clip -2 and -0.3 where A < 0, 0.4 and 1.5 where A > 0: squares 0.09, 0.16, 2.25, 4. The first two have a
+    mean of 0.125. The other tokens pull the policy back and stay, however far away they are."""
+    for (x, a), c in coefficients(objective="m2po", m2_threshold=0.2).items():
+        assert c == pytest.approx(0.0 if x * a > 0 and abs(x) > 1 else math.exp(x), rel=1e-5)
 
 
-@given(st.lists(st.floats(-3, 3), min_size=1, max_size=30), st.floats(1e-3, 4))
-def test_second_moment_mask_keeps_as_many_as_it_may(values, threshold):
-    x = torch.tensor(values, dtype=torch.float64)[:, None]
-    mask = torch.ones_like(x, dtype=torch.bool)
-    kept = popo.second_moment_mask(x, mask, threshold)
-    squares = sorted(v**2 for v in x[:, 0].tolist())
-    most = max([n for n in range(len(squares) + 1) if n == 0 or sum(squares[:n]) / n <= threshold + 1e-12])
-    limit = squares[most - 1] if most else -1.0
-    assert kept.sum().item() in (sum(v <= limit for v in squares), most)
-    mask[:1] = False
-    assert not popo.second_moment_mask(x, mask, threshold)[:1].any()
+@given(st.lists(st.tuples(st.floats(-3, 3), st.sampled_from([-1.0, 0.0, 0.5])), min_size=1, max_size=30), st.floats(1e-3, 4))
+def test_second_moment_mask_is_the_papers_loop(tokens, threshold):
+    """Algorithm 1 of arXiv 2510.01161, literally: the trust-region tokens, less the largest while their mean is too large."""
+    region = sorted((x**2 for x, a in tokens if x * a > 0), reverse=True)
+    while region and sum(region) / len(region) > threshold + 1e-12:
+        region.pop(0)
+    limit = max(region, default=-1.0)
+    logratio, advantages = torch.tensor(tokens, dtype=torch.float64).T
+    kept = popo.second_moment_mask(logratio, advantages, threshold)
+    assert kept.tolist() == [x * a <= 0 or x**2 <= limit for x, a in tokens]
 
 
 def test_levels_of_gipo():
@@ -554,7 +554,17 @@ def test_age_limits():
     assert versions(stale.select(20, 15, ())) == [5, 4, 3]
 
 
-def test_no_problem_twice_in_a_batch():
+def test_groups_of_short_problems_fit_among_longer_ones():
+    """A batch that happens to hold three numbers only has answers as wide as all others of a task that also has four."""
+    args, task, policy = make(env_id="countdown-34", num_prompts=1, eval_samples=1)
+    torch.manual_seed(0)
+    groups = [group for _ in range(12) for group in popo.generate_groups(policy, task, args, 1)]
+    assert {int(group["mask"].any(0).sum()) for group in groups} == {5, 7}
+    assert popo.stack_groups(groups, "cpu")["responses"].shape[-1] == 7
+    assert all(popo.evaluate(policy, args, task, 512 + more)["episodes"] for more in range(1, 5))
+
+
+def test_no_replayed_problem_twice_in_a_batch():
     buffer = buffer_of(group(1, key=7), group(2, key=8), group(3, key=7), group(4, key=9))
     assert [g["key"] for g in buffer.select(4, 5, {9})] == [7, 8]
 

@@ -225,6 +225,21 @@ def test_logits_are_cut_to_the_longest_answer_and_expanded_one_answer_at_a_time(
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("prompt", ["chat", "few-shot"])
+def test_sample_answers_show_the_problem(model, tmp_path, prompt):
+    """Also in a chat, whose last line is a header."""
+    args = arguments(model, tmp_path, prompt=prompt)
+    task, policy = popo.make_task_and_policy(args)
+    torch.manual_seed(1)
+    groups = popo.generate_groups(policy, task, args, 1)
+    torch.manual_seed(1)
+    problems = task.problems(args.num_prompts, test=False)
+    for i, group in enumerate(groups):
+        numbers = [n for n in problems["numbers"][i].tolist() if n]
+        line = popo.sample_answers(task, [group], 1).splitlines()[0]
+        assert all(str(n) in line for n in [*numbers, problems["target"][i].item()])
+
+
 def test_every_end_token_of_the_model_ends_an_answer(model, tmp_path):
     """Chat models end a turn with a token of their own, which only their generation settings name."""
     task, policy = popo.make_task_and_policy(arguments(model, tmp_path))

@@ -1067,6 +1067,8 @@ def test_commands_that_a_script_refuses():
         (["graphgpo", "--tasks", "Sokoban"], "--tasks means nothing for graphgpo"),
         (["popo", "--regimes", "stale"], "--regimes means nothing for popo"),
         (["throughput", "--methods", "gipo"], "--methods means nothing for throughput"),
+        (["throughput", "--slurm"], "--slurm means nothing for throughput"),
+        (["throughput", "--workers", "2"], "--workers means nothing for throughput"),
     ],
 )
 def test_bad_options(flags, named):
@@ -1077,7 +1079,9 @@ def test_bad_options(flags, named):
 
 
 def test_usage_names_every_suite():
-    process = benchmark()
+    """From whatever folder it is started."""
+    command = ["bash", f"{ROOT.name}/benchmark.sh"]
+    process = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True)
     assert process.returncode == 0 and not process.stderr
     listed = re.findall(r"^  ./benchmark.sh (\S+)   ", process.stdout, re.MULTILINE)
     assert listed == "quick main age authors tune gymnasium graphgpo popo lag smollm2 vla throughput".split()

@@ -125,6 +125,27 @@ def test_interrupted_twice_equals_uninterrupted(script, flags, modes, signals, w
     assert_equal_runs(folder, reference(script, [*flags, "--no-overlap"]))
 
 
+@ALL_SCRIPTS
+def test_a_signal_right_after_the_look_for_one(script, tmp_path):
+    """An iteration without a checkpoint is never the last: the signal comes after the place where one would be written."""
+    module, iterations = importlib.import_module(script), []
+
+    class Args(module.Args):
+        def __getattribute__(self, name):
+            frame = sys._getframe(1)
+            if name == "eval_episodes" and frame.f_code.co_name == "evaluation_phase":
+                iterations.append(frame.f_back.f_locals["iteration"])
+                if iterations[-1] == 3:
+                    signal.raise_signal(signal.SIGTERM)
+            return super().__getattribute__(name)
+
+    args = module.parse_args([*PENDULUM, "--checkpoint-every", "4000", "--run-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        module.main(Args(**vars(args)))
+    (folder,) = tmp_path.iterdir()
+    assert end.value.code == 128 + signal.SIGTERM and read_pt(folder / "checkpoint.pt")["iteration"] == 4
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
     """No checkpoint, no traceback, and nothing that goes on."""
     process, folder = start_training("gipo_continuous", tmp_path, [*PENDULUM, "--updates-per-iteration", "100000"])
@@ -260,7 +281,7 @@ def test_another_algorithm_version_is_not_continued(script, tmp_path, monkeypatc
     folder = run_inline(script, tmp_path, flags)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     monkeypatch.setattr(module, "ALGORITHM_VERSION", module.ALGORITHM_VERSION + 1)
-    with pytest.raises(module.ArgumentError, match=r"--resume: .* is of version 2, not 3: --overwrite starts anew"):
+    with pytest.raises(module.ArgumentError, match=r"--resume: .* is of version 2, not 3: move it away and start anew"):
         run_inline(script, tmp_path, [*flags, "--resume"])
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
