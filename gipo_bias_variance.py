@@ -637,7 +637,9 @@ def plot_staleness(result: dict, path: Path) -> None:
             axis.loglog(kl, errors, color=color, lw=1.3, ls="-" if method.startswith("gipo") else "--", label=method)
         axis.set_title(f"MSE at N = {size}: {TARGETS[target]}", fontsize=9)
     axes[0, 0].legend(fontsize=7)
-    for batch_size, color in zip(result["args"]["batch_sizes"], ("#56B4E9", "#0072B2", "#000000"), strict=False):
+    for batch_size, color in zip(
+        result["args"]["batch_sizes"], itertools.cycle(("#56B4E9", "#0072B2", "#000000")), strict=False
+    ):
         axes[0, 2].loglog(
             kl, [best_sigma(level, batch_size) for level in levels], ".-", color=color, label=f"N = {batch_size}"
         )

@@ -346,24 +346,27 @@ def gridded(scalars: dict, tags: dict[str, str], total: int, axis: str) -> dict[
 
 
 def collect(args: Args, keep=store) -> None:
-    """Keep results/runs/<steps>/<run>.json of every finished run folder, over one of other arguments.
-
-    Later algorithm versions have folders of their own, <steps>-v<version>, so that they leave the older ones' runs there.
-    """
+    """Keep results/runs/<steps>/<run>.json of every finished run folder, over one of other arguments."""
     for folder, result in finished_runs(args, "benchmark-*", BENCHMARK, ("on-policy",)):
-        version, total = result["versions"]["algorithm"], result["total_timesteps"]
-        steps = f"{result['args']['total_timesteps']}" + (f"-v{version}" if version > 1 else "")
-        file = Path(args.results) / "runs" / steps / f"{folder.name}.json"
+        total = result["total_timesteps"]
+        file = Path(args.results) / "runs" / length_folder(result, "total_timesteps") / f"{folder.name}.json"
         if not is_stored(result, file):
             curves = gridded(read_scalars(folder, total), CURVES, total, "steps")
             keep(file, result | {"curves": curves, "machine": cpu_name()})
 
 
+def length_folder(result: dict, length: str, first_version: int = 1) -> str:
+    """Folder of a collected run: its length, and later algorithm versions; so these leave the older runs where they are."""
+    version = result["versions"]["algorithm"]
+    return f"{result['args'][length]}" + (f"-v{version}" if version > first_version else "")
+
+
 def collect_popo(args: Args, keep=store) -> None:
     """Keep results/popo_countdown/runs/<steps>/<run>.json of every finished run of popo_countdown.py; it has its curve."""
     for folder, result in finished_runs(args, "popo-*", POPO):
-        steps = str(result["args"]["total_timesteps"])
-        file = Path(args.results) / "popo_countdown" / "runs" / steps / f"{folder.name}.json"
+        file = (
+            Path(args.results) / "popo_countdown" / "runs" / length_folder(result, "total_timesteps") / f"{folder.name}.json"
+        )
         if not is_stored(result, file):
             keep(file, result | {"machine": cpu_name()})
 
@@ -379,7 +382,7 @@ def interquartile_mean(scores):
     count = math.lcm(*(task.shape[-1] for task in tasks))
     pooled = np.concatenate([np.repeat(task, count // task.shape[-1], axis=-1) for task in tasks], axis=-1)
     low, high = pooled.shape[-1] // 4, pooled.shape[-1] - pooled.shape[-1] // 4
-    return np.partition(pooled, (low, high - 1), axis=-1)[..., low:high].mean(-1)
+    return np.partition(pooled, (low, high - 1), axis=-1)[..., low:high].mean(-1) + 0 * pooled.sum(-1)  # NaN if any score is
 
 
 def bootstrap_interval(scores: list[np.ndarray], statistic, repetitions: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -729,8 +732,8 @@ def plot_curves(runs: list[dict]):
         axis.tick_params(labelsize=7)
     for axis in np.ravel(axes)[len(names) :]:
         axis.axis("off")
-    fig.supxlabel("thousand environment steps", fontsize=9)
-    fig.supylabel("success in training: mean, band from the worst to the best seed", fontsize=8)
+    fig.supxlabel("thousand environment steps (line: mean, band: from the worst to the best seed)", fontsize=9)
+    fig.supylabel("success in training", fontsize=8)
     entries = {text: handle for axis in np.ravel(axes) for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     fig.legend(entries.values(), entries.keys(), loc="upper center", ncols=min(len(entries), 4), fontsize=8)
     fig.tight_layout(rect=(0, 0, 1, 1 - 0.25 / fig.get_figheight() * -(-len(table) // 4) - 0.02))
@@ -812,8 +815,10 @@ GRAPHGPO_CURVES = {
 def collect_graphgpo(args: Args, keep=store) -> None:
     """Keep results/graphgpo_sokoban/runs/<episodes>/<run>.json of every finished run of graphgpo_sokoban.py."""
     for folder, result in finished_runs(args, "graphgpo-*", GRAPHGPO | of_kind("an integer", "args.total_episodes")):
-        episodes, total = str(result["args"]["total_episodes"]), result["total_episodes"]
-        file = Path(args.results) / "graphgpo_sokoban" / "runs" / episodes / f"{folder.name}.json"
+        total = result["total_episodes"]
+        file = (
+            Path(args.results) / "graphgpo_sokoban" / "runs" / length_folder(result, "total_episodes") / f"{folder.name}.json"
+        )
         if not is_stored(result, file):
             curves = gridded(read_scalars(folder, total), GRAPHGPO_CURVES, total, "episodes")
             keep(file, result | {"curves": curves, "machine": cpu_name()})
@@ -840,14 +845,15 @@ def graphgpo_report(args: Args, new: dict[Path, dict] | None = None) -> str:
     for run in load(
         Path(args.results) / "graphgpo_sokoban", GRAPHGPO | ON_GRID | of_kind("a number", "curves.episodes.0"), new
     ).values():
-        by_method[(run["total_episodes"], run["versions"]["algorithm"]), run["exp_name"]][run["seed"]] = run
+        key = run["total_episodes"], run["versions"]["algorithm"], run["args"].get("env_id", "Sokoban")
+        by_method[key, run["exp_name"]][run["seed"]] = run
     parts = ["# GraphGPO on Sokoban", "Means over seeds with 95 % bootstrap intervals. Written by report.py."]
     area = functools.partial(area_under_curve, name="success")
     final = lambda run: run["eval_success_rate"]  # noqa: E731
-    for total, version in sorted({key for key, _ in by_method}):
-        names = sorted(name for key, name in by_method if key == (total, version))
+    for total, version, env_id in sorted({key for key, _ in by_method}):
+        names = sorted(name for key, name in by_method if key == (total, version, env_id))
         names.sort(key=lambda name: {"grpo": 0, "gigpo": 1, "graphgpo": 2}.get(name, 3))
-        methods = {name: by_method[(total, version), name] for name in names}
+        methods = {name: by_method[(total, version, env_id), name] for name in names}
         for name, runs in methods.items():
             refuse_mixture(f"{name}, {total:,} episodes", [*runs.values()])
         rows = ["| method | seeds | area under training success | IQM | P(larger area than GRPO) | held-out success, end |"]
@@ -867,7 +873,11 @@ def graphgpo_report(args: Args, new: dict[Path, dict] | None = None) -> str:
             row += [mean_and_interval([final(run) for run in runs]), better[1]]
             share = np.sum([run["credit_seconds"] for run in runs]) / np.sum([run["wall_seconds"] for run in runs])
             rows.append("| " + " | ".join(map(str, [*row, f"{share:.0%}"])) + " |")
-        parts += [f"## {total:,} episodes, algorithm version {version}", "\n".join(rows)]
+        other = "" if env_id == "Sokoban" else f"{env_id}-"
+        parts += [
+            f"## {other.removesuffix('-')}{other and ', '}{total:,} episodes, algorithm version {version}",
+            "\n".join(rows),
+        ]
         differences = []
         compared = [("graphgpo", "gigpo"), ("gigpo", "grpo")]  # then each variant that both have
         compared += [(name, "gi" + name.removeprefix("graph")) for name in names if name.startswith("graphgpo-")]
@@ -888,7 +898,7 @@ def graphgpo_report(args: Args, new: dict[Path, dict] | None = None) -> str:
             rows.append(f"| {name} | " + " | ".join(number(mean(v), ".3f") for v in curves) + " |")
         parts.append("\n".join(rows))
         if not args.check and {"grpo", "gigpo", "graphgpo"} & methods.keys():
-            draw(Path(args.results) / "graphgpo_sokoban" / f"curves-{total}-v{version}.png", plot_graphgpo, methods)
+            draw(Path(args.results) / "graphgpo_sokoban" / f"curves-{other}{total}-v{version}.png", plot_graphgpo, methods)
     machines = sorted({run["machine"] for runs in by_method.values() for run in runs.values()})
     return "\n\n".join([*parts, f"Machine: {'; '.join(machines)}."]) + "\n" if by_method else ""
 
@@ -989,7 +999,8 @@ def lag_table(runs: list[dict]) -> str:
     for run in runs:
         args = outcome_args(run["args"])
         area = popo_curve(run, "rollouts", np.linspace(0, popo_rollouts(run), GRID_POINTS + 1)).mean()
-        groups[args["objective"], args["lag"]].append((area, run["eval_success_rate"]))
+        name = {"grpo": "grpo-decoupled"}.get(run["exp_name"], run["exp_name"])
+        groups[re.sub(r"^grpo-|-lag-\d+$", "", name), args["lag"]].append((area, run["eval_success_rate"]))
     objectives, lags = dict.fromkeys(name for name, _ in groups), sorted({lag for _, lag in groups})
     columns = [(score, lag) for score in ("area", "end") for lag in lags]
     rows = ["| objective | seeds | " + " | ".join(f"{score}, lag {lag}" for score, lag in columns) + " |"]
@@ -1006,15 +1017,16 @@ def plot_popo(methods: dict[str, list[dict]], axis_name: str):
     """Held-out pass rate against rollouts or updates: mean over the seeds, band of its 95 % bootstrap interval."""
     import matplotlib.pyplot as plt
 
-    panels = ["methods", "ablations"] if any(POPO_METHODS.get(name) == "ablations" for name in methods) else ["methods"]
+    places = POPO_METHODS | {name: "ablations" for name in methods if name not in POPO_METHODS}
+    panels = ["methods", "ablations"] if any(places[name] == "ablations" for name in methods) else ["methods"]
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), sharey=True, squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
-        for name in [name for name in methods if panel in POPO_METHODS.get(name, "")]:
+        for name in [name for name in methods if panel in places[name]]:
             grid = np.linspace(0, min(run["curve"][-1][axis_name] for run in methods[name]), GRID_POINTS + 1)
             curves = 100 * np.array([popo_curve(run, axis_name, grid) for run in methods[name]])
             rng = np.random.default_rng(0)
             draws = [curves[rng.integers(0, len(curves), len(curves))].mean(0) for _ in range(1000)]
-            line = {"color": COLORS[list(POPO_METHODS).index(name) % len(COLORS)], "label": name}
+            line = {"color": COLORS[list(places).index(name) % len(COLORS)], "label": name}
             axis.plot(grid, curves.mean(0), linewidth=1.6, **line)
             axis.fill_between(grid, *np.percentile(draws, [2.5, 97.5], axis=0), color=line["color"], alpha=0.15, linewidth=0)
         axis.set_title(panel, fontsize=10)
@@ -1076,7 +1088,8 @@ def collect_vla(args: Args, keep=store) -> None:
     """Keep results/vla_tiny/runs/<steps>/<run>.json of every finished run of `benchmark.sh vla`, a point per rollout."""
     keys = VLA | of_kind("an integer", "args.total_timesteps")
     for folder, result in finished_runs(args, "vla-tiny", keys, LIBERO_REGIMES):
-        file = Path(args.results) / "vla_tiny" / "runs" / str(result["args"]["total_timesteps"]) / f"{folder.name}.json"
+        steps = length_folder(result, "total_timesteps", first_version=3)  # of the versions before none is told apart
+        file = Path(args.results) / "vla_tiny" / "runs" / steps / f"{folder.name}.json"
         if not is_stored(result, file):
             scalars = read_scalars(folder, result["total_timesteps"])
             points = {name: dict(scalars.get(tag, [])) for name, tag in VLA_CURVES.items()}
@@ -1283,7 +1296,8 @@ def plot_comparison(runs: dict[tuple[str, str], list[dict]]):
     curves = {panel: lines for panel, lines in curves.items() if lines}
     columns = max(min(len(curves), 4), 1)
     rows = max(-(-len(curves) // columns), 1)
-    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.0 * rows + 0.6), squeeze=False)
+    legend = 0.6 + 0.17 * -(-len(names) // columns)  # inches
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.0 * rows + legend), squeeze=False)
     for axis, ((quantity, task), lines) in zip(axes.flat, curves.items(), strict=False):
         for name, (steps, values) in lines.items():
             place = names.index(name)

@@ -14,7 +14,7 @@ import report
 from graphgpo_sokoban import Args, main
 
 
-def written(folder, exp_name, seed, level, final, version=1):
+def written(folder, exp_name, seed, level, final, version=1, env_id="Sokoban"):
     """A collected run whose success rises in a line to twice the mean `level`."""
     curves = {"success": np.linspace(0, 2 * level, 30).tolist(), "held_out_success": [None, *[final] * 29]}
     curves |= {"entropy": [1.0] * 30, "episodes": list(range(100, 3001, 100))}
@@ -23,10 +23,10 @@ def written(folder, exp_name, seed, level, final, version=1):
         "credit_seconds": 1.0,
         "wall_seconds": 10.0,
         "machine": "a computer",
-        "args": {},
+        "args": {"env_id": env_id},
         "versions": {"algorithm": version},
     }
-    path = folder / "graphgpo_sokoban" / "runs" / "3000" / f"{exp_name}-{seed}.json"
+    path = folder / "graphgpo_sokoban" / "runs" / "3000" / f"{env_id}-{exp_name}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run))
 
@@ -58,6 +58,17 @@ def test_ablations_alone_have_a_table_and_no_plot(tmp_path):
     assert not [*tmp_path.rglob("*.png")]
 
 
+def test_tasks_are_not_mixed(tmp_path):
+    """Of runs of one method, length and seed on two tasks none is dropped."""
+    for seed in (1, 2):
+        written(tmp_path, "grpo", seed, 0.1, 0.3)
+        written(tmp_path, "grpo", seed, 0.2, 0.3, env_id="MiniGrid-Empty-5x5-v0")
+    text = report.graphgpo_report(report.Args(results=str(tmp_path), runs=str(tmp_path)))
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| grpo | 2 |")]
+    assert [line[2].split()[0] for line in lines] == ["0.200", "0.100"] and "## MiniGrid-Empty-5x5-v0, 3,000 episodes" in text
+    assert len([*tmp_path.glob("graphgpo_sokoban/*.png")]) == 2
+
+
 def test_versions_are_not_mixed(tmp_path):
     written(tmp_path, "grpo", 1, 0.1, 0.3)
     written(tmp_path, "grpo", 2, 0.2, 0.3, version=2)
@@ -85,6 +96,14 @@ def test_collected_run(finished, tmp_path):
         values = [value for value in run["curves"][name] if value is not None]
         np.testing.assert_allclose(values, [value for _, value in points[tag]], atol=1e-4)
     assert run["curves"]["episodes"][-1] == 384
+    file = finished / "graphgpo-384" / "Sokoban__graphgpo__1" / "result.json"
+    result, newer = file.read_text(), read_json(file)
+    newer["versions"]["algorithm"] = 2  # of a fork: beside the older run, not over it
+    file.write_text(json.dumps(newer))
+    report.collect_graphgpo(report.Args(runs=str(finished), results=str(tmp_path)))
+    file.write_text(result)
+    stored = {path.parent.name: read_json(path) for path in tmp_path.glob("graphgpo_sokoban/runs/*/*.json")}
+    assert {name: content["versions"]["algorithm"] for name, content in stored.items()} == {"384": 1, "384-v2": 2}
 
 
 def test_benchmark_lists_and_skips(finished, tmp_path):

@@ -76,6 +76,19 @@ def test_table_of_old_answers_by_hand():
         "| gipo | -/2 | - | 15.0 [10.0, 20.0] | - | 20.0 [10.0, 30.0] |",
     ]
     assert [report.is_about_age(result) for result in runs] == [False, False, True, True, True]
+    for result in runs[-2:]:  # another sigma is another row
+        other = result | {"exp_name": "grpo-gipo-sigma-2-lag-4", "args": result["args"] | {"sigma": 2.0}}
+        runs.append(other | {"eval_success_rate": 0.7})
+    assert report.lag_table(runs).splitlines()[-1] == (
+        "| gipo-sigma-2 | -/2 | - | 15.0 [10.0, 20.0] | - | 70.0 [70.0, 70.0] |"
+    )
+
+
+def test_a_method_that_the_plot_does_not_know_is_in_it():
+    """Such as a line of benchmark.sh's table that no committed result has, or one of a fork."""
+    panels = report.plot_popo(METHODS | {"mine": METHODS["popo"], "popo-gipo": METHODS["dapo"]}, "rollouts").axes
+    labels = {panel.get_title(): [line.get_label() for line in panel.lines] for panel in panels}
+    assert labels == {"methods": ["grpo", "dapo", "popo"], "ablations": ["popo", "mine", "popo-gipo"]}
 
 
 def test_report_from_json_files_alone(tmp_path):

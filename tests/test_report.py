@@ -155,7 +155,11 @@ def test_a_missing_curve_is_missing(missing):
     assert clip[4] == "0.10 [0.10, 0.10]" and gipo[3:6] == ["1.00 [1.00, 1.00]", "-", "10"]
     (row,) = [row.strip("| ").split(" | ") for row in report.same_replay_table(runs).splitlines()[2:]]
     assert row[6] == "- against 0.10" and row[8] == "-" and row[9] == "1.00 [1.00, 1.00]"
-    lines = report.plot_curves(runs).axes[0].lines
+    figure = report.plot_curves(runs)
+    figure.canvas.draw()
+    words = figure._supylabel.get_window_extent()
+    assert words.y0 >= 0 and words.y1 <= figure.bbox.y1  # of one row of panels, too
+    lines = figure.axes[0].lines
     assert [list(line.get_ydata())[-1] for line in lines] == [0.5, 0.2]  # GIPO's is that of the run that has one
     areas = report.plot_against_buffer(runs, {"area": "area", "utilization": "utilization"}).axes
     assert [text.get_text() for text in areas[0].get_legend().get_texts()] == ["ppo-clip-0.2"]
@@ -465,6 +469,10 @@ def test_readme_block(tmp_path):
     assert report.write_report(args) == []
 
 
+def test_a_missing_score_is_not_cut_away_as_the_best():
+    assert np.isnan(report.interquartile_mean([np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, np.nan])]))
+
+
 def test_a_newer_version_is_not_overwritten(tmp_path):
     """Other arguments are, and so is an older version."""
     result = sample()
@@ -671,6 +679,11 @@ def test_comparison_by_hand(tmp_path, capsys):
     assert np.isnan(panels["reach-v3, return"].lines[0].get_ydata()[:3]).all()  # no episode had ended
     band = panels["reach-v3, return"].collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (1.0, 2.0)
+    for count in (1, 24):  # names in the legend, which takes no room from the panel
+        figure = report.plot_comparison({("Pendulum-v1", f"run-{i}"): runs["Pendulum-v1", "mykernel"] for i in range(count)})
+        figure.canvas.draw()
+        box = figure.axes[0].get_window_extent()
+        assert box.height > 150 and figure.legends[0].get_window_extent().y0 > box.y1
 
 
 def test_runs_without_a_benchmark_are_compared(place, capsys):
