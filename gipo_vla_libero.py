@@ -79,6 +79,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -96,7 +97,7 @@ MACHINE_ARGS += ["torch_threads"]
 INTERFACE_ARGS = "num_images use_proprio append_stop preprocess jpeg center_crop camera_size reflections".split()
 INTERFACE_ARGS += "noop_steps noop_gripper temperature dtype".split()
 # Saved as well, but only defaults: a policy may be tried on another suite, for longer, or in LIBERO's own simulator.
-PROTOCOL_ARGS = "suite tasks max_steps fast_env unnorm_key".split()
+PROTOCOL_ARGS = "suite tasks max_steps fast_env unnorm_key train_init_states".split()
 
 
 class ArgumentError(ValueError):
@@ -542,6 +543,10 @@ def train(args: Args, at_exit) -> dict:
 
     rollout_size, rb = args.num_envs * args.num_steps * chunk * world, make_replay(args, config)
     num_segments = rb["rewards"].shape[1]
+    total_steps = math.ceil(args.total_timesteps / rollout_size) * rollout_size
+    if args.critic_warmup >= (rollouts := total_steps // rollout_size):
+        text = f"--critic-warmup {args.critic_warmup} leaves the policy none of {rollouts} rollouts of {rollout_size:,} steps"
+        raise ArgumentError(f"{text}: lower it, or raise --total-timesteps")
     rng, progress = np.random.default_rng([args.seed, rank]), Progress()
     torch.manual_seed(args.seed * 1000 + rank)  # equal networks, different actions
     simulators = Simulators(args, config, args.num_envs)
@@ -560,7 +565,6 @@ def train(args: Args, at_exit) -> dict:
 
     config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
     writer = open_run(run_folder, args, config_json, progress.global_step, at_exit) if rank == 0 else None
-    total_steps = math.ceil(args.total_timesteps / rollout_size) * rollout_size
     last_print, tty = time.time(), sys.stdout and sys.stdout.isatty()
     start_time = time.time() - seconds["wall"]
     say(f"{run_folder}: {total_steps:,} steps of {args.suite}, from step {progress.global_step:,}")
@@ -616,7 +620,8 @@ def train(args: Args, at_exit) -> dict:
                         rb[key][t - 1, columns] = torch.as_tensor(value)
                     seconds["env"] += time.perf_counter() - t0
                     for i in [i for i in group if simulators.ended[i] and rb["valid"][t - 1, slot + i]]:
-                        progress.count(simulators.episodes[i])
+                        if not simulators.lost[i]:
+                            progress.count(simulators.episodes[i])
                 t0 = time.perf_counter()
                 for key in ("images", "proprio", "tasks"):
                     rb[key][t, columns] = getattr(simulators, key)[group]
@@ -965,13 +970,14 @@ class Simulators:
         self.proprio = torch.zeros(num_envs, 8)
         self.tasks = torch.zeros(num_envs, dtype=torch.long)
         self.ended = torch.zeros(num_envs, dtype=torch.bool)
+        self.lost = torch.zeros(num_envs, dtype=torch.bool)  # ended because the simulator died, not by the policy
         self.episodes = [{} for _ in range(num_envs)]  # task, init_state, repeat, actions so far, return, length
 
     def start(self, i: int, task: int, init_state: int, repeat: int = 1) -> None:
         """Begin an episode on simulator i, its `repeat`-th in a row on this task; `wait` has its first observation."""
         self.episodes[i] = {"task": task, "init_state": init_state, "repeat": repeat}
         self.episodes[i] |= {"actions": [], "return": 0.0, "length": 0}
-        self.tasks[i], self.ended[i] = task, False
+        self.tasks[i], self.ended[i], self.lost[i] = task, False, False
         self.envs.send(i, LiberoEnv.reset, task, init_state)
 
     def act(self, i: int, actions) -> None:
@@ -993,7 +999,7 @@ class Simulators:
                 self.episodes[i]["return"] += float(rewards.sum())
                 self.episodes[i]["length"] += executed
             else:  # replaced: its episode ends at the last observation, whose value counts, since that was no failure
-                outcome["dones"][k] = self.ended[i] = True
+                outcome["dones"][k] = self.ended[i] = self.lost[i] = True
                 continue
             self.images[i] = resize_images(obs["images"], self.config, self.args)
             self.proprio[i] = torch.as_tensor(obs["proprio"], dtype=torch.float32)
@@ -1010,7 +1016,7 @@ class Simulators:
         everyone = list(range(len(snapshot)))
         self.wait(everyone)
         for t in range(max((len(e["actions"]) for e in snapshot), default=0)):
-            alive = [i for i in everyone if t < len(snapshot[i]["actions"])]
+            alive = [i for i in everyone if t < len(snapshot[i]["actions"]) and not self.lost[i]]
             for i in alive:
                 self.act(i, snapshot[i]["actions"][t].numpy())
             self.wait(alive)
@@ -1387,9 +1393,10 @@ def shard_training(agent: Agent, args) -> None:
     """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing writes into it
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
+    mesh = init_device_mesh("cuda" if args.cuda else "cpu", (dist.get_world_size(),))
     for layer in layers_to_shard(agent):
         frozen = {p for p in layer.parameters() if not p.requires_grad}
-        fully_shard(layer, reshard_after_forward=False, mp_policy=policy, ignored_params=frozen)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=frozen)
         layer.set_gradient_divide_factor(1.0)  # the loss is divided by the samples of all ranks already
         layer.set_force_sum_reduction_for_comms(True)  # gloo has no other sum
 
@@ -2242,13 +2249,14 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
     if adapter is not None:
         report += ", " + merge_adapter(agent, adapter)
     say(f"{name}: {report}")
-    load_heads(agent, folder)
+    load_heads(agent, folder if adapter is None or [*folder.glob("proprio_projector--*.pt")] else base)
     origin = lora or ({} if Path(name).is_dir() else {"hub_id": name, "revision": folder.name})
     origin = {key: origin.get(key, "") for key in ("hub_id", "revision")}
     agent.source, agent.start = str(base), {"base": str(start.resolve())} | origin
     norm_stats = read_json(base / "config.json").get("norm_stats") or {}
-    if (folder / "dataset_statistics.json").exists():
-        norm_stats |= read_json(folder / "dataset_statistics.json")
+    for place in dict.fromkeys((base, folder)):  # an adapter alone has none
+        if (place / "dataset_statistics.json").exists():
+            norm_stats |= read_json(place / "dataset_statistics.json")
     tokenizer = load_tokenizer(base / "tokenizer.json")
     prepare_training(agent, args)
     if lora is not None:
@@ -2523,6 +2531,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise ArgumentError(f"--preset {preset} must be one of {', '.join(PRESETS)}")
     default = Args(preset=preset, **PRESETS[preset])
     args = tyro.cli(Args, args=argv, default=default)
+    if args.resume is True and args.model and os.path.isdir(args.model):  # the suite in the folder's name may be the policy's
+        args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
     if args.resume and not args.overwrite:
         resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
         return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
@@ -2778,7 +2788,8 @@ def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, s
     if dist.is_initialized():
         dist.barrier()
     if rank == 0:
-        save_checkpoint(run_folder / "checkpoint.pt", {"iteration": progress.iteration, "world_size": world})
+        state = {"iteration": progress.iteration, "world_size": world, "frozen": frozen_fingerprint(agent)}
+        save_checkpoint(run_folder / "checkpoint.pt", state)
         for outdated in set(run_folder.glob("checkpoint-*")) - {folder}:
             shutil.rmtree(outdated)
 
@@ -2787,6 +2798,9 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
     """Put back what `save_run` wrote, in place: exactly for as many processes as before; others share the replay out."""
     rank, world = ranks()
     last = load_checkpoint(run_folder / "checkpoint.pt")
+    if last.get("frozen", frozen := frozen_fingerprint(agent)) != frozen:  # they are not in the checkpoint
+        text = f"--resume: the run in {run_folder} began with other frozen weights than are there now"
+        raise ArgumentError(f"{text}: bring its --model, or the cache beside the run, back")
     folder = run_folder / f"checkpoint-{last['iteration']}"
     with as_shards(agent):
         load_training_state(folder / "weights", agent, optimizer)
@@ -2818,6 +2832,12 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
     for i in range(len(episodes), args.num_envs):
         simulators.start(i, *next_episode({}, progress.failures, args, rng))
         simulators.wait([i])
+
+
+def frozen_fingerprint(agent: Agent) -> int:
+    """A number that other frozen weights than these would hardly have: of the first thousand values of each."""
+    frozen = [p.detach().flatten()[:1000].float().cpu().numpy() for p in agent.parameters() if not p.requires_grad]
+    return functools.reduce(lambda crc, values: zlib.crc32(values.tobytes(), crc), frozen, 0)
 
 
 def training_state(agent: Agent, optimizer) -> dict[str, torch.Tensor]:
@@ -2853,6 +2873,10 @@ def evaluate_saved_policy(args, at_exit) -> dict:
     earlier = read_json(file).get("evaluations", []) if file.exists() else []
     rank, _, agent, _, norm_stats, interface = start(args, at_exit)
     stop_signals = catch_signals(at_exit)
+    blank = torch.zeros(1, args.num_images, *[agent.config.image_size] * 2, 3, dtype=torch.uint8)
+    blank = interface.inputs(blank, torch.zeros(1, 8), torch.tensor(args.tasks[:1]))
+    with torch.random.fork_rng([interface.device] if args.cuda else []):
+        self_check(agent, blank, args.temperature)
     simulators = Simulators(args, agent.config, args.num_envs)
     at_exit.callback(simulators.close)
     result = evaluate(agent, args, interface, simulators, stop_signals)
@@ -2871,7 +2895,7 @@ def evaluate_saved_policy(args, at_exit) -> dict:
 
 def settings_of(args, norm_stats: dict) -> dict:
     """All that an evaluation's number depends on beside the weights."""
-    names = [*INTERFACE_ARGS, *PROTOCOL_ARGS, *"eval_temperature eval_episodes train_init_states seed model evaluate".split()]
+    names = [*INTERFACE_ARGS, *PROTOCOL_ARGS, *"eval_temperature eval_episodes seed model evaluate".split()]
     settings = {name: getattr(args, name) for name in [*names, "revision"]}
     settings |= {"unnorm_key": resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}
     return settings | {"max_steps": args.max_steps or MAX_STEPS[args.suite], "tasks": list(args.tasks)}
@@ -2898,7 +2922,7 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
     before = simulators.snapshot() if simulators.episodes[0] else None
     rank, world = ranks()
     todo = [(task, init_state) for task in args.tasks for init_state in range(args.eval_episodes)]
-    todo, results = collections.deque(todo[rank::world]), []
+    todo, results, losses = collections.deque(todo[rank::world]), [], collections.Counter()
     running = set(range(min(len(todo), len(simulators.episodes))))
     for i in sorted(running):
         simulators.start(i, *todo.popleft())
@@ -2911,7 +2935,14 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
                     acting.append(i)
                     continue
                 episode = simulators.episodes[i]
-                results.append([episode["task"], episode["init_state"], float(episode["return"] > 0)])
+                job = episode["task"], episode["init_state"]
+                if simulators.lost[i]:  # the simulator's failure, not the policy's: once more
+                    losses[job] += 1
+                    if losses[job] == 3:
+                        raise SimulatorError(f"simulators died three times in task {job[0]}, initial state {job[1]}")
+                    simulators.start(i, *job)
+                    continue
+                results.append([*job, float(episode["return"] > 0)])
                 if todo:
                     simulators.start(i, *todo.popleft())
                 else:
@@ -3028,7 +3059,7 @@ def collect_demonstrations(args, path: Path, tasks, init_states, per_state: int)
         while todo or running:
             for i in [i for i in range(envs.num_envs) if i not in running][: len(todo)]:
                 running[i] = todo.popleft()
-                rng = np.random.default_rng([args.seed, *running[i]])
+                rng = np.random.default_rng([1, *running[i]])  # runs of all seeds share them
                 envs.send(i, scripted_expert, *running[i][:2], args.demo_noise, rng)
             for i in envs.answered(list(running)):
                 save_npz(parts / "{}-{}-{}.npz".format(*running[i]), envs.answer(i) or {})
@@ -3125,9 +3156,16 @@ def tiny_policy(args, device):
 
 def cloned_policy(cache: Path, args, device) -> Path:
     """Folder of the policy cloned with these arguments, made first where it is not in `cache`."""
+    assets = find_assets()
     fields = "suite tasks train_init_states demos_per_state demo_noise camera_size num_images reflections fast_env max_steps"
     fields += " noop_steps noop_gripper"
-    settings = json.dumps({name: getattr(args, name) for name in fields.split()})
+    files = sorted((str(file.relative_to(assets)), file.stat().st_size) for file in assets.rglob("*") if file.is_file())
+    made_with = {
+        "algorithm": ALGORITHM_VERSION,
+        "mujoco": versions()["mujoco"],
+        "assets": zlib.crc32(json.dumps(files).encode()),
+    }
+    settings = json.dumps({name: getattr(args, name) for name in fields.split()} | made_with)
     demos_path = cache / f"demos-{zlib.crc32(settings.encode()):08x}.npz"
     demos = collect_demonstrations(args, demos_path, args.tasks, range(args.train_init_states), args.demos_per_state)
     tokenizer = build_word_tokenizer([instruction(args.suite, t) for t in range(len(task_names(args.suite)))])
@@ -3135,7 +3173,9 @@ def cloned_policy(cache: Path, args, device) -> Path:
     norm_stats = {args.suite: demonstration_statistics(demos)}
     fields += " use_proprio append_stop preprocess jpeg center_crop dtype"
     fields += " clone_updates clone_batch clone_learning_rate seed"
-    settings = json.dumps({name: getattr(args, name) for name in fields.split()} | {"config": dataclasses.asdict(config)})
+    settings = json.dumps(
+        {name: getattr(args, name) for name in fields.split()} | made_with | {"config": dataclasses.asdict(config)}
+    )
     folder = cache / f"clone-{zlib.crc32(settings.encode()):08x}"
     if not (folder / "config.json").exists():
         agent = init_random(config, args, device)

@@ -318,6 +318,7 @@ def test_no_chunk_fits(monkeypatch):
 def test_a_saved_policy_knows_its_interface(public, tmp_path):
     settings = {"append_stop": False, "preprocess": "rlinf", "jpeg": False, "noop_steps": 15, "noop_gripper": 0.0}
     settings |= {"temperature": 1.6, "dtype": "float32", "camera_size": 128, "max_steps": 512, "suite": "libero_goal"}
+    settings |= {"train_init_states": 40}
     saved_by_us(public, tmp_path / "saved", **settings, tasks=tuple(range(10)))
     args = vla.parse_args(["--no-cuda", "--evaluate", str(tmp_path / "saved")])
     assert {name: getattr(args, name) for name in settings} == settings
@@ -325,6 +326,8 @@ def test_a_saved_policy_knows_its_interface(public, tmp_path):
         ["--no-cuda", "--evaluate", str(tmp_path / "saved"), "--suite", "libero_spatial", "--max-steps", "9"]
     )
     assert (changed.suite, changed.max_steps, changed.preprocess) == ("libero_spatial", 9, "rlinf")
+    with pytest.raises(vla.ArgumentError, match=r"there is no .*/libero_goal__gipo__1;"):
+        vla.parse_args(["--no-cuda", "--model", str(tmp_path / "saved"), "--run-dir", str(tmp_path), "--resume"])
     assert changed.tasks == ()  # it was trained on all of another suite, so this is not its first ten
     for kind in ("--evaluate", "--model"):
         flags = ["--no-cuda", kind, str(tmp_path / "saved"), "--preprocess", "oft", "--run-dir", str(tmp_path)]
@@ -333,6 +336,57 @@ def test_a_saved_policy_knows_its_interface(public, tmp_path):
     (tmp_path / "saved" / "interface.json").write_text('{"jpeg": "yes"}')
     with pytest.raises(vla.ArgumentError, match=r"interface.json: jpeg is 'yes'"):
         vla.parse_args(["--no-cuda", "--evaluate", str(tmp_path / "saved")])
+
+
+def test_statistics_of_an_adapters_base(public, folder, tmp_path):
+    """Public policies have those of LIBERO in dataset_statistics.json, and an adapter alone has none."""
+    saved_by_us(public, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    vla.write_json(folder / "dataset_statistics.json", config.pop("norm_stats"))
+    vla.write_json(folder / "config.json", config)
+    adapter = str(tmp_path / "saved" / "lora_adapter")
+    own = vla.load_policy(adapter, make_args(base=str(folder)), "cpu")[2]
+    assert own and own == vla.load_policy(adapter, make_args(base=str(public)), "cpu")[2]
+
+
+def test_a_resume_notices_other_frozen_weights(weights, tmp_path):
+    """A checkpoint holds the trained ones alone."""
+    agent, _ = tiny_agent(args := tiny_args())
+    before = vla.frozen_fingerprint(agent)
+    frozen, trained = (next(p for p in agent.parameters() if p.requires_grad == kind) for kind in (False, True))
+    trained.data += 1
+    assert vla.frozen_fingerprint(agent) == before
+    frozen.data.view(-1)[0] += 1
+    vla.save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": 1, "world_size": 1, "frozen": before})
+    with pytest.raises(vla.ArgumentError, match="began with other frozen weights than are there now"):
+        vla.restore_run(tmp_path, args, agent, None, {}, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("--evaluate", "a self-check"), ("--model", "leaves the policy none of 1 rollouts")]
+)
+def test_what_is_checked_before_a_simulator_starts(public, tmp_path, monkeypatch, kind, words):
+    """That a policy has no silent fault, also for an evaluation; and that a run is long enough to train it."""
+
+    def fail(*_):
+        raise vla.ArgumentError("a self-check")
+
+    monkeypatch.setattr(vla, "Simulators", lambda *_: pytest.fail("a simulator"))
+    monkeypatch.setattr(vla, "self_check", fail)
+    saved_by_us(public, tmp_path / "saved")
+    flags = [
+        "--no-cuda",
+        kind,
+        str(tmp_path / "saved"),
+        "--run-dir",
+        str(tmp_path),
+        "--total-timesteps",
+        "1",
+        "--micro-batch",
+        "1",
+    ]
+    with pytest.raises(vla.ArgumentError, match=words):
+        vla.main(vla.parse_args([*flags, "--lora-rank", "4", "--lora-alpha", "2"]))
 
 
 # -------------------- Versions, warnings --------------------
@@ -371,7 +425,7 @@ def test_an_evaluation_is_greedy_or_sampled(temperature, expected):
         """A simulator whose second episode succeeds; each ends after one chunk."""
 
         groups, images, proprio, tasks = [[0]], torch.zeros(1), torch.zeros(1), torch.zeros(1)
-        ended, episodes = [False], [{}]
+        ended, lost, episodes = [False], [False], [{}]
 
         def start(self, i, task, init_state):
             self.episodes[i] = {"task": task, "init_state": init_state, "return": 0.0}
@@ -392,6 +446,21 @@ def test_an_evaluation_is_greedy_or_sampled(temperature, expected):
     interface = SimpleNamespace(inputs=lambda *a: {}, actions=lambda tokens: tokens)
     result = vla.evaluate(agent, args, interface, TwoSteps())
     assert result["successes"] == [[0, 0, 0.0], [0, 1, 1.0]] and set(asked) == {expected}
+
+    class Dies(TwoSteps):
+        """Its process dies in the first episodes: these are no failures of the policy."""
+
+        def wait(self, indices):
+            super().wait(indices)
+            self.lost[0] = self.ended[0] and self.deaths > 0
+            self.deaths -= self.lost[0]
+
+    simulators = Dies()
+    simulators.deaths, simulators.episodes = 2, [{}]
+    assert vla.evaluate(agent, args, interface, simulators)["successes"] == result["successes"]
+    simulators.deaths, simulators.episodes = 3, [{}]
+    with pytest.raises(vla.SimulatorError, match="simulators died three times in task 0, initial state 0"):
+        vla.evaluate(agent, args, interface, simulators)
 
 
 def test_training_success_is_that_of_all_processes(monkeypatch):

@@ -38,7 +38,7 @@ def make_args(**changes):
         "train": "lora", "lora_rank": 4, "lora_alpha": 2, "gradient_checkpointing": False, "dtype": "float32",
         "torch_compile": False, "cuda": False, "seed": 1, "evaluate": None, "model": "", "revision": "", "base": "",
         "camera_size": 256, "reflections": True, "noop_steps": 10, "noop_gripper": -1.0, "tasks": (), "max_steps": 0,
-        "fast_env": False, "micro_batch": "auto",
+        "fast_env": False, "micro_batch": "auto", "train_init_states": 50,
     }  # fmt: skip
     return SimpleNamespace(**{**defaults, **changes})
 
