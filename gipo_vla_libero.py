@@ -2180,9 +2180,9 @@ def merge_adapter(agent: Agent, folder: Path) -> str:
     return f"adapter of {len(pairs)} layers merged"
 
 
-def load_heads(agent: Agent, folder: Path) -> None:
-    """The proprio projector, which is part of the policy, and the value head if this script has trained one."""
-    files = sorted(folder.glob("proprio_projector--*.pt"))
+def load_heads(agent: Agent, folder: Path, base: Path) -> None:
+    """The proprio projector, which is part of the policy or of its base, and the value head if this script has trained one."""
+    files = sorted(folder.glob("proprio_projector--*.pt")) or sorted(base.glob("proprio_projector--*.pt"))
     if bool(files) != (agent.proprio_projector is not None):
         how = f"use --{'' if files else 'no-'}use-proprio"
         raise ArgumentError(f"{folder} has {len(files)} proprio_projector--*.pt files: {how}")
@@ -2249,14 +2249,14 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
     if adapter is not None:
         report += ", " + merge_adapter(agent, adapter)
     say(f"{name}: {report}")
-    load_heads(agent, folder if adapter is None or [*folder.glob("proprio_projector--*.pt")] else base)
+    load_heads(agent, folder, base)
     origin = lora or ({} if Path(name).is_dir() else {"hub_id": name, "revision": folder.name})
     origin = {key: origin.get(key, "") for key in ("hub_id", "revision")}
     agent.source, agent.start = str(base), {"base": str(start.resolve())} | origin
     norm_stats = read_json(base / "config.json").get("norm_stats") or {}
-    for place in dict.fromkeys((base, folder)):  # an adapter alone has none
-        if (place / "dataset_statistics.json").exists():
-            norm_stats |= read_json(place / "dataset_statistics.json")
+    statistics = [place / "dataset_statistics.json" for place in (folder, base)]  # an adapter alone has none
+    if found := [file for file in statistics if file.exists()]:
+        norm_stats |= read_json(found[0])
     tokenizer = load_tokenizer(base / "tokenizer.json")
     prepare_training(agent, args)
     if lora is not None:

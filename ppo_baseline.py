@@ -1024,10 +1024,10 @@ def check_args(args) -> None:
     require("minibatch_size", args.minibatch_size <= buffer, f"must not exceed the buffer of {buffer} steps")
     whole_segments = buffer < 2 * rollout or args.minibatch_size % args.num_steps == 0
     require("minibatch_size", whole_segments, f"must be a multiple of --num-steps {args.num_steps}")
-    if args.vtrace and not args.recompute_advantages:
-        raise ArgumentError("--vtrace needs the current ratios: drop --no-recompute-advantages")
     if args.vtrace and buffer < 2 * rollout:
         raise ArgumentError(f"--vtrace needs replayed segments: raise --buffer-size to {2 * rollout} or more")
+    if args.vtrace and not args.recompute_advantages:
+        raise ArgumentError("--vtrace needs the current ratios: drop --no-recompute-advantages")
     if args.cuda and not torch.cuda.is_available():
         raise ArgumentError("--cuda: PyTorch sees no GPU here; use --no-cuda or install a CUDA build of torch")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):

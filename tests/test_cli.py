@@ -496,7 +496,10 @@ BAD = [  # fields, and what the sentence must name
     ({"buffer_size": 4 * 10**12}, "--buffer-size 4000000000000"),
     ({"buffer_size": 128, "minibatch_size": 160}, "--minibatch-size 160"),
     ({"buffer_size": 128, "minibatch_size": 48}, "--minibatch-size 48"),
-    ({"vtrace": True, "recompute_advantages": False}, "--vtrace needs the current ratios: drop --no-recompute-advantages"),
+    (
+        {"vtrace": True, "recompute_advantages": False, "buffer_size": 128},
+        "--vtrace needs the current ratios: drop --no-recompute-advantages",
+    ),
     ({"exp_name": "a/b"}, "--exp-name 'a/b'"),
     ({"exp_name": "a\0b"}, "--exp-name 'a\\x00b'"),
     ({"resume": True}, "--resume: there is no "),

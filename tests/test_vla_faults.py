@@ -342,7 +342,8 @@ def test_statistics_of_an_adapters_base(public, folder, tmp_path):
     """Public policies have those of LIBERO in dataset_statistics.json, and an adapter alone has none."""
     saved_by_us(public, tmp_path / "saved")
     config = json.loads((folder / "config.json").read_text())
-    vla.write_json(folder / "dataset_statistics.json", config.pop("norm_stats"))
+    file = folder / "dataset_statistics.json"
+    vla.write_json(file, config.pop("norm_stats") | json.loads(file.read_text()))
     vla.write_json(folder / "config.json", config)
     adapter = str(tmp_path / "saved" / "lora_adapter")
     own = vla.load_policy(adapter, make_args(base=str(folder)), "cpu")[2]

@@ -159,7 +159,8 @@ def test_clone_and_demonstrations_are_made_once(finished):
     run_dir, _, _ = finished
     cached = lambda: {p.name: p.stat().st_mtime_ns for p in (run_dir / "cache").iterdir() if p.name != "lock"}  # noqa: E731
     before = cached()
-    process, _ = run_script(NAME, run_dir, *SMALL, "--exp-name", "second", "--total-timesteps", 32, "--eval-episodes", 0)
+    flags = [*SMALL, "--exp-name", "second", "--total-timesteps", 32, "--critic-warmup", 0, "--eval-episodes", 0]
+    process, _ = run_script(NAME, run_dir, *flags)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "cloning:" not in process.stdout
     assert (run_dir / "libero_spatial__second__1" / "model" / "config.json").exists()  # also where it was not evaluated
