@@ -649,7 +649,7 @@ def readme_table(runs: list[dict]) -> str:
     """One row per method, two columns per replay size: mean success, and mean area with its interval."""
     table = cells(runs)
     sizes = list(dict.fromkeys(regime for regime, _ in table))
-    words = {regime: f"{int(regime):,} steps" if is_size(regime) else regime for regime in sizes}
+    words = {regime: f"replay of {int(regime):,}" if is_size(regime) else regime for regime in sizes}
     rows = ["| method | " + " | ".join(f"{words[size]}: success | area" for size in sizes) + " |"]
     rows.append("|---" * (1 + 2 * len(sizes)) + "|")
     for method in sorted({method for _, method in table}, key=method_order):
