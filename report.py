@@ -515,10 +515,11 @@ EXPLANATION += (
 )
 EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds):"
-README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} steps. *Success* is the share of 50 goals "
-README_TABLE += "reached at the end. *Area* is the mean success over the whole of training: it is larger where a task is "
-README_TABLE += "learned earlier. Means of {runs} runs, with 95 % intervals (too narrow, of 3 seeds). "
-README_TABLE += "`ppo-clip-0.2` is PPO with that clip on the same replay."
+README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} steps. *Success*: share of 50 goals reached at "
+README_TABLE += (
+    "the end. *Area*: mean success over all of training, larger where a task is learned earlier. Means of {runs} runs, "
+)
+README_TABLE += "95 % intervals (too narrow, of 3 seeds). `ppo-clip-0.2` is PPO with that clip on the same replay."
 DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
 DIAGNOSTICS += "mean of the first / last fifth of a run (the README explains them):"
 SCORES = {  # of a run: what the table compares
@@ -648,7 +649,7 @@ def readme_table(runs: list[dict]) -> str:
     """One row per method, two columns per replay size: mean success, and mean area with its interval."""
     table = cells(runs)
     sizes = list(dict.fromkeys(regime for regime, _ in table))
-    words = {regime: f"{int(regime):,} steps" if is_size(regime) else regime for regime in sizes}
+    words = {regime: f"replay of {int(regime):,}" if is_size(regime) else regime for regime in sizes}
     rows = ["| method | " + " | ".join(f"{words[size]}: success | area" for size in sizes) + " |"]
     rows.append("|---" * (1 + 2 * len(sizes)) + "|")
     for method in sorted({method for _, method in table}, key=method_order):

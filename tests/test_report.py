@@ -388,7 +388,7 @@ def test_readme_table_by_hand():
     ppo = every_readme_run("ppo", "on-policy", lambda i, seed: (1.0, 1, 0.5))
     sapo = every_readme_run("sapo", "20000", lambda i, seed: (0.5, 1, 0.3))
     assert report.readme_table(sapo + ppo + gipo).splitlines() == [
-        "| method | on-policy: success | area | 5,120 steps: success | area | 20,000 steps: success | area |",
+        "| method | on-policy: success | area | replay of 5,120: success | area | replay of 20,000: success | area |",
         "|---|---|---|---|---|---|---|",
         "| `gipo` |  |  | 0.35 | 0.23 [0.20, 0.25] |  |  |",
         "| `sapo` |  |  |  |  | 0.50 | 0.15 [0.15, 0.15] |",
@@ -461,7 +461,7 @@ def test_readme_block(tmp_path):
     names = ", ".join(task for task in report.README_TASKS if task != "window-open")
     assert first.startswith(f"Seven Meta-World tasks ({names}; the others are not finished), three seeds each, 300,000 steps.")
     assert "21 runs" in first
-    assert header == "| method | on-policy: success | area | 5,120 steps: success | area |"
+    assert header == "| method | on-policy: success | area | replay of 5,120: success | area |"
     assert [row.split(" [")[0].rsplit(" | ", 1)[0] for row in rows] == [
         *("| `gipo` |  |  | 0.75", "| `ppo-clip-0.2` |  |  | 0.60", "| `ppo-clip-0.5` |  |  | 0.70", "| `ppo` | 0.50"),
     ]
