@@ -874,11 +874,8 @@ def graphgpo_report(args: Args, new: dict[Path, dict] | None = None) -> str:
             row += [mean_and_interval([final(run) for run in runs]), better[1]]
             share = np.sum([run["credit_seconds"] for run in runs]) / np.sum([run["wall_seconds"] for run in runs])
             rows.append("| " + " | ".join(map(str, [*row, f"{share:.0%}"])) + " |")
-        other = "" if env_id == "Sokoban" else f"{env_id}-"
-        parts += [
-            f"## {other.removesuffix('-')}{other and ', '}{total:,} episodes, algorithm version {version}",
-            "\n".join(rows),
-        ]
+        task, other = ("", "") if env_id == "Sokoban" else (f"{env_id}, ", f"{env_id}-")
+        parts += [f"## {task}{total:,} episodes, algorithm version {version}", "\n".join(rows)]
         differences = []
         compared = [("graphgpo", "gigpo"), ("gigpo", "grpo")]  # then each variant that both have
         compared += [(name, "gi" + name.removeprefix("graph")) for name in names if name.startswith("graphgpo-")]
