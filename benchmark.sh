@@ -9,7 +9,7 @@
 #   ./benchmark.sh gymnasium    five MuJoCo tasks of Gymnasium, 1,000,000 steps
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
-#   ./benchmark.sh lag          six objectives on Countdown with answers that are 0, 4 and 16 iterations old, five seeds (an hour on one core)
+#   ./benchmark.sh lag          six objectives on Countdown with answers that are 0, 4 and 16 iterations old, five seeds (20 minutes on 2 cores)
 #   ./benchmark.sh smollm2      POPO, GRPO, GRPO-filter and DAPO on a pretrained language model, three seeds (setup: docs/popo_countdown.md)
 #   ./benchmark.sh vla          GIPO and PPO on LIBERO, tiny preset, two buffer sizes, three seeds (6 hours on 2 cores; needs requirements-vla.txt)
 #   ./benchmark.sh throughput   steps per second against version 1, the stock environment and the arithmetic limit (half an hour)
