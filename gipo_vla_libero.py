@@ -2683,12 +2683,11 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of this file's repository, with -dirty appended if it has changes; None outside a repository."""
-    command, folder = "git describe --always --dirty --abbrev=40 --exclude=*", Path(__file__).resolve().parent
-    try:
-        return subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Commit of this file's repository, with -dirty appended if this file has changes; None outside a repository."""
+    script = Path(__file__).resolve()
+    git = f"git rev-parse --verify HEAD && git status --porcelain {shlex.quote(script.name)}"
+    words = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.split()
+    return words[0] + ("-dirty" if words[1:] else "") if words else None
 
 
 def versions() -> dict:

@@ -912,6 +912,14 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def git_commit() -> str | None:
+    """Commit of this file's repository, with -dirty appended if this file has changes; None outside a repository."""
+    script = Path(__file__).resolve()
+    git = f"git rev-parse --verify HEAD && git status --porcelain {shlex.quote(script.name)}"
+    words = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.split()
+    return words[0] + ("-dirty" if words[1:] else "") if words else None
+
+
 def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
     """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
     model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
@@ -1397,7 +1405,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    git, here = "git describe --always --dirty --abbrev=40 --exclude='*'", Path(__file__).resolve().parent
     result = {"env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "total_timesteps": global_step}
     result |= {f"eval_{key}": value for key, value in evaluation.items() if key != "returns"}
     result |= {
@@ -1406,7 +1413,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "sps": global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
         "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip() or None,
+        "git_commit": git_commit(),
         "versions": {"python": sys.version.split()[0], "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gymnasium", "metaworld", "mujoco")},
         "args": config,

@@ -1,9 +1,11 @@
 """What surrounds the code: inline metadata of the scripts, versions, links, and the figures that the README quotes."""
 
+import importlib
 import importlib.util
 import json
 import math
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -29,6 +31,37 @@ def requirements(name: str) -> set[str]:
     """The pins of a requirements file, without those that it includes."""
     lines = (line.strip() for line in (ROOT / name).read_text().splitlines())
     return {line for line in lines if line and not line.startswith(("#", "-r"))}
+
+
+@pytest.mark.parametrize(
+    "script", ["ppo_baseline", "gipo_vla_libero", "gipo_continuous", "graphgpo_sokoban", "popo_countdown"]
+)
+def test_a_result_names_the_commit_and_changes_of_its_own_file(script, tmp_path, monkeypatch):
+    """benchmark.sh rewrites tables beside running scripts; that makes no run another code's."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "a script.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert module.git_commit() is None
+
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        return subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    git("init")
+    (tmp_path / "table.md").write_text("1")
+    git("add", "table.md")
+    assert module.git_commit() is None  # a repository without a commit
+    git("commit", "-m", "1")
+    (tmp_path / "a script.py").write_text("1")
+    assert module.git_commit() == git("rev-parse", "HEAD") + "-dirty"  # a file that no commit has
+    git("add", ".")
+    git("commit", "-m", "2")
+    (tmp_path / "table.md").write_text("2")
+    assert module.git_commit() == git("rev-parse", "HEAD")
+    (tmp_path / "a script.py").write_text("2")
+    assert module.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
