@@ -92,6 +92,11 @@ popo      grpo-m2po-lag-4         popo_countdown.py --method grpo --objective m2
 popo      grpo-decoupled-lag-16   popo_countdown.py --method grpo --lag 16
 popo      grpo-pi_old-lag-16      popo_countdown.py --method grpo --objective pi_old --lag 16
 popo      grpo-gipo-lag-16        popo_countdown.py --method grpo --objective gipo --lag 16
+popo      grpo-gipo-sigma-1-lag-16 popo_countdown.py --method grpo --objective gipo --lag 16 --sigma 1
+popo      grpo-gipo-sigma-2-lag-16 popo_countdown.py --method grpo --objective gipo --lag 16 --sigma 2
+popo      grpo-gipo-sigma-4-lag-16 popo_countdown.py --method grpo --objective gipo --lag 16 --sigma 4
+popo      grpo-gipo-sequence-lag-16 popo_countdown.py --method grpo --objective gipo --lag 16 --is-level sequence --sigma 2
+popo      grpo-gipo-geometric-lag-16 popo_countdown.py --method grpo --objective gipo --lag 16 --is-level geometric
 popo      grpo-sapo-lag-16        popo_countdown.py --method grpo --objective sapo --lag 16
 popo      grpo-cispo-lag-16       popo_countdown.py --method grpo --objective cispo --lag 16
 popo      grpo-m2po-lag-16        popo_countdown.py --method grpo --objective m2po --lag 16
@@ -124,7 +129,7 @@ case "$suite" in
     graphgpo) tasks="Sokoban" seeds="1 2 3 4 5 6 7 8 9 10" methods="grpo gigpo graphgpo" regimes="-" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
     lag) tasks="countdown-3" seeds="1 2 3 4 5" regimes="-" steps=51200
-        methods="grpo $(awk '$1 == "popo" && $2 ~ /^grpo-(.*-lag-.*|gipo|sapo|cispo|m2po)$/ { print $2 }' <<<"$METHODS" | tr '\n' ' ')" ;;
+        methods="grpo $(awk '$1 == "popo" && $2 ~ /^grpo-([^-]*-lag-.*|gipo|sapo|cispo|m2po)$/ { print $2 }' <<<"$METHODS" | tr '\n' ' ')" ;;
     smollm2) tasks="countdown-2" seeds="4 5 6" methods="popo grpo grpo-filter dapo" regimes="-" steps=768 ;;
     vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="recent stale" steps=102400 ;;
     throughput) ;;
