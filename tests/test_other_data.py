@@ -1,0 +1,35 @@
+"""A run that begins with another run's replay, as tests/other_data.py measures."""
+
+import dataclasses
+import importlib
+
+import other_data
+import pytest
+import torch
+from conftest import SCRIPTS, read_pt
+
+SMALL = "--env-id Pendulum-v1 --num-envs 2 --num-steps 16 --minibatch-size 32 --hidden-size 8 --updates-per-iteration 2"
+SMALL += " --eval-episodes 0 --no-overlap --buffer-size 128 --ratio per-dim --policy-head categorical --num-bins 8"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_begins_with_another_runs_replay(script, tmp_path):
+    """The foreign samples are kept as they are until own ones take their place; all else is as in a new run."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    flags = [*SMALL.split(), "--run-dir", str(tmp_path)]
+    donor = module.parse_args([*flags, "--seed", "1", "--exp-name", "donor", "--total-timesteps", "320"])
+    module.main(donor)
+    foreign = read_pt(module.run_folder_of(donor) / "checkpoint.pt")["replay"]
+    oldest_first = [4, 5, 6, 7, 0, 1, 2, 3]  # the tenth rollout of the donor lies in the second of four places
+    args = module.parse_args([*flags, "--seed", "2", "--exp-name", "with", "--total-timesteps", "160"])
+    folder = other_data.start_from(module, args, foreign)
+    assert module.main(dataclasses.replace(args, resume=str(folder)))["total_timesteps"] == 160  # 128 foreign, 32 own
+    module.main(dataclasses.replace(args, exp_name="new", total_timesteps=32))
+    alone = read_pt(tmp_path / "Pendulum-v1__new__2" / "checkpoint.pt")["replay"]
+    end = read_pt(folder / "checkpoint.pt")
+    for key, value in end["replay"].items():
+        if key not in ("versions", "advantages", "returns"):
+            assert torch.equal(value[:, :2], alone[key][:, :2]), key  # own: the first rollout of this seed
+            assert torch.equal(value[:, 2:], foreign[key][:, oldest_first[2:]]), key
+    assert end["replay"]["versions"][0].tolist() == [5, 5, 2, 2, 3, 3, 4, 4]
+    assert end["iteration"] == 5
