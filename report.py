@@ -646,16 +646,17 @@ def readme_runs(runs: list[dict]) -> list[dict]:
 
 
 def readme_table(runs: list[dict]) -> str:
-    """One row per method, two columns per replay size: mean success, and mean area with its interval."""
+    """One row per method, two columns per replay size: mean success, and mean area with its interval. A method without replay
+    stands in the first two."""
     table = cells(runs)
-    sizes = list(dict.fromkeys(regime for regime, _ in table))
-    words = {regime: f"replay of {int(regime):,}" if is_size(regime) else regime for regime in sizes}
-    rows = ["| method | " + " | ".join(f"{words[size]}: success | area" for size in sizes) + " |"]
+    sizes = [size for size in dict.fromkeys(regime for regime, _ in table) if is_size(size)]
+    rows = ["| method | " + " | ".join(f"replay of {int(size):,}: success | area" for size in sizes) + " |"]
     rows.append("|---" * (1 + 2 * len(sizes)) + "|")
     for method in sorted({method for _, method in table}, key=method_order):
-        row = [f"`{method}`"]
+        without = table.get(("on-policy", method), {})
+        row = [f"`{method}`, without replay" if without else f"`{method}`"]
         for size in sizes:
-            tasks = table.get((size, method), {})
+            tasks = without if size == sizes[0] and without else table.get((size, method), {})
             success, area = (values(tasks, sorted(tasks), SCORES[name]) for name in ("success", "area"))
             row += (
                 [
