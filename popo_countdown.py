@@ -196,7 +196,7 @@ class Args:
     is_level: Literal["token", "sequence", "geometric"] = "token"
     """decoupled and gipo: log ratio of each token, their sum over the response, or their mean (inferred)"""
     sigma: float = 0.5
-    """gipo: sigma, width of the trust weight in units of the log ratio (0.2 to 1; sequences spread wider)"""
+    """gipo: sigma, width of the trust weight in units of the log ratio (0.2 to 2; answers many iterations old: 1 or more)"""
     sigma_neg_ratio: float = 1.0
     """gipo: sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"

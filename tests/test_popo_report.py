@@ -203,11 +203,15 @@ def test_the_page_says_what_the_runs_on_old_answers_say():
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS) if path.parent.name == "51200"]
     runs = [run for run in runs if report.is_about_age(run) or run["exp_name"] == "grpo"]
     rows = [line.strip("| ").split(" | ") for line in report.lag_table(runs).splitlines()[2:]]
-    assert len(rows) == 6 and all(set(row[1].split("/")) <= {"5", "-"} for row in rows)
+    variants = {"geometric": "--is-level geometric", "sequence": "--is-level sequence --sigma 2"}
+    variants |= {f"sigma-{sigma}": f"--sigma {sigma}" for sigma in (1, 2, 4)}
+    assert len(rows) == 11 and all(set(row[1].split("/")) <= {"5", "-"} for row in rows)
     page = (ROOT / "docs" / "popo_countdown.md").read_text().split("### How old is too old")[1].split("\n## ")[0]
     for name, _, *areas in (row[:5] for row in rows):
-        cells = ["as `decoupled`" if area == "-" else area.split()[0] for area in areas]
-        assert f"| `{name}` | {' | '.join(cells)} |" in page
+        objective, _, variant = name.partition("-")
+        empty = " as `decoupled` " if name == "pi_old" else " "
+        cells = [empty if area == "-" else f" {area.split()[0]} " for area in areas]
+        assert f"| `{f'{objective} {variants[variant]}' if variant else name}` |{'|'.join(cells)}|" in page
 
 
 SMOLLM2 = ROOT / "results" / "popo_countdown" / "smollm2"
