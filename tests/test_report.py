@@ -1304,3 +1304,33 @@ def test_committed_runs_of_the_other_methods_count_as_finished(suite):
     """Flags that came to their scripts since, for language models or with the old behaviour as default, change nothing."""
     process = benchmark(suite, "--dry-run")
     assert process.returncode == 0 and process.stdout.strip() == "" and "# 0 of" in process.stderr
+
+
+def test_the_benchmark_page_says_what_version_2_says():
+    """Areas, pairs and push's range that docs/benchmark.md quotes are those of the JSON files in the README's table."""
+    files = sorted((ROOT / "results" / "runs" / "300000-v2").glob("*.json"))
+    table = report.cells(report.readme_runs(report.labelled({file: json.loads(file.read_text()) for file in files})))
+    text = (ROOT / "docs" / "benchmark.md").read_text().split("**Version 2**")[1].split("**Version 1**")[0]
+    assert {task.removesuffix("-v3") for task in table["5120", "gipo"]} == set(
+        re.split(", | and ", text.split("so far: ")[1].split(", three seeds")[0])
+    )
+    areas, wins = {}, {}
+    for (size, method), tasks in table.items():
+        found = report.values(tasks, sorted(tasks), report.SCORES["area"])
+        areas[size, method] = f"{report.mean_of_tasks(found):.2f}"
+        ours = report.values(table[size, "gipo"], sorted(tasks), report.SCORES["area"])
+        wins[size, method] = int((np.array(ours) > np.array(found)).sum())  # equal tasks and seeds, in one order
+    size, clips = "20000", ("ppo-clip-0.2", "ppo-clip-0.5")
+    assert f"its area is larger in {wins[size, clips[0]]} of 12 pairs" in text
+    assert f"Its mean area is {areas[size, clips[1]]} and GIPO's {areas[size, 'gipo']}. " in text
+    assert f"GIPO's is larger in {wins[size, clips[1]]} of 12 pairs, which chance" in text
+    gipo = f"Its mean area is {areas['5120', 'gipo']} with 5,120 steps of replay and {areas[size, 'gipo']} with 20,000."
+    assert f"{gipo} PPO's with a clip of 0.2 falls from {areas['5120', clips[0]]} to {areas[size, clips[0]]}." in text
+    few = [wins["5120", clip] for clip in clips]
+    assert f"than that of a clip of 0.2 in {few[0]} of 12 pairs, and than that of a clip of 0.5 in {few[1]}." in text
+    ends = {name: [] for name in ("gipo", "ppo")}
+    for (regime, method), tasks in table.items():
+        if regime != "on-policy":
+            ends[method.split("-")[0]] += [round(100 * run["eval_success_rate"]) for run in tasks["push-v3"]]
+    gipo, ppo = (f"{min(found)} to {max(found)} %" for found in ends.values())
+    assert f"GIPO's seeds end at {gipo} of the goals, PPO's with replay at {ppo}." in text
