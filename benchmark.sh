@@ -92,6 +92,10 @@ popo      grpo-m2po-lag-4         popo_countdown.py --method grpo --objective m2
 popo      grpo-decoupled-lag-16   popo_countdown.py --method grpo --lag 16
 popo      grpo-pi_old-lag-16      popo_countdown.py --method grpo --objective pi_old --lag 16
 popo      grpo-gipo-lag-16        popo_countdown.py --method grpo --objective gipo --lag 16
+popo      grpo-gipo-sigma-1       popo_countdown.py --method grpo --objective gipo --sigma 1
+popo      grpo-gipo-sigma-1-lag-4 popo_countdown.py --method grpo --objective gipo --lag 4 --sigma 1
+popo      grpo-gipo-geometric     popo_countdown.py --method grpo --objective gipo --is-level geometric
+popo      grpo-gipo-geometric-lag-4 popo_countdown.py --method grpo --objective gipo --lag 4 --is-level geometric
 popo      grpo-gipo-sigma-1-lag-16 popo_countdown.py --method grpo --objective gipo --lag 16 --sigma 1
 popo      grpo-gipo-sigma-2-lag-16 popo_countdown.py --method grpo --objective gipo --lag 16 --sigma 2
 popo      grpo-gipo-sigma-4-lag-16 popo_countdown.py --method grpo --objective gipo --lag 16 --sigma 4
