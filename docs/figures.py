@@ -4,6 +4,7 @@
     python docs/figures.py curves     # success in training on four tasks, from the JSON files of the benchmark
     python docs/figures.py gif --model runs/NAME/best_model.pt    # the policy of a run before and after training, on one goal
     python docs/figures.py sokoban --model runs/NAME/model.pt     # the same on three levels of Sokoban
+    python docs/figures.py smollm2    # held-out answers of a language model in training, from the JSON files of the benchmark
     python docs/figures.py age --runs FOLDER ...                  # what of the replay still counts, by its age
     python docs/figures.py libero --videos BEFORE.mp4 AFTER.mp4   # two videos of --capture-video, side by side
     python docs/figures.py graph --model runs/NAME/model.pt       # the graph of states of one group of Sokoban rollouts
@@ -50,9 +51,18 @@ METHODS = {  # of the benchmark -> label and style of its line
 }
 
 
+LANGUAGE_RUNS = IMAGES.parent.parent / "results" / "popo_countdown" / "runs" / "768"
+LANGUAGE_METHODS = {
+    "popo": ("POPO", {"color": BLUE, "linestyle": "-", "linewidth": 2.2}),
+    "grpo": ("GRPO", {"color": RED, "linestyle": "--"}),
+    "grpo-filter": ("GRPO, effective groups", {"color": RED, "linestyle": ":"}),
+    "dapo": ("DAPO", {"color": GREY, "linestyle": "-."}),
+}
+
+
 @dataclass
 class Args:
-    figure: tyro.conf.Positional[Literal["weight", "curves", "age", "gif", "libero", "sokoban", "graph"]]
+    figure: tyro.conf.Positional[Literal["weight", "curves", "smollm2", "age", "gif", "libero", "sokoban", "graph"]]
     """what to draw"""
     model: str = ""
     """gif, sokoban, graph: model.pt or best_model.pt of a run"""
@@ -123,6 +133,25 @@ def draw_curves() -> None:
     fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=8, frameon=False)
     fig.tight_layout(rect=(0, 0, 1, 0.93))
     fig.savefig(IMAGES / "curves.png", dpi=110)
+
+
+def draw_smollm2() -> None:
+    """Held-out answers of SmolLM2 on Countdown-2 that are right: mean of the seeds as a line, the seeds as dots."""
+    fig, axis = plt.subplots(figsize=(5.2, 2.7))
+    grid = np.arange(0, 769, 192)  # evaluations
+    for i, (name, (label, style)) in enumerate(LANGUAGE_METHODS.items()):
+        runs = [json.loads(file.read_text()) for file in sorted(LANGUAGE_RUNS.glob(f"countdown-2__{name}__*.json"))]
+        curves = 100 * np.array([report.popo_curve(run, "rollouts", grid) for run in runs])
+        axis.plot(grid, curves.mean(0), label=label, **style)
+        axis.plot(grid + 6 * (i - 1.5), curves.T, ".", color=style["color"], markersize=4, alpha=0.5)
+    axis.set_xticks(grid)
+    axis.set_xlabel("answers sampled in training (lines: means of three seeds, dots: seeds)", fontsize=8)
+    axis.set_ylabel("right held-out answers, %", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=8, frameon=False)
+    fig.tight_layout()
+    fig.savefig(IMAGES / "smollm2.png", dpi=110)
 
 
 # -------------------- What of the replay still counts --------------------
@@ -410,8 +439,8 @@ def plot_graph(sources, targets, distances, credits, images, title: str):
 if __name__ == "__main__":
     options = tyro.cli(Args)
     IMAGES.mkdir(exist_ok=True)
-    if options.figure in ("weight", "curves"):
-        {"weight": draw_weight, "curves": draw_curves}[options.figure]()
+    if options.figure in ("weight", "curves", "smollm2"):
+        {"weight": draw_weight, "curves": draw_curves, "smollm2": draw_smollm2}[options.figure]()
     else:
         drawers = {"age": draw_age, "gif": draw_gif, "libero": draw_libero, "sokoban": draw_sokoban, "graph": draw_graph}
         drawers[options.figure](options)
