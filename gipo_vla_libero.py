@@ -517,7 +517,7 @@ def train(args: Args, at_exit) -> dict:
     """What main() does without --evaluate."""
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
-    run_folder = run_folder_of(args)
+    run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
     if args.model and not args.resume and Path(args.model).resolve().is_relative_to(run_folder.resolve()):
         how = "which a new run replaces: --exp-name names another one"
         raise ArgumentError(f"--model {args.model} lies in {run_folder}, {how}")
@@ -725,7 +725,7 @@ def train(args: Args, at_exit) -> dict:
         "sps": progress.global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
         "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": git_commit(),
+        "git_commit": commit,
         "versions": versions(),
         "args": config_json,
     }
@@ -2685,7 +2685,7 @@ def say(text: str, end: str = "\n") -> None:
 def git_commit() -> str | None:
     """Commit of this file's repository, with -dirty appended if this file has changes; None outside a repository."""
     script = Path(__file__).resolve()
-    git = f"git rev-parse --verify HEAD && git status --porcelain {shlex.quote(script.name)}"
+    git = f"git rev-parse --verify HEAD && git --no-optional-locks status --porcelain --ignored {shlex.quote(script.name)}"
     words = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.split()
     return words[0] + ("-dirty" if words[1:] else "") if words else None
 

@@ -214,8 +214,8 @@ class Args:
     max_new_tokens: int | None = None
     """--model: longest answer in tokens (default: few-shot 20, chat 512)"""
     micro_batch: int = 8
-    """--model: answers per training pass, eight times as many are generated at once; with TextWorld's prompts of 200 tokens 8
-    take 5 GB of memory, 32 take 15"""
+    """--model: answers per training pass; eight times as many are generated at once. Lower it if the memory runs out (with
+    TextWorld's prompts of 200 tokens 8 take 5 GB, 32 take 15)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """--model: autocast to this type; weights and log-probabilities stay float32"""
 
@@ -879,7 +879,7 @@ def write_json(path: Path, content: dict) -> None:
 def git_commit() -> str | None:
     """Commit of this file's repository, with -dirty appended if this file has changes; None outside a repository."""
     script = Path(__file__).resolve()
-    git = f"git rev-parse --verify HEAD && git status --porcelain {shlex.quote(script.name)}"
+    git = f"git rev-parse --verify HEAD && git --no-optional-locks status --porcelain --ignored {shlex.quote(script.name)}"
     words = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.split()
     return words[0] + ("-dirty" if words[1:] else "") if words else None
 
@@ -1134,7 +1134,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     """What main() does. Locks and signal handlers are given back by `at_exit`, whatever happens."""
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
-    run_folder = run_folder_of(args)
+    run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
     if args.resume and not args.overwrite:
         refuse_contradictions(args, saved_args(run_folder), "the run to resume")
     check_args(args)
@@ -1361,7 +1361,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "wall_seconds": seconds["wall"],
         "credit_seconds": seconds["credit"],
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": git_commit(),
+        "git_commit": commit,
         "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", *optional)},
         "args": config,

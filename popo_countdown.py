@@ -196,7 +196,8 @@ class Args:
     is_level: Literal["token", "sequence", "geometric"] = "token"
     """decoupled and gipo: log ratio of each token, their sum over the response, or their mean (inferred)"""
     sigma: float = 0.5
-    """gipo: sigma, width of the trust weight in units of the log ratio (0.2 to 2; answers many iterations old: 1 or more)"""
+    """gipo: sigma, width of the trust weight in units of the log ratio (0.2 to 1; per token 1 or 2 for answers many iterations
+    old; sequences spread wider)"""
     sigma_neg_ratio: float = 1.0
     """gipo: sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
@@ -966,7 +967,7 @@ def write_json(path: Path, content: dict) -> None:
 def git_commit() -> str | None:
     """Commit of this file's repository, with -dirty appended if this file has changes; None outside a repository."""
     script = Path(__file__).resolve()
-    git = f"git rev-parse --verify HEAD && git status --porcelain {shlex.quote(script.name)}"
+    git = f"git rev-parse --verify HEAD && git --no-optional-locks status --porcelain --ignored {shlex.quote(script.name)}"
     words = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.split()
     return words[0] + ("-dirty" if words[1:] else "") if words else None
 
@@ -1248,7 +1249,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     """What main() does. Locks and signal handlers are given back by `at_exit`, whatever happens."""
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
-    run_folder = run_folder_of(args)
+    run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
     if args.resume and not args.overwrite:
         refuse_contradictions(args, saved_args(run_folder), "the run to resume")
     check_args(args)
@@ -1488,7 +1489,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "sps": sps,
         "wall_seconds": seconds["wall"],
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": git_commit(),
+        "git_commit": commit,
         "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in packages},
         "args": config,

@@ -915,7 +915,7 @@ def write_json(path: Path, content: dict) -> None:
 def git_commit() -> str | None:
     """Commit of this file's repository, with -dirty appended if this file has changes; None outside a repository."""
     script = Path(__file__).resolve()
-    git = f"git rev-parse --verify HEAD && git status --porcelain {shlex.quote(script.name)}"
+    git = f"git rev-parse --verify HEAD && git --no-optional-locks status --porcelain --ignored {shlex.quote(script.name)}"
     words = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.split()
     return words[0] + ("-dirty" if words[1:] else "") if words else None
 
@@ -1154,7 +1154,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     on_policy = args.buffer_size < 2 * args.num_envs * args.num_steps  # GIPO: the textbook form is PPO's alone
     if on_policy:
         args = dataclasses.replace(args, recompute_advantages=False, overlap=False)
-    run_folder = run_folder_of(args)
+    run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
     check_args(args)
     refuse_existing(run_folder, args)
     if args.resume and (run_folder / "result.json").exists():
@@ -1413,7 +1413,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "sps": global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
         "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": git_commit(),
+        "git_commit": commit,
         "versions": {"python": sys.version.split()[0], "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gymnasium", "metaworld", "mujoco")},
         "args": config,

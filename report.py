@@ -1398,7 +1398,10 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             names = "" if len(tasks) == len(README_TASKS) else f" ({', '.join(tasks)}; the others are not finished)"
             words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps, "runs": len(tasks) * len(README_SEEDS)}
             link = f"[All rows, every task, diagnostics](results/benchmark-{name}.md)."
-            readme_block = "\n\n".join([README_TABLE.format(**words), readme_table(complete), link]) + "\n"
+            text = README_TABLE.format(**words)
+            if any(run["regime"] == "on-policy" for run in complete):
+                text += " `ppo` is textbook PPO: it keeps no replay, and its figures stand in the first columns."
+            readme_block = "\n\n".join([text, readme_table(complete), link]) + "\n"
     write_popo_report(args, write, new)
     readme = Path(args.readme)
     if readme.exists() and readme_block:

@@ -1,12 +1,15 @@
 """Begin with somebody else's data: what does a replay that another policy filled give a new run, under which objective?
 
-    ./benchmark.sh main --methods gipo --regimes 20000 --seeds 4      # the finished runs whose replay is taken
+    for task in button-press-topdown-v3 door-open-v3 drawer-open-v3; do                       # whose replay is taken
+        python gipo_continuous.py --env-id $task --seed 4 --buffer-size 20000 --exp-name gipo_20000 --eval-every 0
+    done
     python tests/other_data.py --output results/other_data.json
 
 Every run is made twice: with an empty replay buffer, and with the last 20,000 steps of a finished run of another seed in it
-(other goals, other networks). The script resumes from a checkpoint that holds this replay and new networks; it has no flag for
-it. The foreign samples keep the log-probs of the policy that acted, and leave the buffer as own ones come in. Step sizes are
-constant, so that both runs have the same after equal steps of their own. Finished runs in --output are skipped.
+(other goals, other networks). For that the script resumes from a checkpoint that holds this replay, its statistics for the
+normaliser of observations, and new networks. The foreign samples keep the log-probs of the policy that acted, and leave the
+buffer as own ones come in. Step sizes are constant, so that both runs have the same after equal steps of their own.
+Finished runs in --output are skipped.
 """
 
 import concurrent.futures
@@ -14,6 +17,7 @@ import importlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -36,6 +40,7 @@ METHODS = {
     "sapo": "gipo_continuous --trust-weight sapo",
     "none": "gipo_continuous --trust-weight none",
 }
+KEYS = "task", "seed", "method", "steps", "data"
 EQUAL = "--buffer-size 20000 --lr-schedule constant --critic-lr-schedule constant --eval-every 0 --no-overlap"
 
 
@@ -43,13 +48,13 @@ EQUAL = "--buffer-size 20000 --lr-schedule constant --critic-lr-schedule constan
 class Args:
     output: Path
     """JSON file of all results; it grows run by run"""
-    donors: Path = Path("runs/benchmark-300000")
+    donors: Path = Path("runs")
     """folder with the finished runs {task}__gipo_20000__{donor_seed}"""
     donor_seed: int = 4
     """seed of the finished runs"""
     tasks: tuple[str, ...] = ("button-press-topdown-v3", "door-open-v3", "drawer-open-v3")
     """Meta-World tasks"""
-    seeds: tuple[int, ...] = (5, 6)
+    seeds: tuple[int, ...] = (5, 6, 7)
     """seeds of the new runs"""
     methods: tuple[str, ...] = tuple(METHODS)
     """rows of METHODS"""
@@ -74,6 +79,7 @@ def start_from(script, args, replay: dict[str, torch.Tensor]) -> Path:
     collector.steps = rollouts * args.num_envs * args.num_steps
     with script.seeded(args.seed):
         agent = script.Agent(collector.obs_space.shape[0], collector.action_space.shape[0], args)
+    agent.update_normalizer(replay["obs"])
     groups = [{"params": agent.actor_parameters()}, {"params": list(agent.critic.parameters())}]
     checkpoint = {
         "model": agent.state_dict(),
@@ -90,22 +96,28 @@ def start_from(script, args, replay: dict[str, torch.Tensor]) -> Path:
     collector.close()
     folder = script.run_folder_of(args)
     folder.mkdir(parents=True, exist_ok=True)
-    script.save_checkpoint(folder / "checkpoint.pt", checkpoint)
     script.write_json(folder / "args.json", vars(args) | {"algorithm_version": script.ALGORITHM_VERSION, "wandb_id": None})
+    script.save_checkpoint(folder / "checkpoint.pt", checkpoint)  # last: without it the folder is made again
     return folder
 
 
-def prepare(args: Args, task: str, seed: int, method: str, with_data: bool) -> list[str]:
-    """The command of a run; if it begins with data and was not begun yet, its folder is made. Not in threads: it seeds."""
+def flags_of(args: Args, task: str, seed: int, method: str, steps: int, data: str) -> list[str]:
+    """Script and flags of a run."""
     name, *flags = METHODS[method].split()
-    script = importlib.import_module(name)
-    replay = script.load_checkpoint(args.donors / f"{task}__gipo_20000__{args.donor_seed}" / "checkpoint.pt")["replay"]
-    steps = args.steps + (replay["rewards"].numel() if with_data else 0)
     flags += [*EQUAL.split(), "--env-id", task, "--seed", str(seed), "--total-timesteps", str(steps)]
-    flags += ["--run-dir", str(args.run_dir), "--exp-name", f"{method}_{'with' if with_data else 'without'}"]
+    return [name, *flags, "--run-dir", str(args.run_dir), "--exp-name", f"{method}_{data}_{args.steps}"]
+
+
+def prepare(args: Args, task: str, seed: int, method: str, data: str) -> list[str]:
+    """The command of a run; if it begins with data and was not begun yet, its folder is made. Not in threads: it seeds."""
+    donor = args.donors / f"{task}__gipo_20000__{args.donor_seed}" / "checkpoint.pt"
+    script = importlib.import_module(METHODS[method].split()[0])
+    replay = script.load_checkpoint(donor)["replay"] if data != "none" else None
+    steps = args.steps + (replay["rewards"].numel() if replay else 0)
+    name, *flags = flags_of(args, task, seed, method, steps, data)
     run_args = script.parse_args(flags)
     folder = script.run_folder_of(run_args)
-    if with_data and not (folder / "checkpoint.pt").exists():
+    if replay and not (folder / "checkpoint.pt").exists():
         start_from(script, run_args, replay)
     return [f"{name}.py", *(["--resume", str(folder)] if (folder / "args.json").exists() else flags), str(folder)]
 
@@ -127,17 +139,30 @@ def train(args: Args, command: list[str]) -> dict:
     return found | {key: result[key] for key in ("git_commit", "versions", "wall_seconds", "args")}
 
 
-if __name__ == "__main__":
-    arguments = tyro.cli(Args)
-    stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"runs": []}
-    stored |= {"command": "python tests/other_data.py", "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    there = {(run["task"], run["seed"], run["method"], run["with_data"]) for run in stored["runs"]}
-    cells = [(t, s, m, d) for s in arguments.seeds for t in arguments.tasks for m in arguments.methods for d in (True, False)]
-    with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
-        commands = {cell: prepare(arguments, *cell) for cell in cells if cell not in there}
-        jobs = {pool.submit(train, arguments, command): cell for cell, command in commands.items()}
+def main(args: Args) -> int:
+    """Make what is missing; 1 if a run failed."""
+    stored = json.loads(args.output.read_text()) if args.output.exists() else {"runs": []}
+    stored |= {"command": shlex.join(["python", *sys.argv]), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    there = {tuple(run[key] for key in KEYS) for run in stored["runs"]}
+    donors = "none", f"seed {args.donor_seed}"
+    cells = [(t, s, m, args.steps, d) for s in args.seeds for t in args.tasks for m in args.methods for d in donors]
+    commands = {cell: prepare(args, *cell[:3], cell[4].replace(" ", "-")) for cell in cells if cell not in there}
+    pool, failed = concurrent.futures.ThreadPoolExecutor(args.workers), 0
+    try:
+        jobs = {pool.submit(train, args, command): cell for cell, command in commands.items()}
         for job in concurrent.futures.as_completed(jobs):
-            run = dict(zip(("task", "seed", "method", "with_data"), jobs[job], strict=True)) | job.result()
-            stored["runs"] = sorted([*stored["runs"], run], key=lambda r: (r["task"], r["seed"], r["method"], r["with_data"]))
-            arguments.output.write_text(json.dumps(stored, indent=1) + "\n")
+            if job.exception():
+                failed += 1
+                print(*jobs[job], f"failed: {job.exception()}", file=sys.stderr, flush=True)
+                continue
+            run = dict(zip(KEYS, jobs[job], strict=True)) | job.result()
+            stored["runs"] = sorted([*stored["runs"], run], key=lambda run: [str(run[key]) for key in KEYS])
+            report.store(args.output, stored)
             print(time.strftime("%H:%M"), *jobs[job], f"area {run['area']:.3f}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))

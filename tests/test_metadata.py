@@ -62,6 +62,11 @@ def test_a_result_names_the_commit_and_changes_of_its_own_file(script, tmp_path,
     assert module.git_commit() == git("rev-parse", "HEAD")
     (tmp_path / "a script.py").write_text("2")
     assert module.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+    git("rm", "--cached", "a script.py")
+    (tmp_path / ".gitignore").write_text("a*")
+    git("add", ".gitignore")
+    git("commit", "-m", "3")
+    assert module.git_commit() == git("rev-parse", "HEAD") + "-dirty"  # an ignored copy
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -144,8 +149,9 @@ def figures(monkeypatch, tmp_path):
 def test_pictures_are_drawn_from_committed_files(figures, tmp_path):
     figures.draw_weight()
     figures.draw_curves()
+    figures.draw_smollm2()
     figures.draw_age(figures.Args(figure="age"))
-    assert {path.name for path in tmp_path.iterdir()} == {"weight.png", "curves.png", "age.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"weight.png", "curves.png", "smollm2.png", "age.png"}
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
 
 

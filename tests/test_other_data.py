@@ -25,11 +25,21 @@ def test_a_run_begins_with_another_runs_replay(script, tmp_path):
     folder = other_data.start_from(module, args, foreign)
     assert module.main(dataclasses.replace(args, resume=str(folder)))["total_timesteps"] == 160  # 128 foreign, 32 own
     module.main(dataclasses.replace(args, exp_name="new", total_timesteps=32))
-    alone = read_pt(tmp_path / "Pendulum-v1__new__2" / "checkpoint.pt")["replay"]
-    end = read_pt(folder / "checkpoint.pt")
+    alone, end = read_pt(tmp_path / "Pendulum-v1__new__2" / "checkpoint.pt"), read_pt(folder / "checkpoint.pt")
+    assert torch.equal(end["replay"]["obs"][0, :2], alone["replay"]["obs"][0, :2])  # the first ones of this seed
     for key, value in end["replay"].items():
         if key not in ("versions", "advantages", "returns"):
-            assert torch.equal(value[:, :2], alone[key][:, :2]), key  # own: the first rollout of this seed
             assert torch.equal(value[:, 2:], foreign[key][:, oldest_first[2:]]), key
+            assert not torch.equal(value[:, :2], foreign[key][:, oldest_first[:2]]) or not value.any(), key
+    assert end["model"]["obs_count"] == 128 + 32
     assert end["replay"]["versions"][0].tolist() == [5, 5, 2, 2, 3, 3, 4, 4]
     assert end["iteration"] == 5
+
+
+@pytest.mark.parametrize("method", other_data.METHODS)
+def test_every_row_is_a_command_of_its_script(method):
+    """With the replay and the head that the stored data have."""
+    name, *flags = other_data.flags_of(other_data.Args(output=None), "door-open-v3", 5, method, 1000, "none")
+    args = importlib.import_module(name).parse_args(flags)
+    assert (args.buffer_size, args.num_steps, args.minibatch_size, args.ratio) == (20_000, 16, 128, "per-dim")
+    assert (args.policy_head, args.num_bins, args.ent_coef, args.lr_schedule) == ("categorical", 256, 0.001, "constant")

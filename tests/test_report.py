@@ -461,7 +461,7 @@ def test_readme_block(tmp_path):
     first, _, header, _, *rows, _, link = text.removeprefix(before).removesuffix(after).splitlines()
     names = ", ".join(task for task in report.README_TASKS if task != "window-open")
     assert first.startswith(f"Seven Meta-World tasks ({names}; the others are not finished), three seeds each, 300,000 steps.")
-    assert "21 runs" in first
+    assert "21 runs" in first and first.endswith("its figures stand in the first columns.")
     assert header == "| method | replay of 5,120: success | area |"
     assert [row.split(" [")[0].rsplit(" | ", 1)[0] for row in rows] == [
         *("| `gipo` | 0.75", "| `ppo-clip-0.2` | 0.60", "| `ppo-clip-0.5` | 0.70", "| `ppo`, without replay | 0.50"),
@@ -1314,23 +1314,29 @@ def test_the_benchmark_page_says_what_version_2_says():
     assert {task.removesuffix("-v3") for task in table["5120", "gipo"]} == set(
         re.split(", | and ", text.split("so far: ")[1].split(", three seeds")[0])
     )
-    areas, wins = {}, {}
-    for (size, method), tasks in table.items():
-        found = report.values(tasks, sorted(tasks), report.SCORES["area"])
-        areas[size, method] = f"{report.mean_of_tasks(found):.2f}"
-        ours = report.values(table[size, "gipo"], sorted(tasks), report.SCORES["area"])
-        wins[size, method] = int((np.array(ours) > np.array(found)).sum())  # equal tasks and seeds, in one order
-    size, clips = "20000", ("ppo-clip-0.2", "ppo-clip-0.5")
-    assert f"its area is larger in {wins[size, clips[0]]} of 12 pairs" in text
-    assert f"Its mean area is {areas[size, clips[1]]} and GIPO's {areas[size, 'gipo']}. " in text
-    assert f"GIPO's is larger in {wins[size, clips[1]]} of 12 pairs, which chance" in text
-    gipo = f"Its mean area is {areas['5120', 'gipo']} with 5,120 steps of replay and {areas[size, 'gipo']} with 20,000."
-    assert f"{gipo} PPO's with a clip of 0.2 falls from {areas['5120', clips[0]]} to {areas[size, clips[0]]}." in text
+    areas, wins, size, clips = {}, {}, "20000", ("ppo-clip-0.2", "ppo-clip-0.5")
+    for cell in [(size, method) for size in ("5120", "20000") for method in ("gipo", *clips)]:
+        ours, found = (
+            report.values(tasks, sorted(tasks), report.SCORES["area"]) for tasks in (table[cell[0], "gipo"], table[cell])
+        )
+        low, high = report.bootstrap_interval(found, report.mean_of_tasks)
+        areas[cell] = report.span(report.mean_of_tasks(found), (low, high))
+        wins[cell] = int((np.array(ours) > np.array(found)).sum())  # equal tasks and seeds, in one order
+    short = {cell: area.split()[0] for cell, area in areas.items()}
+    gipo, slow, wide = (areas[size, method] for method in ("gipo", *clips))
+    assert f"its mean area is {gipo} and that of a clip of 0.2 is {slow}; it is larger in {wins[size, clips[0]]} of 12" in text
+    assert f"The mean area of a clip of 0.5 is {wide}. GIPO's is larger in {wins[size, clips[1]]} of 12 pairs" in text
+    assert f"falls from {short['5120', clips[0]]} with 5,120 steps of replay to {short[size, clips[0]]} with 20,000" in text
+    assert (
+        f"GIPO's is {short['5120', 'gipo']} and {short[size, 'gipo']}, that of a clip of 0.5 is {short['5120', clips[1]]} and"
+        in text
+    )
+    assert f"and {short[size, clips[1]]}." in text
     few = [wins["5120", clip] for clip in clips]
     assert f"than that of a clip of 0.2 in {few[0]} of 12 pairs, and than that of a clip of 0.5 in {few[1]}." in text
     ends = {name: [] for name in ("gipo", "ppo")}
-    for (regime, method), tasks in table.items():
-        if regime != "on-policy":
-            ends[method.split("-")[0]] += [round(100 * run["eval_success_rate"]) for run in tasks["push-v3"]]
+    for regime, method in areas:
+        runs = table[regime, method]["push-v3"]
+        ends[method.split("-")[0]] += [round(100 * run["eval_success_rate"]) for run in runs]
     gipo, ppo = (f"{min(found)} to {max(found)} %" for found in ends.values())
     assert f"GIPO's seeds end at {gipo} of the goals, PPO's with replay at {ppo}." in text
