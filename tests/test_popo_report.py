@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tyro
 from conftest import ROOT
@@ -212,6 +213,23 @@ def test_the_page_says_what_the_runs_on_old_answers_say():
         empty = " as `decoupled` " if name == "pi_old" else " "
         cells = [empty if area == "-" else f" {area.split()[0]} " for area in areas]
         assert f"| `{f'{objective} {variants[variant]}' if variant else name}` |{'|'.join(cells)}|" in page
+
+
+def test_the_pages_say_what_the_methods_reach_on_the_real_model():
+    """docs/popo_countdown.md: answers sampled, end and area of each method, of the seeds 4 to 6; the README: start and end."""
+    page, readme = ((ROOT / name).read_text() for name in ("docs/popo_countdown.md", "README.md"))
+    runs = [json.loads(path.read_text()) for path in RESULTS if path.parent.name == "768" and "countdown-2" in path.name]
+    ends = {}
+    for method in ("popo", "grpo", "grpo-filter", "dapo"):
+        found = [run for run in runs if run["exp_name"] == method]
+        assert [run["seed"] for run in found] == [4, 5, 6]
+        ends[method] = np.array([100 * run["eval_success_rate"] for run in found])
+        sampled = np.mean([run["curve"][-1]["rollouts"] for run in found])
+        areas = [100 * report.popo_curve(run, "rollouts", np.linspace(0, 768, report.GRID_POINTS + 1)).mean() for run in found]
+        cells = f"{sampled:,.0f} | {ends[method].mean():.0f} [{ends[method].min():.0f}, {ends[method].max():.0f}]"
+        assert f"| {method} | {cells} | {np.mean(areas):.1f} |" in page
+    start = {round(100 * run["curve"][0]["success_rate"]) for run in runs}
+    assert start == {25} and f"from 25 to {ends['popo'].mean():.0f} % right answers" in readme
 
 
 SMOLLM2 = ROOT / "results" / "popo_countdown" / "smollm2"
