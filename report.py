@@ -1374,6 +1374,8 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         parts += [scope, aggregate_table(common) if common else "none yet"]
         table = same_replay_table(scored)
         parts += ["Against PPO-clip on the same replay, on the tasks and seeds that both have:", table] if table else []
+        complete = readme_runs(main)
+        parts += ["Means instead of interquartile means, as in the README:", readme_table(complete)] if complete else []
         every_row, shared_scope = shared(main) if main else ([], "")
         more_rows = len(cells(every_row)) > len(cells(common))
         if more_rows:
@@ -1392,7 +1394,6 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
                     draw(results / f"buffer-all-rows-{name}.png", plot_against_buffer, every_row, panels)
                 panels = {score: score for score in ("utilization", "effective sample size")}
                 draw(results / f"staleness-{name}.png", plot_against_buffer, replayed, panels)
-        complete = readme_runs(main)
         if complete:
             tasks = sorted({run["env_id"].removesuffix("-v3") for run in complete})
             names = "" if len(tasks) == len(README_TASKS) else f" ({', '.join(tasks)}; the others are not finished)"
