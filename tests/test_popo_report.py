@@ -183,7 +183,9 @@ def test_committed_run(path):
     same = [
         json.loads(other.read_text()) for other in RESULTS if other.parent == path.parent and other.stem[-1] == path.stem[-1]
     ]
-    same = [other for other in same if other["machine"] == result["machine"]]  # the warm-up rounds as its CPU does
+    same = [
+        other for other in same if (other["machine"], other["env_id"]) == (result["machine"], result["env_id"])
+    ]  # the warm-up rounds as its CPU does
     assert len({other["curve"][0]["success_rate"] for other in same if other["seed"] == result["seed"]}) == 1
 
 
