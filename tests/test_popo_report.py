@@ -230,6 +230,11 @@ def test_the_pages_say_what_the_methods_reach_on_the_real_model():
         areas = [100 * report.popo_curve(run, "rollouts", np.linspace(0, 768, report.GRID_POINTS + 1)).mean() for run in found]
         cells = f"{sampled:,.0f} | {ends[method].mean():.0f} [{ends[method].min():.0f}, {ends[method].max():.0f}]"
         assert f"| {method} | {cells} | {np.mean(areas):.1f} |" in page
+    lagging = [100 * run["eval_success_rate"] for run in runs if "lag-4" in run["exp_name"]]
+    assert f"end at {min(lagging):.0f} to {max(lagging):.0f} %. GRPO on fresh answers ends at {ends['grpo'][0]:.0f} %" in page
+    (three,) = (json.loads(path.read_text()) for path in RESULTS if path.match("768/countdown-3__popo__4.json"))
+    curve = [f"{100 * three['curve'][i]['success_rate']:.1f}" for i in (0, -1)]
+    assert f"POPO goes from {curve[0]} to {curve[1]} %" in page
     start = {round(100 * run["curve"][0]["success_rate"]) for run in runs}
     assert start == {25} and f"from 25 to {ends['popo'].mean():.0f} % right answers" in readme
 
