@@ -567,9 +567,10 @@ def test_bad_command_line_in_a_process_of_its_own(tmp_path):
 
 
 def test_commands_of_the_page_are_accepted(monkeypatch):
-    """Every command line of the docs page but those that need a run folder: known flags, and none that contradicts another."""
+    """Every command line of the docs page and the README but those that need a run folder: known flags, and none that
+    contradicts another."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    page = (ROOT / "docs" / "popo_countdown.md").read_text().replace("\\\n", " ")
+    page = "\n".join((ROOT / name).read_text() for name in ("docs/popo_countdown.md", "README.md")).replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("python popo_countdown.py")]
     assert len(commands) > 5
     for _, _, *flags in commands:
