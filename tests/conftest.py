@@ -68,7 +68,9 @@ def run_script(script: str, run_dir: Path, *flags, **environment) -> tuple[subpr
 def start_command(command: list[str], **environment) -> subprocess.Popen:
     """Start a command in a session of its own, with its output as one stream of lines."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a process inherits it ignored from `nohup pytest`
     STARTED.append(subprocess.Popen(command, env={**os.environ, **environment}, **pipes))
+    signal.signal(signal.SIGHUP, hangup)
     return STARTED[-1]
 
 
