@@ -124,7 +124,7 @@ class Args:
     evaluate: str | None = None
     """path of a model.pt: evaluate it on the held-out levels and do nothing else"""
     eval_every: int = 1_280
-    """training episodes between evaluations (0: only at the end)"""
+    """training episodes between evaluations (0: only at the end); with --model there is one before training, too"""
     eval_episodes: int = 256
     """held-out levels of an evaluation, one episode each (0: never evaluate)"""
     eval_temperature: float = 0.4
@@ -1193,9 +1193,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     saved = True  # is all that was done in the checkpoint?
     while True:
         # ==================== EVAL ====================
-        # Before collecting more, so that a run which died here evaluates again when resumed.
+        # Before collecting more, so that a run which died here evaluates again when resumed. A model can play before.
         finished, evaluation = iteration == num_iterations, None
-        if args.eval_episodes > 0 and iteration > 0 and (finished or passed(args.eval_every)):
+        if args.eval_episodes > 0 and (iteration > 0 or args.model) and (finished or passed(args.eval_every)):
             evaluation = evaluate(agent, args, eval_envs, stop_signals)
         if finished and not args.eval_episodes:
             save_models(run_folder, agent, config, None, episodes)

@@ -251,7 +251,7 @@ def test_a_model_that_is_not_there(tmp_path):
 
 
 def test_text_games_with_a_model(folder, tmp_path):
-    """TextWorld end to end, choices that change from step to step."""
+    """TextWorld end to end, choices that change from step to step; the curve begins before training."""
     settings = FLAGS | {"num_groups": 1, "group_size": 2, "eval_episodes": 1, "max_steps": 3}
     del settings["max_solution"]
     args = Args(
@@ -259,6 +259,8 @@ def test_text_games_with_a_model(folder, tmp_path):
     )
     result = main(args)
     assert result["total_timesteps"] == 6 and "textworld" in result["versions"]
+    curve = read_scalars(tmp_path / "tw-coin_collector__graphgpo__1")["eval/success_rate"]
+    assert [step for step, _ in curve] == [0, 2]
 
 
 def test_choices_of_a_step_decide_what_is_valid(agent):
