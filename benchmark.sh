@@ -226,7 +226,7 @@ mkdir -p "$run_dir"
 
 # -------------------- Running it --------------------
 run() { # one command, unless another invocation has it; a run that was begun is resumed
-    local task seed name folder resume="" code=0
+    local task seed name folder resume="" code=0 outcome=""
     [ -z "${main:-}" ] || kill -0 "$main" 2>/dev/null || exit 255 # benchmark.sh itself was killed: xargs ends here
     task=$(sed -E 's/.*--(env-id|suite) ([^ ]*).*/\2/' <<<"$1") seed=$(sed 's/.*--seed \([^ ]*\).*/\1/' <<<"$1")
     name=$(sed 's/.*--exp-name \([^ ]*\).*/\1/' <<<"$1")
@@ -239,18 +239,24 @@ except BlockingIOError: exit(75)' 2>/dev/null || code=$?
         echo "$folder: another invocation has it"
         return
     elif [ $code -ne 0 ]; then
-        echo "$folder.lock cannot be locked" >>"$failures"
+        outcome="FAILED: $folder.lock cannot be locked"
     else
         [ -z "$(ls "$folder" 2>/dev/null)" ] || resume="--resume" # a lone .lock is no run yet
         OMP_NUM_THREADS=1 "$python" ${1#"$quoted "} $resume >>"$folder.log" 2>&1 || code=$?
-        [ $code -eq 0 ] || echo "$folder.log (exit code $code)" >>"$failures"
+        case $code in
+            0) ;;
+            129 | 130 | 143) outcome="interrupted: $folder goes on with the same command" ;; # 128 + HUP, INT or TERM
+            *) outcome="FAILED: exit code $code, see $folder.log" ;;
+        esac
     fi
+    [ -z "${main:-}" ] || kill -0 "$main" 2>/dev/null || { echo "$folder ${outcome%%:*}" && exit 255; } # Ctrl-C removed the lists
+    [ -z "$outcome" ] || echo "$outcome" >>"$failures"
     echo >>"$finished"
     local count now elapsed seconds_left
     count=$(wc -l <"$finished") now=$(date +%s)
     elapsed=$((now - start)) seconds_left=$(((now - start) * (left - count) / count))
     printf '%d of %d runs  %dm%02ds  left %dm%02ds  %s %s\n' "$count" "$left" $((elapsed / 60)) $((elapsed % 60)) \
-        $((seconds_left / 60)) $((seconds_left % 60)) "$folder" "$([ $code -eq 0 ] || echo FAILED)"
+        $((seconds_left / 60)) $((seconds_left % 60)) "$folder" "${outcome%%:*}"
 }
 
 if [ -n "$slurm" ]; then
@@ -261,7 +267,7 @@ if [ -n "$slurm" ]; then
 #SBATCH --job-name=gipo-benchmark
 #SBATCH --array=1-$jobs
 #SBATCH --cpus-per-task=$([ "$suite" = vla ] && echo 2 || echo 1)
-#SBATCH --mem=$([ "$suite" = vla ] && echo 12G || echo 2G)
+#SBATCH --mem=$(case $suite in vla) echo 12G ;; smollm2) echo 8G ;; *) echo 2G ;; esac)
 #SBATCH --time=04:00:00
 #SBATCH --output=$run_dir/slurm-%A_%a.out
 cd $(printf %q "$PWD")
@@ -286,7 +292,7 @@ export run_dir start finished failures left main python quoted
 echo "$left of $total runs are left, $workers at a time, in $run_dir"
 [ "$left" -eq 0 ] || printf '%s\n' "$pending" | tr '\n' '\0' | xargs -0 -n 1 -P "$workers" bash -c 'run "$0"'
 if [ -s "$failures" ]; then
-    echo "$(wc -l <"$failures") runs failed:" >&2
+    echo "$(wc -l <"$failures") runs failed or were interrupted:" >&2
     cat "$failures" >&2
 fi
 "$python" report.py

@@ -119,7 +119,8 @@ def prepare(args: Args, task: str, seed: int, method: str, data: str) -> list[st
     folder = script.run_folder_of(run_args)
     if replay and not (folder / "checkpoint.pt").exists():
         start_from(script, run_args, replay)
-    return [f"{name}.py", *(["--resume", str(folder)] if (folder / "args.json").exists() else flags), str(folder)]
+    resume = ["--resume", str(folder)] if (folder / "args.json").exists() else []  # the flags stay: other ones are refused
+    return [f"{name}.py", *flags, *resume, str(folder)]
 
 
 def train(args: Args, command: list[str]) -> dict:
@@ -143,6 +144,8 @@ def main(args: Args) -> int:
     """Make what is missing; 1 if a run failed."""
     stored = json.loads(args.output.read_text()) if args.output.exists() else {"runs": []}
     stored |= {"command": shlex.join(["python", *sys.argv]), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    version = importlib.import_module("gipo_continuous").ALGORITHM_VERSION
+    stored["runs"] = [run for run in stored["runs"] if run["versions"]["algorithm"] == version]  # older ones are made again
     there = {tuple(run[key] for key in KEYS) for run in stored["runs"]}
     donors = "none", f"seed {args.donor_seed}"
     cells = [(t, s, m, args.steps, d) for s in args.seeds for t in args.tasks for m in args.methods for d in donors]

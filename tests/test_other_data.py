@@ -43,3 +43,18 @@ def test_every_row_is_a_command_of_its_script(method):
     args = importlib.import_module(name).parse_args(flags)
     assert (args.buffer_size, args.num_steps, args.minibatch_size, args.ratio) == (20_000, 16, 128, "per-dim")
     assert (args.policy_head, args.num_bins, args.ent_coef, args.lr_schedule) == ("categorical", 256, 0.001, "constant")
+
+
+def test_a_run_is_not_resumed_under_other_settings(tmp_path, monkeypatch):
+    """A finished folder whose row has got another sigma since is refused, not read as the new row's."""
+    flags = [*SMALL.split(), "--total-timesteps", "64", "--run-dir", str(tmp_path), "--exp-name", "gipo_none_64"]
+    args = other_data.Args(output=tmp_path / "all.json", run_dir=tmp_path, steps=64)
+    monkeypatch.setattr(other_data, "EQUAL", SMALL)
+    module = importlib.import_module("gipo_continuous")
+    module.main(module.parse_args([*flags, "--seed", "5"]))
+    command = other_data.prepare(args, "Pendulum-v1", 5, "gipo", "none")
+    same = module.parse_args(command[1:-1])
+    assert same.resume == command[-1] and module.main(same)["total_timesteps"] == 64
+    monkeypatch.setitem(other_data.METHODS, "gipo", "gipo_continuous --sigma 0.7")
+    with pytest.raises(ValueError, match=r"--sigma 0.7 contradicts the run to resume"):
+        module.main(module.parse_args(other_data.prepare(args, "Pendulum-v1", 5, "gipo", "none")[1:-1]))

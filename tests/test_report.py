@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1183,7 +1184,8 @@ def test_interrupted_runs_are_resumed_and_failures_listed(checkout):
     (folders["ppo_on-policy"] / "checkpoint.pt").write_bytes(b"half a file")
     process = benchmark("quick", *SMALL, cwd=checkout)
     assert process.returncode == 1
-    assert "1 runs failed" in process.stderr and "ppo_on-policy__1.log (exit code 2)" in process.stderr
+    assert "1 runs failed or were interrupted" in process.stderr
+    assert f"FAILED: exit code 2, see runs/benchmark-512/{folders['ppo_on-policy'].name}.log" in process.stderr
     assert "from step 512" in (run_dir / "reach-v3__gipo_512__1.log").read_text()
     assert (folders["gipo_512"] / "result.json").exists()
 
@@ -1247,6 +1249,31 @@ def test_nothing_starts_after_benchmark_was_killed(checkout):
     assert [path.name for path in log.parent.glob("*.log")] == [log.name]
 
 
+@pytest.mark.parametrize("everything", [True, False])
+def test_a_run_that_was_asked_to_stop_is_called_interrupted(checkout, tmp_path, everything):
+    """Not failed: the same command goes on with it. Ctrl-C reaches everything, a scheduler's signal perhaps one run alone."""
+    flags = ["--tasks", "reach-v3", "--methods", "gipo", "--regimes", "512", "--steps", "100000", "--workers", "1"]
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$1 $$" >>{tmp_path}/started\nexec {shlex.quote(sys.executable)} "$@"')
+    python.chmod(0o755)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes |= {"cwd": checkout, "env": PYTHON | {"PYTHON": str(python)}}
+    process = subprocess.Popen(["./benchmark.sh", "quick", *flags], start_new_session=True, **pipes)
+    folder = checkout / "runs" / "benchmark-100000" / "reach-v3__gipo_512__1"
+    log = folder.with_name(folder.name + ".log")
+    wait_for(lambda: log.exists() and "from step" in log.read_text())
+    if everything:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        (run,) = re.findall(r"^gipo_continuous.py (.*)$", (tmp_path / "started").read_text(), re.MULTILINE)
+        os.kill(int(run), signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert out.count("reach-v3__gipo_512__1 interrupted") == 1 and "FAILED" not in out + err
+    assert process.returncode == (-signal.SIGINT if everything else 1)
+    assert ("interrupted: runs/benchmark-100000/reach-v3__gipo_512__1 goes on with the same command" in err) != everything
+    assert (folder / "checkpoint.pt").exists()
+
+
 def test_slurm_array_of_many_runs(checkout):
     """At most 1,000 jobs, which share the runs; the commands are in the script that sbatch copies, not in a file beside it."""
     process = benchmark("main", "--slurm", "--seeds", " ".join(map(str, range(4, 25))), cwd=checkout)
@@ -1277,7 +1304,9 @@ def test_slurm_script(checkout):
     (folder / "checkpoint.pt").write_bytes(b"half a file")
     process = subprocess.run(["bash", script], cwd=checkout, env=environment, capture_output=True, text=True)
     assert "0 of" not in process.stdout
-    assert process.returncode == 1 and "gipo_512__1.log (exit code 2)" in process.stdout  # so that sbatch shows it as failed
+    assert (
+        process.returncode == 1 and "exit code 2, see runs/benchmark-512/reach" in process.stdout
+    )  # so that sbatch shows it as failed
 
 
 # -------------------- What is committed --------------------
