@@ -603,15 +603,21 @@ def shared(runs: list[dict]) -> tuple[list[dict], str]:
 
 
 def same_replay_table(runs: list[dict]) -> str:
-    """One row per replay size, method and PPO-clip of that size, over the tasks and seeds that both have; may be empty."""
+    """One row per replay size, method and PPO-clip of that size, over the tasks and seeds that both have; may be empty.
+
+    A method that is not of the benchmark's own has a row against `gipo` (or against `ppo`, without replay), too.
+    """
     rows = ["| replay | method | against | tasks | runs of each | success, IQM | area under success, IQM | success above |"]
     rows[0] += " area above | return above |"
     rows.append("|---" * 10 + "|")
     table = cells(runs)
     for (regime, method), tasks in table.items():
-        for opponent in [other for size, other in table if size == regime and other.startswith("ppo-clip")]:
+        if method.startswith("ppo-clip"):
+            continue
+        known = ("gipo", "ppo") if method not in METHODS else ()  # a method of one's own is compared with these, too
+        for opponent in [name for size, name in table if size == regime and (name.startswith("ppo-clip") or name in known)]:
             ours, theirs = matched(tasks, table[regime, opponent])
-            if method.startswith("ppo-clip") or not ours:
+            if opponent == method or not ours:
                 continue
             row = [regime, method, opponent, len(ours), sum(map(len, ours.values()))]
             for name in ("success", "area"):
@@ -1366,14 +1372,19 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         seeds, tasks = len({run["seed"] for run in runs}), len({run["env_id"] for run in runs})
         heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
         scored = [run for run in runs if has_success(run)]
-        main = [run for run in scored if not is_variant(run)] or scored
-        main = [run for run in main if run["env_id"].removesuffix("-v3") in README_TASKS] or main
+        known = [run for run in scored if not is_variant(run)] or scored
+        main = [run for run in known if run["env_id"].removesuffix("-v3") in README_TASKS] or known
         common, scope = comparable(main) if main else ([], "No task with a success flag:")
+        own = {run["env_id"] for run in main}
+        others, other_scope = comparable([run for run in known if run["env_id"] not in own] or known)
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py.", EXPLANATION]
         parts += [scope, aggregate_table(common) if common else "none yet"]
-        table = same_replay_table(scored)
-        parts += ["Against PPO-clip on the same replay, on the tasks and seeds that both have:", table] if table else []
+        if len(own) < len({run["env_id"] for run in known}):
+            parts += [other_scope, aggregate_table(others)]
+        for words, there in (("", True), (", other tasks", False)):
+            table = same_replay_table([run for run in scored if (run["env_id"] in own) == there])
+            parts += [f"On the same replay, by the tasks and seeds that both have{words}:", table] if table else []
         complete = readme_runs(main)
         parts += ["Means instead of interquartile means, as in the README:", readme_table(complete)] if complete else []
         every_row, shared_scope = shared(main) if main else ([], "")

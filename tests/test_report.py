@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
@@ -772,7 +773,28 @@ def test_every_method_meets_every_ppo_clip_of_its_replay():
     names += [("5120", "ppo-clip-0.1"), ("5120", "sapo"), ("512", "gipo"), ("100000", "ppo-clip-0.2"), ("on-policy", "ppo")]
     runs = [run(method, regime, 1, 1.0, 1, 1.0) for regime, method in names]
     rows = [tuple(row.strip("| ").split(" | ")[:3]) for row in report.same_replay_table(runs).splitlines()[2:]]
-    assert rows == [("5120", "sapo", "ppo-clip-0.1")] + [("20000", method, clip) for method in others for clip in clips]
+    expected = [("5120", "sapo", "ppo-clip-0.1")] + [("20000", method, clip) for method in others for clip in clips]
+    assert [row for row in rows if row[2] != "gipo"] == expected
+    assert rows[-4:] == [("20000", others[-1], opponent) for opponent in ("gipo", *clips)]  # one's own: against gipo, too
+
+
+def test_a_method_and_a_task_of_ones_own_are_in_the_tables(tmp_path):
+    """A new line of benchmark.sh's table has its area beside GIPO's; a task that the benchmark lacks has rows of its own."""
+    folder = tmp_path / "runs" / "300000"
+    folder.mkdir(parents=True)
+    scores = {"gipo_512": 0.4, "mine_512": 0.6, "mine-too_on-policy": 0.7, "ppo_on-policy": 0.3}
+    tasks = {"reach-v3": 0.0, "my_tasks/Swing-v0": 0.1}
+    for (name, score), (task, more), seed in itertools.product(scores.items(), tasks.items(), (4, 5)):
+        found = sample(name, env_id=task, seed=seed, eval_success_rate=score + more)
+        (folder / f"{name}{seed}{more}.json").write_text(json.dumps(found))
+    report.write_report(report.Args(results=str(tmp_path), readme="none"))
+    text = (tmp_path / "benchmark-300000-v1.md").read_text()
+    first, second, third, fourth, *_ = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert "| 512 | gipo | 2 | 0.40 [" in first and "| 512 | gipo | 2 | 0.50 [" in second and "mine" not in first + second
+    assert "| 512 | mine | gipo | 1 | 2 | 0.60 against 0.40 |" in third
+    assert "| on-policy | mine-too | ppo | 1 | 2 | 0.70 against 0.30 |" in third
+    assert "| 512 | mine | gipo | 1 | 2 | 0.70 against 0.50 |" in fourth
+    assert "| on-policy | mine-too | ppo | 1 | 2 | 0.80 against 0.40 |" in fourth
 
 
 def test_main_rows_and_variants():
