@@ -140,11 +140,11 @@ case "$suite" in
     *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${0##*/}"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, gymnasium, graphgpo, popo, lag, smollm2, vla or throughput"; exit 0 ;;
 esac
 shift
-workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm=""
-if [ "$suite" = vla ]; then # 9 GB for the five processes of a run
-    fitting=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 4000000) / 1000 * $(getconf PAGESIZE) / 9000000))
-    [ "$fitting" -ge "$workers" ] || workers=$((fitting > 0 ? fitting : 1))
-fi
+workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm="" at_once=""
+gigabytes=1 # of memory that a run takes, at most
+case $suite in vla) gigabytes=9 ;; smollm2) gigabytes=6 ;; esac # LIBERO: five processes
+fitting=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 4000000) / 1000 * $(getconf PAGESIZE) / 1000000 / gigabytes))
+[ "$fitting" -ge "$workers" ] || workers=$((fitting > 0 ? fitting : 1))
 meaningless="" # options
 case $suite in graphgpo) meaningless="--tasks --regimes" ;; popo | lag | smollm2) meaningless="--regimes" ;; throughput) meaningless="--seeds --methods --regimes --workers --slurm" ;; esac
 while [ $# -gt 0 ]; do
@@ -152,6 +152,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --tasks | --seeds | --methods | --regimes | --steps | --workers)
             [ $# -ge 2 ] || die "$1 needs a value"
+            [ "$1" != --workers ] || at_once="%$2"
             declare "${1#--}=$2" && shift 2 ;;
         --dry-run) dry_run=1 && shift ;;
         --slurm) slurm=1 && shift ;;
@@ -242,9 +243,9 @@ except BlockingIOError: exit(75)' 2>/dev/null || code=$?
         outcome="FAILED: $folder.lock cannot be locked"
     else
         [ -z "$(ls "$folder" 2>/dev/null)" ] || resume="--resume" # a lone .lock is no run yet
-        OMP_NUM_THREADS=1 "$python" ${1#"$quoted "} $resume >>"$folder.log" 2>&1 || code=$?
+        eval "OMP_NUM_THREADS=1 $1 $resume" >>"$folder.log" 2>&1 || code=$? # quotes in a flag as in the printed command
         case $code in
-            0) ;;
+            0) sed -n 's/^model name[^:]*: //p;T;q' /proc/cpuinfo >"$folder/machine" 2>/dev/null || true ;; # for report.py
             129 | 130 | 143) outcome="interrupted: $folder goes on with the same command" ;; # 128 + HUP, INT or TERM
             *) outcome="FAILED: exit code $code, see $folder.log" ;;
         esac
@@ -265,9 +266,9 @@ if [ -n "$slurm" ]; then
     cat >"$run_dir/array.sbatch" <<SBATCH
 #!/bin/bash
 #SBATCH --job-name=gipo-benchmark
-#SBATCH --array=1-$jobs
+#SBATCH --array=1-$jobs$at_once
 #SBATCH --cpus-per-task=$([ "$suite" = vla ] && echo 2 || echo 1)
-#SBATCH --mem=$(case $suite in vla) echo 12G ;; smollm2) echo 8G ;; *) echo 2G ;; esac)
+#SBATCH --mem=$((gigabytes + (gigabytes + 2) / 3))G
 #SBATCH --time=04:00:00
 #SBATCH --output=$run_dir/slurm-%A_%a.out
 cd $(printf %q "$PWD")
@@ -275,7 +276,7 @@ commands=\$(cat <<'COMMANDS'
 $pending
 COMMANDS
 )
-run_dir=$run_dir python=$quoted quoted=$(printf %q "$quoted") failures=\$(mktemp) finished=\$(mktemp) start=\$(date +%s)
+run_dir=$run_dir python=$quoted failures=\$(mktemp) finished=\$(mktemp) start=\$(date +%s)
 left=\$((($left - SLURM_ARRAY_TASK_ID) / $jobs + 1))
 $(declare -f run)
 for ((i = SLURM_ARRAY_TASK_ID; i <= $left; i += $jobs)); do run "\$(sed -n "\${i}p" <<<"\$commands")"; done
@@ -288,7 +289,7 @@ fi
 start=$(date +%s) finished=$(mktemp) failures=$(mktemp) main=$$
 trap 'rm -f "$finished" "$failures"' EXIT
 export -f run
-export run_dir start finished failures left main python quoted
+export run_dir start finished failures left main python
 echo "$left of $total runs are left, $workers at a time, in $run_dir"
 [ "$left" -eq 0 ] || printf '%s\n' "$pending" | tr '\n' '\0' | xargs -0 -n 1 -P "$workers" bash -c 'run "$0"'
 if [ -s "$failures" ]; then

@@ -317,6 +317,12 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def machine_of(folder: Path) -> str:
+    """Processor of a run: what benchmark.sh noted there, which on a cluster may be another one than here."""
+    file = folder / "machine"
+    return (file.read_text().strip() if file.exists() else "") or cpu_name()
+
+
 def is_stored(result: dict, file: Path) -> bool:
     """Whether `file` holds this run already, or one of a newer algorithm version."""
     if not file.exists():
@@ -352,13 +358,14 @@ def collect(args: Args, keep=store) -> None:
         file = Path(args.results) / "runs" / length_folder(result, "total_timesteps") / f"{folder.name}.json"
         if not is_stored(result, file):
             curves = gridded(read_scalars(folder, total), CURVES, total, "steps")
-            keep(file, result | {"curves": curves, "machine": cpu_name()})
+            keep(file, result | {"curves": curves, "machine": machine_of(folder)})
 
 
 def length_folder(result: dict, length: str, first_version: int = 1) -> str:
-    """Folder of a collected run: its length, and later algorithm versions; so these leave the older runs where they are."""
-    version = result["versions"]["algorithm"]
-    return f"{result['args'][length]}" + (f"-v{version}" if version > first_version else "")
+    """Folder of a collected run: its length, language model, later algorithm version; so no kind of run replaces another."""
+    version, model = result["versions"]["algorithm"], result["args"].get("model")
+    name = f"{result['args'][length]}" + (f"-{Path(model).name}" if model else "")
+    return name + (f"-v{version}" if version > first_version else "")
 
 
 def collect_popo(args: Args, keep=store) -> None:
@@ -368,7 +375,7 @@ def collect_popo(args: Args, keep=store) -> None:
             Path(args.results) / "popo_countdown" / "runs" / length_folder(result, "total_timesteps") / f"{folder.name}.json"
         )
         if not is_stored(result, file):
-            keep(file, result | {"machine": cpu_name()})
+            keep(file, result | {"machine": machine_of(folder)})
 
 
 # -------------------- Statistics --------------------
@@ -829,7 +836,7 @@ def collect_graphgpo(args: Args, keep=store) -> None:
         )
         if not is_stored(result, file):
             curves = gridded(read_scalars(folder, total), GRAPHGPO_CURVES, total, "episodes")
-            keep(file, result | {"curves": curves, "machine": cpu_name()})
+            keep(file, result | {"curves": curves, "machine": machine_of(folder)})
 
 
 def mean_of_tasks(scores):
@@ -1004,8 +1011,9 @@ def lag_table(runs: list[dict]) -> str:
     for run in runs:
         args = outcome_args(run["args"])
         area = popo_curve(run, "rollouts", np.linspace(0, popo_rollouts(run), GRID_POINTS + 1)).mean()
-        name = {"grpo": "grpo-decoupled"}.get(run["exp_name"], run["exp_name"])
-        groups[re.sub(r"^grpo-|-lag-\d+$", "", name), args["lag"]].append((area, run["eval_success_rate"]))
+        name = re.sub(r"-(fast|lr-[0-9e.-]+)$", "", run["exp_name"])  # a step size, which is the whole table's
+        name = re.sub(r"^grpo-|-lag-\d+$", "", {"grpo": "grpo-decoupled"}.get(name, name))
+        groups[name, args["lag"]].append((area, run["eval_success_rate"]))
     objectives, lags = dict.fromkeys(name for name, _ in groups), sorted({lag for _, lag in groups})
     columns = [(score, lag) for score in ("area", "end") for lag in lags]
     rows = ["| objective | seeds | " + " | ".join(f"{score}, lag {lag}" for score, lag in columns) + " |"]
@@ -1049,12 +1057,13 @@ def write_popo_report(args: Args, write, new: dict[Path, dict] | None) -> None:
     """Table and plots of results/popo_countdown/, one set per task, length, step size and algorithm version."""
     folder, groups = Path(args.results) / "popo_countdown", collections.defaultdict(lambda: collections.defaultdict(list))
     for run in load(folder, POPO | MACHINE, new).values():
-        group = run["env_id"], run["args"]["total_timesteps"], run["args"]["learning_rate"], run["versions"]["algorithm"]
+        task = run["env_id"] + (f"-{Path(run['args']['model']).name}" if run["args"].get("model") else "")
+        group = task, run["args"]["total_timesteps"], run["args"]["learning_rate"], run["versions"]["algorithm"]
         groups[group][re.sub(r"-(fast|lr-[0-9e.-]+)$", "", run["exp_name"])].append(run)
-    for (env_id, steps, rate, version), found in sorted(groups.items()):
+    for (task, steps, rate, version), found in sorted(groups.items()):
         order = [*POPO_METHODS, *sorted(found.keys() - POPO_METHODS.keys())]
         methods = {method: found[method] for method in order if method in found}
-        name = f"{env_id}-{steps}-lr{rate:g}-v{version}"
+        name = f"{task}-{steps}-lr{rate:g}-v{version}"
         for method, runs in methods.items():
             refuse_mixture(f"{method}, {name}", runs)
         runs = [run for runs in methods.values() for run in runs]
@@ -1063,7 +1072,7 @@ def write_popo_report(args: Args, write, new: dict[Path, dict] | None) -> None:
         heading += f"{machines}. Held-out pass rate in percent, 95 % bootstrap intervals over the seeds. Written by report.py."
         by_age = [run for run in runs if is_about_age(run)]
         methods = {name: runs for name, runs in methods.items() if not is_about_age(runs[0])}
-        parts = [f"# {env_id}, {steps:,} rollouts, step size {rate:g}", heading]
+        parts = [f"# {task}, {steps:,} rollouts, step size {rate:g}", heading]
         if methods:
             parts.append(popo_table(methods))
         if by_age:
@@ -1100,7 +1109,7 @@ def collect_vla(args: Args, keep=store) -> None:
             points = {name: dict(scalars.get(tag, [])) for name, tag in VLA_CURVES.items()}
             steps = sorted(points["entropy"])
             curves = {name: [round(p[step], 4) if step in p else None for step in steps] for name, p in points.items()}
-            keep(file, result | {"curves": curves | {"steps": steps}, "machine": cpu_name()})
+            keep(file, result | {"curves": curves | {"steps": steps}, "machine": machine_of(folder)})
 
 
 def vla_success(run: dict, states: range, evaluation: int = -1) -> float:

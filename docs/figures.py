@@ -51,7 +51,7 @@ METHODS = {  # of the benchmark -> label and style of its line
 }
 
 
-LANGUAGE_RUNS = IMAGES.parent.parent / "results" / "popo_countdown" / "runs" / "768"
+LANGUAGE_RUNS = IMAGES.parent.parent / "results" / "popo_countdown" / "runs" / "768-smollm2"
 LANGUAGE_METHODS = {
     "popo": ("POPO", {"color": BLUE, "linestyle": "-", "linewidth": 2.2}),
     "grpo": ("GRPO", {"color": RED, "linestyle": "--"}),

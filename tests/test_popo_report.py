@@ -77,12 +77,29 @@ def test_table_of_old_answers_by_hand():
         "| gipo | -/2 | - | 15.0 [10.0, 20.0] | - | 20.0 [10.0, 30.0] |",
     ]
     assert [report.is_about_age(result) for result in runs] == [False, False, True, True, True]
+    for rate in ("fast", "lr-3e-4"):  # all of a table have one step size: no part of a row's name
+        faster = [result | {"exp_name": f"{result['exp_name']}-{rate}"} for result in runs]
+        assert report.lag_table(faster) == report.lag_table(runs)
     for result in runs[-2:]:  # another sigma is another row
         other = result | {"exp_name": "grpo-gipo-sigma-2-lag-4", "args": result["args"] | {"sigma": 2.0}}
         runs.append(other | {"eval_success_rate": 0.7})
     assert report.lag_table(runs).splitlines()[-1] == (
         "| gipo-sigma-2 | -/2 | - | 15.0 [10.0, 20.0] | - | 70.0 [70.0, 70.0] |"
     )
+
+
+def test_a_language_models_runs_have_a_folder_and_a_table_of_their_own(tmp_path):
+    """Of equal task, method, seed and length, on the model and on the small network: neither is stored over the other."""
+    for suite, model in (("popo-200", None), ("popo-smollm2-200", "models/smollm2")):
+        result = run("popo", 1, [(0, 0, 0.1), (200, 8, 0.5)])
+        result["args"]["model"] = model
+        folder = tmp_path / "runs" / suite / f"{result['env_id']}__{result['exp_name']}__{result['seed']}"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(result))
+    report.main(report.Args(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), readme="none"))
+    kept = sorted(path.parent.name for path in (tmp_path / "results").rglob("runs/*/*.json"))
+    assert kept == ["200", "200-smollm2"]
+    assert len([*(tmp_path / "results" / "popo_countdown").glob("*.md")]) == 2
 
 
 def test_a_method_that_the_plot_does_not_know_is_in_it():
@@ -167,7 +184,7 @@ def test_committed_run(path):
     """What a reader needs to repeat it, and a curve that begins at the weights that all methods of the seed share."""
     result = json.loads(path.read_text())
     assert result.keys() >= {"args", "git_commit", "versions", "machine", "curve", "eval_success_rate", "wall_seconds"}
-    real_model = path.parent.name == "768"  # of ./benchmark.sh smollm2
+    real_model = path.parent.name == "768-smollm2"  # of ./benchmark.sh smollm2
     gone = {"bf16", "response_length", "micro_batch_groups", "generate_groups"}  # flags of --model, which none of them has
     gone |= {"lr_schedule", "lr_warmup"}
     assert set(result["args"]) - set(vars(popo.Args())) <= gone
@@ -196,7 +213,7 @@ def test_the_committed_matrix_is_complete():
         result = json.loads(path.read_text())
         seeds.setdefault((path.parent.name, result["exp_name"]), set()).add(result["seed"])
         assert 0 <= result["eval_success_rate"] < 1
-    first = {"768": 4}  # SmolLM2: its settings were chosen on seeds below
+    first = {"768-smollm2": 4}  # SmolLM2: its settings were chosen on seeds below
     assert all(found == {first.get(steps, 1) + i for i in range(len(found))} for (steps, _), found in seeds.items())
     assert all(len(seeds["51200", method]) >= 5 for method in ("grpo", "grpo-filter", "dapo", "popo"))
 
@@ -220,7 +237,7 @@ def test_the_page_says_what_the_runs_on_old_answers_say():
 def test_the_pages_say_what_the_methods_reach_on_the_real_model():
     """docs/popo_countdown.md: answers sampled, end and area of each method, of the seeds 4 to 6; the README: start and end."""
     page, readme = ((ROOT / name).read_text() for name in ("docs/popo_countdown.md", "README.md"))
-    runs = [json.loads(path.read_text()) for path in RESULTS if path.parent.name == "768" and "countdown-2" in path.name]
+    runs = [json.loads(path.read_text()) for path in RESULTS if path.match("768-smollm2/countdown-2__*")]
     ends = {}
     for method in ("popo", "grpo", "grpo-filter", "dapo"):
         found = [run for run in runs if run["exp_name"] == method]
@@ -232,7 +249,7 @@ def test_the_pages_say_what_the_methods_reach_on_the_real_model():
         assert f"| {method} | {cells} | {np.mean(areas):.1f} |" in page
     lagging = [100 * run["eval_success_rate"] for run in runs if "lag-4" in run["exp_name"]]
     assert f"end at {min(lagging):.0f} to {max(lagging):.0f} %. GRPO on fresh answers ends at {ends['grpo'][0]:.0f} %" in page
-    (three,) = (json.loads(path.read_text()) for path in RESULTS if path.match("768/countdown-3__popo__4.json"))
+    (three,) = (json.loads(path.read_text()) for path in RESULTS if path.match("768-smollm2/countdown-3__popo__4.json"))
     curve = [f"{100 * three['curve'][i]['success_rate']:.1f}" for i in (0, -1)]
     assert f"POPO goes from {curve[0]} to {curve[1]} %" in page
     start = {round(100 * run["curve"][0]["success_rate"]) for run in runs}

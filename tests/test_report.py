@@ -1195,6 +1195,25 @@ def test_runs_skips_resumes_and_reports(checkout):
     assert "gipo_512" in left and "ppo_on-policy" not in left
 
 
+def test_a_method_with_arguments_of_the_environment(checkout):
+    """The quotes of a flag mean the same when it is checked, printed and run; the run's own processor is kept."""
+    script = checkout / "benchmark.sh"
+    line = """core      moon  gipo_continuous.py replay --hidden-size 8 --env-kwargs '{\\"g\\":1.6}'\n"""
+    text = script.read_text()
+    script.write_text(text.replace("core      sapo ", line + "core      sapo ", 1))
+    flags = ["--tasks", "Pendulum-v1", "--seeds", "4", "--methods", "moon", "--regimes", "512", "--steps", "512"]
+    process = benchmark("main", *flags, cwd=checkout)
+    assert process.returncode == 0, process.stdout + process.stderr
+    folder = checkout / "runs" / "benchmark-512" / "Pendulum-v1__moon_512__4"
+    assert read_json(folder / "result.json")["args"]["env_kwargs"] == '{"g":1.6}'
+    assert (folder / "machine").read_text().strip() == report.machine_of(folder) == report.cpu_name()
+    (folder / "machine").write_text("a node of the cluster")
+    shutil.rmtree(checkout / "results")
+    subprocess.run([sys.executable, "report.py"], cwd=checkout, check=True, capture_output=True)
+    (stored,) = (checkout / "results" / "runs").rglob("*.json")
+    assert read_json(stored)["machine"] == "a node of the cluster"
+
+
 def test_interrupted_runs_are_resumed_and_failures_listed(checkout):
     """A folder with a checkpoint goes on; one with a broken checkpoint fails, is listed with its log, and the rest runs."""
     run_dir = checkout / "runs" / "benchmark-512"
@@ -1300,6 +1319,12 @@ def test_slurm_array_of_many_runs(checkout):
     """At most 1,000 jobs, which share the runs; the commands are in the script that sbatch copies, not in a file beside it."""
     process = benchmark("main", "--slurm", "--seeds", " ".join(map(str, range(4, 25))), cwd=checkout)
     assert process.returncode == 0 and "1848 runs" in process.stdout  # 88 of each seed
+    limited = benchmark("main", "--slurm", "--workers", "20", cwd=checkout)
+    assert (
+        limited.returncode == 0
+        and "#SBATCH --array=1-264%20\n" in (checkout / "runs" / "benchmark-300000" / "array.sbatch").read_text()
+    )
+    process = benchmark("main", "--slurm", "--seeds", " ".join(map(str, range(4, 25))), cwd=checkout)
     script = (checkout / "runs" / "benchmark-300000" / "array.sbatch").read_text()
     assert "#SBATCH --array=1-1000\n" in script and script.count("--exp-name") > 1848
     lines = re.search(r"cat <<'COMMANDS'\n(.*?)\nCOMMANDS", script, re.DOTALL)[1].splitlines()
