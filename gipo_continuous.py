@@ -163,7 +163,7 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of GAE and of the V-trace trace"""
     recompute_advantages: bool = True
-    """advantages from the current critic inside every update; --no-recompute-advantages keeps those of collection time"""
+    """with replay: advantages from the current critic in every update; --no-recompute-advantages: those of collection time"""
     vtrace: bool = False
     """V-trace targets and advantages (truncated joint ratios, arXiv 1802.01561) instead of GAE"""
     policy_head: Literal["gaussian", "categorical"] = "categorical"  # GIPO: as the authors do
@@ -175,7 +175,7 @@ class Args:
     hidden_size: int = 256
     """width of the two hidden layers of actor and critic"""
     ratio: Literal["joint", "per-dim"] = "per-dim"  # GIPO: as the authors do
-    """importance ratio of the whole action, or one per dimension as in the paper's code (sigma then acts per dimension)"""
+    """importance ratio of the whole action, or one per dimension as in the paper's code (limits then act per dimension)"""
     kl_coef: float = 0.0
     """weight of the penalty KL(mu || pi), estimated by mean(-l) (0 to 0.5)"""
     ent_coef: float = 0.001  # GIPO: many updates per sample narrow the policy fast
@@ -203,7 +203,7 @@ class Args:
 
     # ---- runtime
     overlap: bool = True
-    """collect the next rollout in a process of its own during the update; --no-overlap: in turn, with equal results"""
+    """with replay: collect the next rollout in a process of its own during the update; --no-overlap: in turn, equal results"""
     cuda: bool = False
     """update the networks on the GPU (the policy acts on the CPU): pays for wide networks only"""
     torch_compile: bool = False
@@ -944,11 +944,12 @@ def git_commit() -> str | None:
 
 
 def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
-    """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
+    """Write model.pt, and best_model.pt if this evaluation beats the stored one: by episodes, success, return."""
     model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
     if evaluation:
         success = evaluation["success_rate"]
-        model["score"] = [-1.0 if success is None else success, evaluation["return_mean"]]
+        # Only as many episodes are comparable: MT10's last evaluation has ten times those before.
+        model["score"] = [evaluation["episodes"], -1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
     if evaluation and (not best.exists() or model["score"] > load_checkpoint(best)["score"]):
@@ -1088,15 +1089,21 @@ def check_video(args) -> None:
     try:
         with contextlib.closing(make_env(args, 0, render_mode="rgb_array")()) as env:
             env.reset()
-            env.render()
+            frame = env.render()
     except Exception as error:
-        raise ArgumentError(f"--capture-video cannot render ({type(error).__name__}): {how}") from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ArgumentError(f"--capture-video cannot render ({why}); {how}") from error
+    if not isinstance(frame, np.ndarray):
+        raise ArgumentError(f"--capture-video: render() of {args.env_id} returns {type(frame).__name__}, not an image")
 
 
 def saved_run(args) -> tuple:
     """Of the run that --evaluate or --resume names: (its arguments, with that flag set; its weights or its wandb id)."""
     if args.evaluate is not None:
         path, how = args.evaluate, "give the model.pt or best_model.pt of a run"
+        idle = [flag for flag in ("resume", "overwrite", "track", "cuda") if getattr(args, flag)]
+        if idle:
+            raise ArgumentError(f"--{idle[0]} means nothing with --evaluate: drop it")
         if not os.path.isfile(path):
             raise ArgumentError(f"--evaluate {path!r} is no file: {how}")
         model = load_checkpoint(Path(path))
@@ -1228,7 +1235,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         wandb_id = wandb_id or os.urandom(16).hex()
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
         wandb.init(**wandb_args, config=config, sync_tensorboard=True)
-        at_exit.callback(wandb.finish)
+        at_exit.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None and issubclass(kind, Exception))))
     for path in run_folder.iterdir() if args.overwrite else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -1264,7 +1271,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1272,6 +1279,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             at_exit.callback(signal.signal, signum, before)
             signal.signal(signum, ask_to_stop)
     start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
+    at_exit.push(lambda kind, *_: say("") if tty and kind and issubclass(kind, Exception) else None)  # ends the progress line
     this_script = ["python", os.path.relpath(__file__)]
     say(f"{run_folder}: {num_iterations * rollout_size:,} steps of {args.env_id}, from step {global_step:,}")
 
@@ -1298,7 +1306,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             line += f", success {evaluation['success_rate']:.0%} of {evaluation['episodes']} goals"
         for task, success in evaluation.get("success_by_task", {}).items():
             writer.add_scalar(f"eval/success_rate/{task}", success, global_step)
-        say(f"\n{line}" if tty else line)
+        say(f"\n{line}" if tty and not finished else line)
         return evaluation
 
     evaluation, saved = evaluation_phase(), True  # saved: is all that was done in the checkpoint?
@@ -1380,7 +1388,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 line = f"return {np.mean(recent_returns):8.1f}"
             line += "" if train_success is None else f"  success {train_success:4.0%}"
             line = f"step {global_step:>9,}  {line}  {sps:5.0f} steps/s  left {left // 60}m{left % 60:02d}s"
-            say(f"\r{line} " if tty else line, end="" if tty else "\n")
+            say(f"\r{line}\x1b[K" if tty else line, end="" if tty and iteration < num_iterations else "\n")
             last_print = time.time()
 
         # ==================== CHECKPOINT ====================

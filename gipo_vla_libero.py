@@ -783,7 +783,7 @@ def catch_signals(at_exit) -> list:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -826,7 +826,7 @@ def open_run(run_folder: Path, args, config_json: dict, step: int, at_exit):
         wandb_id = wandb_id or uuid.uuid4().hex
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
         wandb.init(**wandb_args, config=config_json, sync_tensorboard=True)
-        at_exit.callback(wandb.finish)
+        at_exit.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None and issubclass(kind, Exception))))
     for path in run_folder.iterdir() if args.overwrite else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -907,7 +907,7 @@ def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
         wandb_id = wandb_id or uuid.uuid4().hex
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
         wandb.init(**wandb_args, config=config, sync_tensorboard=True)
-        at_exit.callback(wandb.finish)
+        at_exit.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None and issubclass(kind, Exception))))
     if args.overwrite:
         for path in run_folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -1112,7 +1112,7 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL

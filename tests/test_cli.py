@@ -183,7 +183,7 @@ def test_model_files(finished, name):
     assert last["global_step"] == 2048 and best["score"] >= last["score"]
     assert differences(last["model"], checkpoint["model"]) == []
     result = read_json(folder / "result.json")
-    assert last["score"] == [result["eval_success_rate"], result["eval_return_mean"]]
+    assert last["score"] == [result["eval_episodes"], result["eval_success_rate"], result["eval_return_mean"]]
     replay = checkpoint["replay"]
     segments = 16 if name == "gipo-reach" else 2  # a buffer of 512 steps, or one rollout of 64, in segments of 32
     assert {value.shape[:2] for value in replay.values()} == {(32, segments)}
@@ -339,6 +339,53 @@ def test_capture_video(script, tmp_path):
     flags = ["--evaluate", folder / "model.pt", "--capture-video", "--eval-episodes", "1"]
     process, _ = run_script(script, tmp_path, *flags, MUJOCO_GL=backend)
     assert process.returncode == 0 and (folder / "videos" / "task0.mp4").stat().st_size > 1000, process.stderr
+
+
+@ALL_SCRIPTS
+def test_the_best_model_is_that_of_equal_evaluations(script, tmp_path):
+    """MT10's evaluations have 50 episodes, the last one 500: a lucky one of the short ones does not win."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    for step, (episodes, success) in enumerate([(50, 0.5), (50, 0.7), (50, 0.6), (500, 0.6), (500, 0.5)]):
+        evaluation = {"episodes": episodes, "success_rate": success, "return_mean": 1.0}
+        module.save_models(tmp_path, torch.nn.Linear(1, 1), {}, evaluation, step)
+        best = read_pt(tmp_path / "best_model.pt")["global_step"]
+        assert best == [0, 1, 1, 3, 3][step]
+
+
+@ALL_SCRIPTS
+@pytest.mark.parametrize(
+    ("render", "modes", "said"),
+    [
+        ("return None", ["rgb_array"], "render() of blind:Blind-v0 returns NoneType, not an image"),
+        ("raise KeyError('no lamp')", ["rgb_array"], "cannot render (KeyError: 'no lamp'); without"),
+        ("return None", ["human"], "cannot render (AssertionError: "),
+    ],
+)
+def test_capture_video_of_what_gives_no_image(script, render, modes, said, tmp_path, monkeypatch, inline):
+    """Found before training, and the environment's own words are in the message."""
+    (tmp_path / "blind.py").write_text(
+        f"""import gymnasium as gym
+from gymnasium.envs.classic_control import PendulumEnv
+class Blind(PendulumEnv):
+    metadata = {{"render_modes": {modes}, "render_fps": 20}}
+    def render(self):
+        {render}
+gym.register("Blind-v0", Blind, max_episode_steps=200)
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.delitem(sys.modules, "blind", raising=False)
+    code, _, error = inline(script, ["--env-id", "blind:Blind-v0", "--capture-video", "--run-dir", tmp_path / "runs"])
+    assert code == 2 and error.startswith("error: --capture-video") and said in error and error.count("\n") == 1, error
+    assert not (tmp_path / "runs").exists()
+
+
+@ALL_SCRIPTS
+@pytest.mark.parametrize("flags", ["--cuda", "--track", "--resume", "--overwrite"])
+def test_flags_that_mean_nothing_for_an_evaluation(script, flags, tmp_path, inline):
+    code, _, error = inline(script, ["--evaluate", tmp_path / "model.pt", flags])
+    assert (code, error) == (2, f"error: {flags} means nothing with --evaluate: drop it\n")
 
 
 @ALL_SCRIPTS

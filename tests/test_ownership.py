@@ -597,8 +597,8 @@ def test_nohup(tmp_path):
 def test_wandb_ids(script, tasks, tmp_path, inline, monkeypatch):
     """An id of the run folder's own, legal for any environment, kept by --resume and known to no other run."""
     tasks.unlink()
-    calls = []
-    wandb = types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs), finish=lambda: None)
+    calls, codes = [], []
+    wandb = types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs), finish=lambda exit_code: codes.append(exit_code))
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     runs = [tmp_path / "a", tmp_path / "b"]
@@ -614,6 +614,11 @@ def test_wandb_ids(script, tasks, tmp_path, inline, monkeypatch):
     assert ids[:2] == ids[2:4] and len(set(ids)) == 3 and all(word.isalnum() for word in ids)
     assert [read_json(only_folder(run_dir) / "args.json")["wandb_id"] for run_dir in runs] == [ids[4], ids[1]]
     assert {call["resume"] for call in calls} == {"allow"}
+    assert codes == [0] * 5
+    monkeypatch.setenv("FAULT", "simple")
+    with pytest.raises(Exception, match="my own fault"):
+        inline(script, ["--env-id", "their_tasks:Faulty-v0", *FLAGS[2:], *MODES["turns"], "--run-dir", tmp_path, "--track"])
+    assert codes == [0] * 5 + [1]  # W&B calls it failed
 
 
 # -------------------- Environments that fail --------------------

@@ -158,6 +158,18 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert left_running(process.pid) == [] and not (folder / "checkpoint.pt").exists()
 
 
+@ALL_SCRIPTS
+def test_a_terminal_that_closes_says_so_twice(script, tmp_path):
+    """An interactive bash sends SIGHUP to its jobs, and so does the kernel when bash is gone. One of them is enough."""
+    process, folder = start_training(script, tmp_path, [*PENDULUM, "--checkpoint-every", "1000000", "--eval-every", "0"])
+    for _ in range(4):
+        os.killpg(process.pid, signal.SIGHUP)
+        time.sleep(0.02)  # time to handle one: those that wait together arrive as one
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGHUP and "Traceback" not in output, output
+    assert (folder / "checkpoint.pt").exists()
+
+
 # -------------------- kill -9 --------------------
 def test_killed_at_random_moments():
     """A short instance of tests/kill_often.py, whose longer ones are started by hand."""
