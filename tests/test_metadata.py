@@ -71,10 +71,14 @@ def test_a_result_names_the_commit_and_changes_of_its_own_file(script, tmp_path,
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_inline_metadata_equal_the_requirements(script):
-    """`uv run SCRIPT` installs what `pip install -r requirements.txt` does (PEP 723)."""
+    """`uv run SCRIPT` installs what `pip install -r requirements.txt` does, or of that what the script needs (PEP 723)."""
     (block,) = re.findall(r"(?m)^# /// script$\n((?:#.*\n)+?)# ///$", (ROOT / script).read_text())
     metadata = tomllib.loads("".join(line.removeprefix("#").removeprefix(" ") for line in block.splitlines(keepends=True)))
-    assert set(metadata["dependencies"]) == requirements("requirements.txt") | SCRIPTS[script]
+    wanted = requirements("requirements.txt") | SCRIPTS[script]
+    if script in ("popo_countdown.py", "graphgpo_sokoban.py"):  # no simulator of theirs
+        wanted = {name for name in wanted if not name.startswith(("metaworld", "mujoco", "packaging", "scipy", "matplotlib"))}
+        wanted -= {name for name in wanted if name.startswith("gymnasium") and script == "popo_countdown.py"}
+    assert set(metadata["dependencies"]) == wanted
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert metadata["requires-python"] == project["requires-python"]
     assert SCRIPTS[script] <= requirements("requirements-dev.txt")

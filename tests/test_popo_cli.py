@@ -166,7 +166,7 @@ def test_saved_model_evaluates_to_the_runs_own_result(finished, command):
     code, _, err = command([*flags, "--temperature", "0.1"])  # it would change nothing
     assert code == 2 and err.startswith("error: --temperature 0.1 contradicts the run of the model")
     best = read_pt(folder / "best_model.pt")
-    assert best["score"][0] == max(point["success_rate"] for point in result["curve"])
+    assert best["score"][1] == max(point["success_rate"] for point in result["curve"])
 
 
 def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):

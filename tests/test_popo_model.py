@@ -1,12 +1,14 @@
 """popo_countdown.py --model: a tiny, randomly initialised Qwen2 and a tokenizer, saved to a folder and loaded by its name."""
 
+import dataclasses
+import os
 import shutil
 
 import pytest
 import torch
 from conftest import differences, read_json, read_pt, read_scalars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import popo_countdown as popo
 
@@ -64,6 +66,27 @@ def test_base_models_without_a_chat_template_get_plain_text(tmp_path):
     task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path, None), tmp_path))
     tokens, mask = task.prompts(task.problems(2, test=False))
     assert task.tokenizer.decode(tokens[0][mask[0]]).startswith("Using each of the numbers")
+
+
+def test_a_turn_ends_where_the_template_ends_it(tmp_path):
+    """A base model may have another end token than its chat template, such as Qwen2.5's; plain words after a turn end none."""
+    task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path / "a", CHAT), tmp_path))
+    assert task.tokenizer.convert_ids_to_tokens(sorted(task.eos)) == ["<|end|>"]
+    for i, (closing, more) in enumerate([("<|user|>\n", ["<|user|>"]), ("done", []), (" <|user|>", [])]):
+        template = CHAT.replace("{% endfor %}", closing + "{% endfor %}")
+        task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path / str(i), template), tmp_path))
+        assert task.tokenizer.convert_ids_to_tokens(sorted(task.eos)) == ["<|end|>", *more]
+
+
+def test_a_model_that_cannot_share_a_prompt_is_refused(model, tmp_path):
+    """Some of its layers keep a state instead of keys and values."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 259}
+    config = Lfm2Config(num_key_value_heads=2, layer_types=["conv", "full_attention"], **sizes)
+    shutil.copytree(model, tmp_path / "lfm2")
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path / "lfm2")
+    with pytest.raises(ValueError, match=r"lfm2 cannot share a prompt .*choose a plain transformer"):
+        popo.main(arguments(str(tmp_path / "lfm2"), tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_few_shot_prompt_and_answer(model, tmp_path):
@@ -124,6 +147,8 @@ def test_share_cut_off_and_messages(model, tmp_path):
     assert popo.why_nothing_is_learned(zero, args).startswith(
         "all 64 answers scored 0: nothing to learn from; try --prompt few-shot"
     )
+    few_shot = popo.why_nothing_is_learned(zero, dataclasses.replace(args, prompt="few-shot"))
+    assert few_shot.endswith("nothing to learn from; try --format-reward 0.1, or an easier task")
     assert "all 64 answers were right" in popo.why_nothing_is_learned(zero + 1, args)
     assert "larger --group-size" in popo.why_nothing_is_learned(zero + torch.tensor([0, 1, 0, 1])[:, None], args)
 
@@ -131,7 +156,7 @@ def test_share_cut_off_and_messages(model, tmp_path):
 def test_a_run_without_any_success_says_so(model, tmp_path, capsys):
     popo.main(arguments(model, tmp_path, eval_episodes=0))
     out = capsys.readouterr().out
-    assert out.count("all 12 answers scored 0: nothing to learn from; try --prompt few-shot or an easier task") == 1
+    assert out.count("all 12 answers scored 0: nothing to learn from; try --prompt few-shot or a larger --max-new") == 1
     assert out.count("<|user|>") == 0 and "[0]" in out  # sample answers
 
 
@@ -298,6 +323,7 @@ def test_run_from_a_folder(model, tmp_path, monkeypatch, extra):
         popo, "sample", lambda policy, prompts, *rest: (sizes.append(len(prompts)), original(policy, prompts, *rest))[1]
     )
     result = popo.main(arguments(model, tmp_path, **extra))
+    sizes.remove(1)  # the question whether the model can share a prompt
     assert sizes == ([4, 2, 2, 2, 4, 2, 2, 2, 4, 2] if "micro_batch" in extra else [6, 4, 6, 4, 6])  # prompts at once
     (folder,) = tmp_path.iterdir()  # no warm-up here
     assert result["updates"] == 4 and result["total_timesteps"] == 24 and "transformers" in result["versions"]
@@ -318,6 +344,18 @@ def test_micro_batches_sum_to_the_same_update(model, tmp_path, monkeypatch):
         weights.append(read_pt(next((tmp_path / str(size)).glob("*/checkpoint.pt")))["optimizer"]["state"])
     for key in weights[0]:
         torch.testing.assert_close(weights[0][key]["exp_avg"], weights[1][key]["exp_avg"], atol=1e-6, rtol=1e-3)
+
+
+def test_a_resumed_run_may_change_what_fits_the_machine(model, tmp_path, monkeypatch):
+    """Where it runs, and how much at once: a folder of the model stays found, and the way out of a full GPU is open."""
+    monkeypatch.chdir(tmp_path)
+    relative = os.path.relpath(model, tmp_path)
+    flags = ["--model", relative, "--prompt", "chat", "--eval-episodes", "0", "--env-id", "countdown-34", "--max-number", "99"]
+    args = popo.parse_args([*flags, "--run-dir", str(tmp_path / "runs"), "--max-new-tokens", "4", "--total-timesteps", "64"])
+    assert args.model == model
+    popo.refuse_contradictions(dataclasses.replace(args, micro_batch=2), args, "the run to resume")
+    with pytest.raises(ValueError, match="--group-size 3 contradicts"):
+        popo.refuse_contradictions(dataclasses.replace(args, group_size=3), args, "the run to resume")
 
 
 def test_resume_and_evaluate(model, tmp_path, monkeypatch):
