@@ -500,11 +500,15 @@ def shown_size(args: dict) -> int:
 
 def tables(result: dict) -> str:
     """Markdown: methods at three staleness levels, best sigma against staleness, dominance."""
-    args, training = result["args"], result["levels"]["training"]
+    args, training, flags = result["args"], result["levels"]["training"], ""
+    for name, value in json.loads(json.dumps(asdict(Args()))).items():  # sequences as lists, as in numbers.json
+        if args[name] != value:
+            words = args[name] if isinstance(args[name], list) else [] if args[name] is True else [args[name]]
+            flags += " ".join(["", f"--{name.replace('_', '-')}", *map(str, words)])
     lines = [
         "# Bias and variance on the 2x2 GridWorld",
         "",
-        "Written by `python gipo_bias_variance.py`. Staleness: the path of pi's own training unless said.",
+        f"Written by `python gipo_bias_variance.py{flags}`. Staleness: the path of pi's own training unless said.",
         "",
     ]
     for level in three_levels(training):

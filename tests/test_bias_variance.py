@@ -313,6 +313,9 @@ def test_committed_numbers_are_those_of_the_command(tmp_path, capsys):
 def test_committed_table_of_the_noisy_critic(tmp_path, capsys):
     study.main(study.Args(out_dir=str(tmp_path), advantage_noise=0.2, samples=100))
     committed = ROOT / "results/bias_variance/advantage-noise-0.2/tables.md"
+    flags = f"--out-dir {tmp_path} --advantage-noise 0.2 --samples 100"  # a table names the command that has written it
+    assert f"Written by `python gipo_bias_variance.py {flags}`." in (tmp_path / "tables.md").read_text()
+    assert f"{committed.parent.relative_to(ROOT)} --advantage-noise 0.2`." in committed.read_text()
     assert_equal_tables((tmp_path / "tables.md").read_text(), committed.read_text())
 
 
