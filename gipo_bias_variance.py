@@ -501,10 +501,10 @@ def shown_size(args: dict) -> int:
 def tables(result: dict) -> str:
     """Markdown: methods at three staleness levels, best sigma against staleness, dominance."""
     args, training, flags = result["args"], result["levels"]["training"], ""
-    for name, value in json.loads(json.dumps(asdict(Args()))).items():  # sequences as lists, as in numbers.json
-        if args[name] != value:
-            words = args[name] if isinstance(args[name], list) else [] if args[name] is True else [args[name]]
-            flags += " ".join(["", f"--{name.replace('_', '-')}", *map(str, words)])
+    for name, value in asdict(Args()).items():
+        words = [*args[name]] if isinstance(value, tuple) else [args[name]]
+        if words != ([*value] if isinstance(value, tuple) else [value]):
+            flags += " ".join(["", f"--{name.replace('_', '-')}", *(str(word) for word in words if word is not True)])
     lines = [
         "# Bias and variance on the 2x2 GridWorld",
         "",
