@@ -526,7 +526,7 @@ README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} ste
 README_TABLE += (
     "the end. *Area*: mean success over all of training, larger where a task is learned earlier. Means of {runs} runs, "
 )
-README_TABLE += "95 % intervals (too narrow, of 3 seeds). `ppo-clip-0.2` is PPO with that clip on the same replay."
+README_TABLE += "95 % intervals (too narrow, of 3 seeds). `ppo-clip-0.2`: PPO with that clip on the same replay; `ppo`: textbook PPO."
 DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
 DIAGNOSTICS += "mean of the first / last fifth of a run (the README explains them):"
 SCORES = {  # of a run: what the table compares
@@ -1420,8 +1420,6 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps, "runs": len(tasks) * len(README_SEEDS)}
             link = f"[All rows, every task, diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
-            if any(run["regime"] == "on-policy" for run in complete):
-                text += " `ppo` is textbook PPO: it keeps no replay, and its figures stand in the first columns."
             readme_block = "\n\n".join([text, readme_table(complete), link]) + "\n"
     write_popo_report(args, write, new)
     readme = Path(args.readme)

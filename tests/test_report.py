@@ -463,7 +463,7 @@ def test_readme_block(tmp_path):
     first, _, header, _, *rows, _, link = text.removeprefix(before).removesuffix(after).splitlines()
     names = ", ".join(task for task in report.README_TASKS if task != "window-open")
     assert first.startswith(f"Seven Meta-World tasks ({names}; the others are not finished), three seeds each, 300,000 steps.")
-    assert "21 runs" in first and first.endswith("its figures stand in the first columns.")
+    assert "21 runs" in first and first.endswith("; `ppo`: textbook PPO.")
     assert header == "| method | replay of 5,120: success | area |"
     assert [row.split(" [")[0].rsplit(" | ", 1)[0] for row in rows] == [
         *("| `gipo` | 0.75", "| `ppo-clip-0.2` | 0.60", "| `ppo-clip-0.5` | 0.70", "| `ppo`, without replay | 0.50"),
@@ -1408,6 +1408,23 @@ def test_the_benchmark_page_says_what_version_2_says():
         in text
     )
     assert f"and {short[size, clips[1]]}." in text
+    found = report.values(table["on-policy", "ppo"], sorted(table["on-policy", "ppo"]), report.SCORES["area"])
+    alone = report.span(report.mean_of_tasks(found), report.bootstrap_interval(found, report.mean_of_tasks))
+    success = {
+        cell: f"{np.mean([run['eval_success_rate'] for runs in table[cell].values() for run in runs]):.0%}".replace("%", " %")
+        for cell in [("on-policy", "ppo"), ("5120", clips[0])]
+    }
+    with_replay = f"a clip of 0.2 has {short['5120', clips[0]]}, and reaches {success['5120', clips[0]]}"
+    assert (
+        f"PPO's mean area is {alone}, and it reaches {success['on-policy', 'ppo']} of the goals" in text
+        and with_replay in text
+    )
+    readme = (ROOT / "README.md").read_text()
+    assert (
+        f"Textbook PPO has an area of {alone.split()[0]}. PPO's clip of 0.2 on GIPO's replay has {short['5120', clips[0]]}."
+        in readme
+    )
+    assert f"with a buffer four times as large its area falls to {short[size, clips[0]]}." in readme.lower()
     few = [wins["5120", clip] for clip in clips]
     assert f"than that of a clip of 0.2 in {few[0]} of 12 pairs, and than that of a clip of 0.5 in {few[1]}." in text
     ends = {name: [] for name in ("gipo", "ppo")}
