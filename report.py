@@ -526,7 +526,9 @@ README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} ste
 README_TABLE += (
     "the end. *Area*: mean success over all of training, larger where a task is learned earlier. Means of {runs} runs, "
 )
-README_TABLE += "95 % intervals (too narrow, of 3 seeds). `ppo-clip-0.2`: PPO with that clip on the same replay; `ppo`: textbook PPO."
+README_TABLE += (
+    "95 % intervals (too narrow, of 3 seeds). `ppo-clip-0.2`: PPO with that clip on the same replay; `ppo`: textbook PPO."
+)
 DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
 DIAGNOSTICS += "mean of the first / last fifth of a run (the README explains them):"
 SCORES = {  # of a run: what the table compares
