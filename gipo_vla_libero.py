@@ -180,7 +180,7 @@ class Args:
     fast_env: bool = False
     """evaluate the dynamics once per physics step, not three times: 1.6 times as fast on a CPU, equal to solver tolerance"""
     render_every_step: bool = False
-    """render every step of a chunk instead of the last one, the only one the policy sees: for videos"""
+    """render every step of a chunk instead of the last one, the only one the policy sees; --capture-video sets it itself"""
     max_steps: int = 0
     """environment steps of an episode (0: the suite's 220 / 280 / 300 / 520 / 400)"""
     noop_steps: int = 10
@@ -529,6 +529,10 @@ def train(args: Args, at_exit) -> dict:
         at_exit.enter_context(lock_folder(run_folder))
         refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     rank, world, agent, tokenizer, norm_stats, interface = start(args, at_exit)
+    for base in {agent.source, (agent.start or {}).get("base")} - {None} if not args.resume else ():
+        if Path(base).resolve().is_relative_to(run_folder.resolve()):
+            how = "which a new run replaces: --exp-name names another one"
+            raise ArgumentError(f"--model {args.model} has adapters on {base}, which lies in {run_folder}, {how}")
     stop_signals = catch_signals(at_exit)  # the first one ends the run after this iteration, with a checkpoint
     config, device = agent.config, interface.device
 
@@ -593,7 +597,7 @@ def train(args: Args, at_exit) -> dict:
                     write_json(run_folder / "evaluation.json", record | {"evaluations": evaluations})
                     for name in ("success_rate", "return_mean"):
                         writer.add_scalar(f"eval/{name}", evaluation[name], step)
-                    say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, step == 0)}")
+                    say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, step == 0, args.tasks)}")
                 if args.capture_video:
                     record_videos(agent, interface, args, run_folder / "videos" / str(step))
         if finished and not args.eval_episodes and rank == 0:
@@ -704,13 +708,15 @@ def train(args: Args, at_exit) -> dict:
 
     simulators.close()
     if stop:
-        how = shlex.join(["python", os.path.relpath(__file__), "--resume", str(run_folder)])
+        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if world > 1 else ["python"]
+        how = shlex.join([*program, os.path.relpath(__file__), "--resume", str(run_folder)])
         say(f"\nstopped at step {progress.global_step:,}; continue with: {how}")
         sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
     seconds["wall"] = time.time() - start_time
     last = evaluations[-1] if evaluations else {"success_rate": None, "return_mean": None, "episodes": 0}
     success, _ = progress.recent_means(device)
-    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    kilobytes = own + args.num_envs * largest_child  # a simulator each
     result = {
         "env_id": args.suite,
         "exp_name": args.exp_name,
@@ -971,6 +977,7 @@ class Simulators:
         self.tasks = torch.zeros(num_envs, dtype=torch.long)
         self.ended = torch.zeros(num_envs, dtype=torch.bool)
         self.lost = torch.zeros(num_envs, dtype=torch.bool)  # ended because the simulator died, not by the policy
+        self.losses = [0] * num_envs  # episodes in a row that ended so
         self.episodes = [{} for _ in range(num_envs)]  # task, init_state, repeat, actions so far, return, length
 
     def start(self, i: int, task: int, init_state: int, repeat: int = 1) -> None:
@@ -996,10 +1003,16 @@ class Simulators:
                 outcome["rewards"][k], outcome["executed"][k] = rewards.sum(), executed
                 outcome["terminations"][k] = terminated or (truncated and not self.args.bootstrap_time_limit)
                 outcome["dones"][k] = self.ended[i] = terminated or truncated
+                self.losses[i] = 0 if self.ended[i] else self.losses[i]
                 self.episodes[i]["return"] += float(rewards.sum())
                 self.episodes[i]["length"] += executed
             else:  # replaced: its episode ends at the last observation, whose value counts, since that was no failure
                 outcome["dones"][k] = self.ended[i] = self.lost[i] = True
+                self.losses[i] += 1
+                if self.losses[i] == 3:
+                    where = "task {task}, initial state {init_state}".format(**self.episodes[i])
+                    how = "is --env-timeout too short?"
+                    raise SimulatorError(f"simulator {i} died in three episodes in a row, the last one of {where}: {how}")
                 continue
             self.images[i] = resize_images(obs["images"], self.config, self.args)
             self.proprio[i] = torch.as_tensor(obs["proprio"], dtype=torch.float32)
@@ -1185,7 +1198,8 @@ class Agent(nn.Module):
         self.prefix = num_images * config.patches + use_proprio  # tokens between BOS and the rest of the prompt
         self.pad_multiple = 1  # sequence lengths are rounded up to a multiple of it: 32 for static, aligned shapes
         self.source = None  # folder of the checkpoint whose layout a saved policy has
-        self.start = None  # {"base", "hub_id", "revision"} of the weights below the adapters: `source`, or an adapter on it
+        # Weights below the adapters, `source` or an adapter on it: base, fingerprint, hub_id, revision.
+        self.start = None
         d, features = config.hidden, config.dino.width + config.siglip.width
         self.vision_backbone = VisionBackbone(config)
         self.projector = MLP(features, 4 * features, d, d)
@@ -2180,6 +2194,15 @@ def merge_adapter(agent: Agent, folder: Path) -> str:
     return f"adapter of {len(pairs)} layers merged"
 
 
+def base_fingerprint(folder: Path) -> int:
+    """A number that other weights in this folder would hardly have: of the first row of every stored tensor."""
+    crc = 0
+    for key, stored in stored_tensors(folder if any(folder.glob("*.safetensors")) else adapter_folder(folder) or folder):
+        row = stored[:1].float().numpy().tobytes() if stored.get_shape() else b""
+        crc = zlib.crc32(row, zlib.crc32(key.encode(), crc))
+    return crc
+
+
 def load_heads(agent: Agent, folder: Path, base: Path) -> None:
     """The proprio projector, which is part of the policy or of its base, and the value head if this script has trained one."""
     files = sorted(folder.glob("proprio_projector--*.pt")) or sorted(base.glob("proprio_projector--*.pt"))
@@ -2194,7 +2217,10 @@ def load_heads(agent: Agent, folder: Path, base: Path) -> None:
 
 @torch.no_grad()
 def load_adapters(agent: Agent, lora: dict, path: Path, args) -> None:
-    """Put the content of lora.pt on top of its base: as adapters again, or added to the float32 weights of full training."""
+    """Put the content of lora.pt on top of its base: as adapters again, or added to the weights of full training.
+
+    These are float32, but for the frozen vision towers, in whose bfloat16 most of a small adapter vanishes.
+    """
     with reading(path, "take the file saved with the policy"):
         for flag, value in (("lora_rank", lora["rank"]), ("lora_alpha", lora["alpha"])) if args.train == "lora" else ():
             if not math.isclose(value, getattr(args, flag), rel_tol=1e-4):
@@ -2219,9 +2245,16 @@ def find_start(folder: Path, args) -> tuple[Path, dict | None]:
     if not {"base", "rank", "alpha", "trained"} <= set(lora):
         raise ArgumentError(f"{folder / 'lora.pt'} is damaged: take the file saved with the policy, or remove it")
     if args.base:
-        return find_folder(args.base, f"--base {args.base}"), lora
+        base = find_folder(args.base, f"--base {args.base}")
+        if "fingerprint" in lora and base_fingerprint(base) != lora["fingerprint"]:
+            raise ArgumentError(f"--base {args.base} has other weights than those on which {folder} was trained")
+        return base, lora
     if Path(lora["base"]).is_dir():
-        return Path(lora["base"]), lora
+        if "fingerprint" not in lora or base_fingerprint(Path(lora["base"])) == lora["fingerprint"]:
+            return Path(lora["base"]), lora
+        how = "its adapters stay merged in bfloat16; --base says where its own base is now"
+        say(f"warning: {lora['base']}, on which {folder} was trained, has other weights now: {how}")
+        return folder, None
     with contextlib.suppress(ArgumentError):
         if lora.get("hub_id"):
             return find_folder(lora["hub_id"], lora["hub_id"], revision=lora["revision"]), lora
@@ -2252,7 +2285,7 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
     load_heads(agent, folder, base)
     origin = lora or ({} if Path(name).is_dir() else {"hub_id": name, "revision": folder.name})
     origin = {key: origin.get(key, "") for key in ("hub_id", "revision")}
-    agent.source, agent.start = str(base), {"base": str(start.resolve())} | origin
+    agent.source, agent.start = str(base), {"base": str(start.resolve()), "fingerprint": base_fingerprint(start)} | origin
     norm_stats = read_json(base / "config.json").get("norm_stats") or {}
     statistics = [place / "dataset_statistics.json" for place in (folder, base)]  # an adapter alone has none
     if found := [file for file in statistics if file.exists()]:
@@ -2261,7 +2294,8 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
     prepare_training(agent, args)
     if lora is not None:
         load_adapters(agent, lora, folder / "lora.pt", args)
-        say(f"{name}: the adapters of {start}, unmerged")
+        how = "unmerged" if args.train == "lora" else "added to the weights, those of the vision towers in bfloat16"
+        say(f"{name}: the adapters of {start}, {how}")
     return agent, tokenizer, norm_stats
 
 
@@ -2480,6 +2514,7 @@ def find_micro_batch(agent, interface, args) -> int:
     sizes = list(itertools.takewhile(fits, [2**k for k in range(10)]))
     agent.zero_grad()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # the last size did not fit
     if not sizes:
         how = "--gradient-checkpointing, --train lora, or a GPU with more memory"
         raise ArgumentError(f"--train {args.train}: not even one chunk per pass fits the GPU beside the optimizer: {how}")
@@ -2566,6 +2601,8 @@ def check_args(args) -> None:
         raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
     if args.resume and args.overwrite:
         raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
+    if args.resume and args.evaluate:
+        raise ArgumentError("--resume and --evaluate contradict each other: drop one of them")
     if "/" in args.exp_name or "\0" in args.exp_name:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     number = len(task_names(args.suite))
@@ -2719,7 +2756,7 @@ def lock_folder(run_folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or --exp-name names a new one") from error
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or name another --run-dir") from error
     except OSError:  # a file system without locks
         pass
     return lock
@@ -2774,7 +2811,8 @@ def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, s
     if dist.is_initialized():
         dist.barrier()
     own = {
-        "replay": {key: value[:, : progress.filled] for key, value in rb.items()},
+        # Contiguous, for a slice would be saved with all the memory behind it.
+        "replay": {key: value[:, : progress.filled].contiguous() for key, value in rb.items()},
         "progress": {**vars(progress), "failures": dict(progress.failures)},
         "episodes": simulators.snapshot(),
         "rng": torch.get_rng_state(),
@@ -2880,15 +2918,15 @@ def evaluate_saved_policy(args, at_exit) -> dict:
     at_exit.callback(simulators.close)
     result = evaluate(agent, args, interface, simulators, stop_signals)
     result |= {"settings": settings_of(args, norm_stats), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M")}
-    if args.capture_video and not stop_signals:
-        record_videos(agent, interface, args, folder / "videos")
-    if rank == 0 and result["episodes"]:
-        write_json(file, {"evaluations": [*earlier, result]})
-        say(f"{describe(result, args)}\nevery episode: {file}")
-        say(json.dumps({key: value for key, value in result.items() if key != "successes"}, indent=2))
-    if stop_signals:
-        say("stopped: the rest of the episodes is missing")
+    if stop_signals:  # failures take longer, so the episodes so far are the better ones
+        say(f"stopped after {result['episodes']} episodes: nothing is kept of them")
         sys.exit(128 + stop_signals[0])
+    if args.capture_video:
+        record_videos(agent, interface, args, folder / "videos")
+    if rank == 0:
+        write_json(file, {"evaluations": [*earlier, result]})
+        say(f"{describe(result, args, trained=trained_tasks(args))}\nevery episode: {file}")
+        say(json.dumps({key: value for key, value in result.items() if key != "successes"}, indent=2))
     return result
 
 
@@ -2900,12 +2938,20 @@ def settings_of(args, norm_stats: dict) -> dict:
     return settings | {"max_steps": args.max_steps or MAX_STEPS[args.suite], "tasks": list(args.tasks)}
 
 
-def describe(evaluation: dict, args, first: bool = True) -> str:
-    """A line on an evaluation, and a warning where nothing succeeded in the first one."""
-    seen = sum(state < args.train_init_states for _, state, _ in evaluation["successes"])
+def trained_tasks(args) -> tuple[int, ...] | None:
+    """Of the suite that --evaluate plays, the tasks that RL with this script has trained the policy on; None: no RL at all."""
+    saved = saved_interface(args, ("suite", "tasks"))
+    if saved and saved["suite"] == args.suite:
+        return saved["tasks"] or tuple(range(len(task_names(args.suite))))
+    return () if saved else None
+
+
+def describe(evaluation: dict, args, first: bool = True, trained: tuple[int, ...] | None = ()) -> str:
+    """A line on an evaluation, and a warning where nothing succeeded in the first one; `trained`: on these tasks."""
+    seen = sum(task in trained and state < args.train_init_states for task, state, _ in evaluation["successes"] if trained)
     line = f"success {evaluation['success_rate']:.1%} of {evaluation['episodes']} episodes"
     how = f"sampled at temperature {args.eval_temperature:g}" if args.eval_temperature else "greedy"
-    line += f" ({how}; {seen} begin as RL's own episodes do)"
+    line += f" ({how})" if trained is None else f" ({how}; {seen} begin as RL's own episodes do)"
     return line if evaluation["success_rate"] or not first else f"{line}\nWARNING: no episode succeeded. {NO_ACTION_TOKENS}"
 
 
@@ -2921,7 +2967,7 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
     before = simulators.snapshot() if simulators.episodes[0] else None
     rank, world = ranks()
     todo = [(task, init_state) for task in args.tasks for init_state in range(args.eval_episodes)]
-    todo, results, losses = collections.deque(todo[rank::world]), [], collections.Counter()
+    todo, results = collections.deque(todo[rank::world]), []
     running = set(range(min(len(todo), len(simulators.episodes))))
     for i in sorted(running):
         simulators.start(i, *todo.popleft())
@@ -2936,9 +2982,6 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
                 episode = simulators.episodes[i]
                 job = episode["task"], episode["init_state"]
                 if simulators.lost[i]:  # the simulator's failure, not the policy's: once more
-                    losses[job] += 1
-                    if losses[job] == 3:
-                        raise SimulatorError(f"simulators died three times in task {job[0]}, initial state {job[1]}")
                     simulators.start(i, *job)
                     continue
                 results.append([*job, float(episode["return"] > 0)])

@@ -1008,7 +1008,7 @@ def lock_folder(run_folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or --exp-name names a new one") from error
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or name another --run-dir") from error
     except OSError:  # a file system without locks
         pass
     return lock

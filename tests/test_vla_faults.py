@@ -1,9 +1,11 @@
 """gipo_vla_libero.py: what would cost its user days is one sentence that names the flag or the file. No simulator here."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -412,7 +414,10 @@ def test_a_head_that_was_never_trained_is_noticed(weights, capsys):
 def test_an_evaluation_without_success_is_a_warning():
     args = vla.Args(train_init_states=40)
     result = {"success_rate": 0.5, "episodes": 2, "successes": [[0, 0, 1.0], [0, 45, 0.0]]}
-    assert vla.describe(result, args) == "success 50.0% of 2 episodes (greedy; 1 begin as RL's own episodes do)"
+    line = "success 50.0% of 2 episodes (greedy"
+    assert vla.describe(result, args, trained=(0,)) == f"{line}; 1 begin as RL's own episodes do)"
+    assert vla.describe(result, args, trained=(1,)) == f"{line}; 0 begin as RL's own episodes do)"  # another task
+    assert vla.describe(result, args, trained=None) == f"{line})"  # a policy that RL here has never seen
     assert "WARNING: no episode succeeded" in vla.describe(result | {"success_rate": 0.0}, args)
     assert "sampled at temperature 1.6" in vla.describe(result, dataclasses.replace(args, eval_temperature=1.6))
 
@@ -459,9 +464,59 @@ def test_an_evaluation_is_greedy_or_sampled(temperature, expected):
     simulators = Dies()
     simulators.deaths, simulators.episodes = 2, [{}]
     assert vla.evaluate(agent, args, interface, simulators)["successes"] == result["successes"]
-    simulators.deaths, simulators.episodes = 3, [{}]
-    with pytest.raises(vla.SimulatorError, match="simulators died three times in task 0, initial state 0"):
-        vla.evaluate(agent, args, interface, simulators)
+
+
+def test_a_stopped_evaluation_is_not_kept(tmp_path, monkeypatch, capsys):
+    """Failures take all the steps they may, so the episodes that are over first are the better ones."""
+
+    def evaluate(args, agent, interface, simulators, stop_signals):
+        if stop:
+            signal.raise_signal(signal.SIGTERM)
+        return {"success_rate": 1.0, "return_mean": 1.0, "episodes": 1, "success_by_task": {}, "successes": [[0, 0, 1.0]]}
+
+    interface = SimpleNamespace(inputs=lambda *_: {}, device="cpu")
+    agent = SimpleNamespace(config=SimpleNamespace(image_size=8))
+    monkeypatch.setattr(vla, "start", lambda args, at_exit: (0, 1, agent, None, {}, interface))
+    monkeypatch.setattr(vla, "Simulators", lambda *_: SimpleNamespace(close=lambda: None))
+    for name, value in (("self_check", None), ("settings_of", {}), ("trained_tasks", None)):
+        monkeypatch.setattr(vla, name, lambda *_, value=value: value)
+    monkeypatch.setattr(vla, "evaluate", evaluate)
+    args = dataclasses.replace(tiny_args(tasks=(0,)), evaluate="policy", run_dir=str(tmp_path))
+    for stop, kept in ((False, 1), (True, 1), (False, 2)):
+        with contextlib.ExitStack() as at_exit:
+            if stop:
+                with pytest.raises(SystemExit):
+                    vla.evaluate_saved_policy(args, at_exit)
+                assert "stopped after 1 episodes: nothing is kept of them" in capsys.readouterr().out
+            else:
+                vla.evaluate_saved_policy(args, at_exit)
+        (file,) = tmp_path.rglob("evaluation.json")
+        assert len(json.loads(file.read_text())["evaluations"]) == kept
+
+
+def test_resume_and_evaluate_contradict_each_other():
+    with pytest.raises(vla.ArgumentError, match="--resume and --evaluate contradict each other"):
+        vla.main(dataclasses.replace(tiny_args(tasks=(0,)), resume="run", evaluate="policy"))
+
+
+def test_adapters_stay_off_a_base_that_has_other_weights_now(public, folder, tmp_path, capsys):
+    """Evaluated on what lies in the place of their base today: the merged weights are taken, or --base refused."""
+    agent = saved_by_us(folder, tmp_path / "saved")
+    vla.load_policy(str(tmp_path / "saved"), make_args(), "cpu")
+    assert "unmerged" in capsys.readouterr().out
+    shards = sorted(folder.glob("*.safetensors"))
+    tensors = load_file(shards[0])
+    save_file({key: value + 1 for key, value in tensors.items()}, shards[0], {"format": "pt"})
+    again, *_ = vla.load_policy(str(tmp_path / "saved"), make_args(), "cpu")
+    assert "has other weights now: its adapters stay merged" in capsys.readouterr().out
+    layers = [dict(a.named_modules()) for a in (agent, again)]
+    for name, layer in layers[0].items():
+        if isinstance(layer, vla.LoRALinear):
+            torch.testing.assert_close(layers[1][name].merged(), layer.merged(), atol=1e-2, rtol=1e-2)
+    with pytest.raises(vla.ArgumentError, match=r"--base .* has other weights than those on which"):
+        vla.load_policy(str(tmp_path / "saved"), make_args(base=str(folder)), "cpu")
+    vla.load_policy(str(tmp_path / "saved"), make_args(base=str(public)), "cpu")  # the same weights elsewhere
+    assert "unmerged" in capsys.readouterr().out
 
 
 def test_training_success_is_that_of_all_processes(monkeypatch):

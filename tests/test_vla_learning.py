@@ -266,6 +266,23 @@ def test_running_out_of_steps_is_a_failure_unless_told_otherwise(monkeypatch, bo
     assert [e["length"] for e in simulators.episodes] == [8, 8, 0, 8] and simulators.episodes[0]["return"] == 1.0
 
 
+def test_a_simulator_that_dies_in_every_episode_ends_the_run(monkeypatch):
+    """Resets that succeed, and chunks before the fatal one, do not hide it; an episode that comes to its end does."""
+    args = tiny_args()
+    obs = {"images": np.full((1, 28, 28, 3), 9, np.uint8), "proprio": np.ones(8, np.float32)}
+    dies, goes_on, ends = "its process died", ((obs, np.zeros(8), 8, False, False),), ((obs, np.zeros(8), 8, False, True),)
+    answers = [goes_on, dies, dies, ends, goes_on, dies, dies, goes_on, dies]
+    envs = SimpleNamespace(receive=lambda i: answers.pop(0), calls=[(vla.LiberoEnv.step, ())])
+    monkeypatch.setattr(vla, "VectorEnv", lambda args, num_envs: envs)
+    simulators = vla.Simulators(args, tiny_agent(args)[0].config, 1)
+    simulators.episodes = [{"task": 3, "init_state": 7, "return": 0.0, "length": 0}]
+    for _ in range(8):
+        simulators.wait([0])
+    with pytest.raises(vla.SimulatorError, match="died in three episodes in a row, the last one of task 3, initial state 7"):
+        simulators.wait([0])
+    assert not answers
+
+
 @pytest.mark.parametrize("method", ["gipo", "ppo"])
 def test_policy_gradient_on_fresh_data(method):
     """At ratio 1 the update is the plain policy gradient, whatever the objective."""
