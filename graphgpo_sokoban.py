@@ -1322,7 +1322,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         if tty or time.time() - last_print > 10 or iteration == num_iterations:
             left = round((num_iterations - iteration) * seconds["training"] / iteration)
             line = f"episode {episodes:>7,}  success {np.mean(recent_successes):4.0%}  length {lengths.mean():5.1f}"
-            line += f"  {sps:6.0f} steps/s  left {left // 60}m{left % 60:02d}s"
+            line += f"  {sps:6.1f} steps/s  left {left // 60}m{left % 60:02d}s"
             say(f"\r{line} " if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
@@ -1373,7 +1373,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     }
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "credit", "update"))
-    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})")
+    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.1f} steps/s ({shares})")
     say(f"files:  {run_folder}")
     say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     return result

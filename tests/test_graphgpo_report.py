@@ -122,3 +122,20 @@ def test_benchmark_lists_and_skips(finished, tmp_path):
         lines[3],
         f"{same} --omega 0.5 --run-dir elsewhere",
     ]
+
+
+def test_the_page_says_what_the_runs_on_text_games_say():
+    """docs/graphgpo_sokoban.md: success untrained and by chance, and three runs on level 3; success in percent."""
+    page, folder = (ROOT / "docs" / "graphgpo_sokoban.md").read_text(), ROOT / "results/graphgpo_sokoban/textworld"
+    for row in json.loads((folder / "untrained.json").read_text())["levels"]:
+        cells = row["level"], row["max_steps"], f"{100 * row['random']:.0f}", f"{100 * row['untrained']:.0f}"
+        assert row["level"] > 100 or f"| {' | '.join(map(str, cells))} |" in page
+    for name, method in (("GRPO", "grpo"), ("GiGPO", "gigpo"), ("GraphGPO", "graphgpo")):
+        run = json.loads((folder / "level-3" / f"{method}.json").read_text())
+        train, invalid, held_out = (
+            [f"{100 * value:.0f}" for _, value in run["curve"][key]]
+            for key in ("train_success", "invalid_actions", "held_out_success")
+        )
+        assert (run["args"]["advantage"], run["args"]["seed"], run["args"]["game_level"]) == (method, 4, 3)
+        assert f"| {name} | {train[0]} | {train[-1]} | {invalid[0]}, {invalid[-1]} | {held_out[-1]} |" in page
+        assert held_out[0] == "81" and "from 81 %" in page
