@@ -589,6 +589,10 @@ class GroupBuffer:
                 chosen.append(group)
         return chosen
 
+    def push(self, groups: list[dict]) -> None:
+        """Store fresh groups; the oldest fall out at the other end."""
+        self.groups.extend(groups)
+
 
 def stack_groups(groups: list[dict], device) -> dict[str, torch.Tensor]:
     """One batch of groups, prompts padded on the left to one width; `versions` (P,)."""
@@ -1290,7 +1294,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         if reference and saved["reference"]:  # a language model is loaded from where it was anyway
             reference.load_state_dict(saved["reference"])
         optimizer.load_state_dict(saved["optimizer"])
-        buffer.groups.extend(saved["buffer"])
+        buffer.push(saved["buffer"])
         waiting.extend(saved["waiting"])
         iteration, global_step, updates = saved["iteration"], saved["global_step"], saved["updates"]
         seconds, curve, scalars = saved["seconds"], saved["curve"], saved["scalars"]
@@ -1362,7 +1366,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         if args.method == "popo":
             wanted = args.num_prompts - len(effective)
             replayed = buffer.select(wanted, iteration, {group["key"] for group in arrived})
-            buffer.groups.extend(arrived if args.replay == "ineff" else effective)
+            buffer.push(arrived if args.replay == "ineff" else effective)
             scalars |= replay_statistics(buffer, replayed, wanted, iteration)
         batch_groups = arrived if args.method == "grpo" else effective[: args.num_prompts] + replayed
         scalars["batch/groups"] = len(batch_groups)

@@ -526,7 +526,7 @@ def group(version, key=None, reuse=0):
 
 def buffer_of(*groups, capacity=100, age_min=1, max_age=10, max_reuse=4):
     buffer = popo.GroupBuffer(capacity, age_min, max_age, max_reuse)
-    buffer.groups.extend(list(groups))
+    buffer.push(list(groups))
     return buffer
 
 
@@ -542,7 +542,7 @@ def test_newest_first():
 def test_fifo_eviction():
     buffer = buffer_of(*map(group, (1, 2, 3, 4)), capacity=3)
     assert versions(buffer.groups) == [2, 3, 4]
-    buffer.groups.extend([group(5), group(5, key=7)])
+    buffer.push([group(5), group(5, key=7)])
     assert versions(buffer.groups) == [4, 5, 5]
 
 
@@ -596,5 +596,5 @@ def test_buffer_invariants(history, capacity, max_reuse):
         assert len(chosen) <= count and versions(chosen) == sorted(versions(chosen), reverse=True)
         assert all(1 <= iteration - g["version"] <= 4 and g["reuse"] <= max_reuse for g in chosen)
         assert len({g["key"] for g in chosen}) == len(chosen)
-        buffer.groups.extend([group(iteration, key=(key := key + 1) % 7) for _ in range(pushed)])
+        buffer.push([group(iteration, key=(key := key + 1) % 7) for _ in range(pushed)])
         assert len(buffer.groups) <= capacity and versions(buffer.groups) == sorted(versions(buffer.groups))
