@@ -26,6 +26,8 @@ SLOW = [f"test_{name}" for name in SLOW.split()]
 STARTED = []  # processes of start_command
 
 sys.path.insert(0, str(ROOT))
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a script's `pytest &` leaves it, and every process would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads per process would only fight over the cores
 
 

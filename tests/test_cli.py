@@ -356,27 +356,27 @@ def test_the_best_model_is_that_of_equal_evaluations(script, tmp_path):
 @pytest.mark.parametrize(
     ("render", "modes", "said"),
     [
-        ("return None", ["rgb_array"], "render() of blind:Blind-v0 returns NoneType, not an image"),
+        ("return None", ["rgb_array"], "render() of unlit:Unlit-v0 returns NoneType, not an image"),
         ("raise KeyError('no lamp')", ["rgb_array"], "cannot render (KeyError: 'no lamp'); without"),
         ("return None", ["human"], "cannot render (AssertionError: "),
     ],
 )
 def test_capture_video_of_what_gives_no_image(script, render, modes, said, tmp_path, monkeypatch, inline):
     """Found before training, and the environment's own words are in the message."""
-    (tmp_path / "blind.py").write_text(
+    (tmp_path / "unlit.py").write_text(
         f"""import gymnasium as gym
 from gymnasium.envs.classic_control import PendulumEnv
-class Blind(PendulumEnv):
+class Unlit(PendulumEnv):
     metadata = {{"render_modes": {modes}, "render_fps": 20}}
     def render(self):
         {render}
-gym.register("Blind-v0", Blind, max_episode_steps=200)
+gym.register("Unlit-v0", Unlit, max_episode_steps=200)
 """
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    monkeypatch.delitem(sys.modules, "blind", raising=False)
-    code, _, error = inline(script, ["--env-id", "blind:Blind-v0", "--capture-video", "--run-dir", tmp_path / "runs"])
+    monkeypatch.delitem(sys.modules, "unlit", raising=False)
+    code, _, error = inline(script, ["--env-id", "unlit:Unlit-v0", "--capture-video", "--run-dir", tmp_path / "runs"])
     assert code == 2 and error.startswith("error: --capture-video") and said in error and error.count("\n") == 1, error
     assert not (tmp_path / "runs").exists()
 
