@@ -6,7 +6,7 @@ import importlib
 import other_data
 import pytest
 import torch
-from conftest import SCRIPTS, read_pt
+from conftest import ROOT, SCRIPTS, read_json, read_pt
 
 SMALL = "--env-id Pendulum-v1 --num-envs 2 --num-steps 16 --minibatch-size 32 --hidden-size 8 --updates-per-iteration 2"
 SMALL += " --eval-episodes 0 --no-overlap --buffer-size 128 --ratio per-dim --policy-head categorical --num-bins 8"
@@ -58,3 +58,13 @@ def test_a_run_is_not_resumed_under_other_settings(tmp_path, monkeypatch):
     monkeypatch.setitem(other_data.METHODS, "gipo", "gipo_continuous --sigma 0.7")
     with pytest.raises(ValueError, match=r"--sigma 0.7 contradicts the run to resume"):
         module.main(module.parse_args(other_data.prepare(args, "Pendulum-v1", 5, "gipo", "none")[1:-1]))
+
+
+def test_the_page_has_the_stored_areas():
+    """docs/benchmark.md: every stored run of the two tasks, to two places."""
+    runs = read_json(ROOT / "results" / "other_data.json")["runs"]
+    page = (ROOT / "docs" / "benchmark.md").read_text().split("## Begin with another run's replay")[1].split("## Beyond")[0]
+    for method in other_data.METHODS:
+        found = {(run["task"], run["data"]): f"{run['area']:.2f}" for run in runs if run["method"] == method}
+        keys = [(task, data) for task in ("button-press-topdown-v3", "door-open-v3") for data in ("none", "seed 4")]
+        assert f"| `{method}` | {' | '.join(found.get(key, '') for key in keys)} |" in page
