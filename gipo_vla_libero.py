@@ -597,7 +597,7 @@ def train(args: Args, at_exit) -> dict:
                     write_json(run_folder / "evaluation.json", record | {"evaluations": evaluations})
                     for name in ("success_rate", "return_mean"):
                         writer.add_scalar(f"eval/{name}", evaluation[name], step)
-                    say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, step == 0, args.tasks)}")
+                    say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, args.tasks, step == 0)}")
                 if args.capture_video:
                     record_videos(agent, interface, args, run_folder / "videos" / str(step))
         if finished and not args.eval_episodes and rank == 0:
@@ -2925,7 +2925,7 @@ def evaluate_saved_policy(args, at_exit) -> dict:
         record_videos(agent, interface, args, folder / "videos")
     if rank == 0:
         write_json(file, {"evaluations": [*earlier, result]})
-        say(f"{describe(result, args, trained=trained_tasks(args))}\nevery episode: {file}")
+        say(f"{describe(result, args, trained_tasks(args))}\nevery episode: {file}")
         say(json.dumps({key: value for key, value in result.items() if key != "successes"}, indent=2))
     return result
 
@@ -2946,7 +2946,7 @@ def trained_tasks(args) -> tuple[int, ...] | None:
     return () if saved else None
 
 
-def describe(evaluation: dict, args, first: bool = True, trained: tuple[int, ...] | None = ()) -> str:
+def describe(evaluation: dict, args, trained: tuple[int, ...] | None, first: bool = True) -> str:
     """A line on an evaluation, and a warning where nothing succeeded in the first one; `trained`: on these tasks."""
     seen = sum(task in trained and state < args.train_init_states for task, state, _ in evaluation["successes"] if trained)
     line = f"success {evaluation['success_rate']:.1%} of {evaluation['episodes']} episodes"

@@ -418,8 +418,8 @@ def test_an_evaluation_without_success_is_a_warning():
     assert vla.describe(result, args, trained=(0,)) == f"{line}; 1 begin as RL's own episodes do)"
     assert vla.describe(result, args, trained=(1,)) == f"{line}; 0 begin as RL's own episodes do)"  # another task
     assert vla.describe(result, args, trained=None) == f"{line})"  # a policy that RL here has never seen
-    assert "WARNING: no episode succeeded" in vla.describe(result | {"success_rate": 0.0}, args)
-    assert "sampled at temperature 1.6" in vla.describe(result, dataclasses.replace(args, eval_temperature=1.6))
+    assert "WARNING: no episode succeeded" in vla.describe(result | {"success_rate": 0.0}, args, None)
+    assert "sampled at temperature 1.6" in vla.describe(result, dataclasses.replace(args, eval_temperature=1.6), None)
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(0.0, (True, 1.0)), (1.6, (False, 1.6))])
@@ -464,6 +464,15 @@ def test_an_evaluation_is_greedy_or_sampled(temperature, expected):
     simulators = Dies()
     simulators.deaths, simulators.episodes = 2, [{}]
     assert vla.evaluate(agent, args, interface, simulators)["successes"] == result["successes"]
+
+
+def test_tasks_that_a_policy_was_trained_on(tmp_path):
+    """By its interface.json; on another suite none, and for the checkpoints of others nothing is known."""
+    args = dataclasses.replace(tiny_args(tasks=(0,)), evaluate=str(tmp_path))
+    assert vla.trained_tasks(args) is None
+    for suite, tasks, expected in ((args.suite, [2, 3], (2, 3)), (args.suite, [], tuple(range(10))), ("libero_goal", [2], ())):
+        (tmp_path / "interface.json").write_text(json.dumps({"suite": suite, "tasks": tasks}))
+        assert vla.trained_tasks(args) == expected
 
 
 def test_a_stopped_evaluation_is_not_kept(tmp_path, monkeypatch, capsys):
