@@ -55,6 +55,11 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
+try:  # before mujoco: with MUJOCO_GL=osmesa the LLVM of triton, part of PyTorch's CUDA builds, crashes after that of OSMesa
+    import triton  # noqa: F401
+except ImportError:
+    pass
+
 import gymnasium as gym
 import metaworld
 import mujoco

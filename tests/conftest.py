@@ -9,6 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+try:  # before mujoco, as in the scripts
+    import triton  # noqa: F401
+except ImportError:
+    pass
+
 import numpy as np
 import pytest
 import torch

@@ -115,6 +115,8 @@ def test_no_project_module_is_imported(path):
 
 IMPORT = """
 import json, os, random, signal, sys, threading
+try: import triton  # before mujoco, as in the scripts
+except ImportError: pass
 import gymnasium, metaworld, numpy, torch, tyro  # what they do is theirs (gymnasium hides a pygame banner)
 def state():
     return {

@@ -193,6 +193,16 @@ def test_mt10_is_ten_tasks_in_a_fixed_order():
 
 # -------------------- tyro and torch --------------------
 @SCRIPTS
+def test_triton_is_loaded_before_mujoco(script, tmp_path):
+    """CUDA builds of PyTorch bring it; after OSMesa, which mujoco loads with MUJOCO_GL=osmesa, its import crashes Python."""
+    (tmp_path / "triton.py").write_text("import sys; print('triton', 'mujoco' in sys.modules)")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", f"import {script.__name__}"]
+    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "triton False\n"), process.stderr
+
+
+@SCRIPTS
 def test_boolean_flags(script):
     """Every boolean of Args is switched by --flag and --no-flag, with dashes or underscores; `--cuda False` is an error."""
     booleans = [field.name for field in dataclasses.fields(script.Args) if isinstance(field.default, bool)]
