@@ -235,7 +235,8 @@ run() { # one command, unless another invocation has it; a run that was begun is
     # Python's flock, since macOS has no command of that name. Released when this shell ends or opens the next run's lock.
     { exec 9>>"$folder.lock"; } 2>/dev/null && "$python" -c 'import fcntl
 try: fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError: exit(75)' 2>/dev/null || code=$?
+except BlockingIOError: exit(75)
+except OSError: pass # a file system without locks' 2>/dev/null || code=$?
     if [ $code -eq 75 ]; then
         echo "$folder: another invocation has it"
         return

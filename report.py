@@ -518,10 +518,11 @@ EXPLANATION += (
     "training goals. area: mean success in training over the whole run, so it is larger where a task is learned earlier. "
 )
 EXPLANATION += (
-    "IQM: mean of the middle half of all runs of a row. Brackets: 95 % interval of a bootstrap over the seeds of each task. "
+    "IQM: mean of the middle half of all runs of a row, so the hardest of four tasks hardly counts in it. Brackets: 95 % "
 )
+EXPLANATION += "interval of a bootstrap over the seeds of each task. "
 EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
-TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds):"
+TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
 README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} steps. *Success*: share of 50 goals reached at "
 README_TABLE += (
     "the end. *Area*: mean success over all of training, larger where a task is learned earlier. Means of {runs} runs, "
@@ -530,7 +531,11 @@ README_TABLE += (
     "95 % intervals (too narrow, of 3 seeds). `ppo-clip-0.2`: PPO with that clip on the same replay; `ppo`: textbook PPO."
 )
 DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
-DIAGNOSTICS += "mean of the first / last fifth of a run (the README explains them):"
+DIAGNOSTICS += "mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
+BY_TASK = (
+    "Mean success of the deterministic policy at the end (mean return), by task. Without a success flag: mean return, and "
+)
+BY_TASK += "its range over the seeds. n: seeds, of a cell with fewer than others."
 SCORES = {  # of a run: what the table compares
     "success": lambda run: run["eval_success_rate"],
     "return": lambda run: run["eval_return_mean"],
@@ -611,6 +616,12 @@ def shared(runs: list[dict]) -> tuple[list[dict], str]:
     return chosen, f"Over the {len(tasks)} tasks that every row has ({listed}):"
 
 
+def shared_if_any(runs: list[dict]) -> tuple[list[dict], str]:
+    """As shared(); without a task that every cell has, all runs."""
+    chosen, scope = shared(runs)
+    return (chosen, scope) if chosen else (runs, "The tasks differ between the rows:")
+
+
 def same_replay_table(runs: list[dict]) -> str:
     """One row per replay size, method and PPO-clip of that size, over the tasks and seeds that both have; may be empty.
 
@@ -637,7 +648,7 @@ def same_replay_table(runs: list[dict]) -> str:
 
 
 def tuning_table(runs: list[dict]) -> str:
-    """One row per replay size and method: means over all its runs, the largest area first."""
+    """One row per replay size and method: means over its runs, the largest area first."""
     rows = []
     for (regime, method), tasks in cells(runs).items():
         found = [run for group in tasks.values() for run in group]
@@ -686,19 +697,29 @@ def readme_table(runs: list[dict]) -> str:
 
 
 def task_table(runs: list[dict]) -> str:
-    """One row per task, one column per method and regime: mean success (mean return), over the seeds."""
+    """One row per task, one column per method and regime, over the seeds: mean success (mean return).
+
+    Of a task without a success flag: mean return, lowest to highest. n: the seeds, of a cell with fewer than others.
+    """
     table = cells(runs)
-    names = sorted({run["env_id"] for run in runs})
+    names, most = (
+        sorted({run["env_id"] for run in runs}),
+        max(len(found) for tasks in table.values() for found in tasks.values()),
+    )
     rows = ["| task | " + " | ".join(f"{method}, {regime}" for regime, method in table) + " |"]
     rows.append("|---" * (len(table) + 1) + "|")
     for name in names:
         row = [name.removesuffix("-v3")]
         for tasks in table.values():
             found = tasks.get(name, [])
-            score = f"({np.mean([run['eval_return_mean'] for run in found]):,.0f})" if found else "-"
+            returns = [run["eval_return_mean"] for run in found]
             rates = [run["eval_success_rate"] for run in found if has_success(run)]
-            success = f"{np.mean(rates):.0%} " if rates else ""
-            row.append(success + score)
+            text = f"{np.mean(returns):,.0f}" if found else "-"
+            if rates:
+                text = f"{np.mean(rates):.0%} ({text})"
+            elif len(found) > 1:
+                text += f", {min(returns):,.0f} to {max(returns):,.0f}"
+            row.append(text + (f", n = {len(found)}" if 0 < len(found) < most else ""))
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 
@@ -789,9 +810,9 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
         axis.set_xscale("log")
         axis.set_xticks(sorted(ticks), [f"{size:,.0f}" for size in sorted(ticks)], minor=False)
         axis.minorticks_off()
-        axis.set_xlabel("replay buffer, environment steps", fontsize=9)
+        axis.set_xlabel("replay buffer, environment steps (bars: 95 % bootstrap)", fontsize=9)
         axis.set_title(title, fontsize=10)
-        if title != "return":
+        if name != "return":
             axis.set_ylim(-0.03, 1.03)
         axis.tick_params(labelsize=8)
     if axes[0][0].get_legend_handles_labels()[0]:
@@ -1385,12 +1406,12 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         scored = [run for run in runs if has_success(run)]
         known = [run for run in scored if not is_variant(run)] or scored
         main = [run for run in known if run["env_id"].removesuffix("-v3") in README_TASKS] or known
-        common, scope = comparable(main) if main else ([], "No task with a success flag:")
+        common, scope = comparable(main) if main else ([], "")
         own = {run["env_id"] for run in main}
         others, other_scope = comparable([run for run in known if run["env_id"] not in own] or known)
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py.", EXPLANATION]
-        parts += [scope, aggregate_table(common) if common else "none yet"]
+        parts += [scope, aggregate_table(common)] if main else []
         if len(own) < len({run["env_id"] for run in known}):
             parts += [other_scope, aggregate_table(others)]
         for words, there in (("", True), (", other tasks", False)):
@@ -1402,19 +1423,22 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         more_rows = len(cells(every_row)) > len(cells(common))
         if more_rows:
             parts += [shared_scope, aggregate_table(every_row), f"![scores against buffer size](buffer-all-rows-{name}.png)"]
-        parts += ["Mean success of the deterministic policy at the end (mean return), by task:", task_table(runs)]
-        parts += [TUNING, tuning_table(tuning)] if tuning else []
-        parts += [DIAGNOSTICS, diagnostics_table(runs)]
+        parts += [BY_TASK, task_table(runs)]
+        if tuning:
+            tuned, tuned_scope = shared_if_any(tuning)
+            parts += [f"{TUNING} {tuned_scope}", tuning_table(tuned)]
+        alike, alike_scope = shared_if_any(runs)
+        parts += [f"{DIAGNOSTICS} {alike_scope}", diagnostics_table(alike)]
         write(results / f"benchmark-{name}.md", "\n\n".join(parts) + "\n")
         replayed = [run for run in common if run["regime"] != "on-policy"]
         if main and not args.check:
             draw(results / f"curves-{name}.png", plot_curves, common or main)
             if replayed:
-                panels = {"success rate": "success", "area under success": "area", "return": "return"}
+                panels = {"success, IQM": "success", "area under success, IQM": "area", "return, IQM": "return"}
                 draw(results / f"buffer-{name}.png", plot_against_buffer, common, panels)
                 if more_rows:
                     draw(results / f"buffer-all-rows-{name}.png", plot_against_buffer, every_row, panels)
-                panels = {score: score for score in ("utilization", "effective sample size")}
+                panels = {f"{score}, IQM": score for score in ("utilization", "effective sample size")}
                 draw(results / f"staleness-{name}.png", plot_against_buffer, replayed, panels)
         if complete:
             tasks = sorted({run["env_id"].removesuffix("-v3") for run in complete})

@@ -251,6 +251,27 @@ def test_tuning_table_by_hand():
     ]
 
 
+def test_rows_of_tuning_and_diagnostics_are_averaged_over_equal_tasks(tmp_path):
+    """A row with more tasks than the others counts on those that all have; without such a task the text says so."""
+    folder = tmp_path / "runs" / "300000"
+    folder.mkdir(parents=True)
+    args = report.Args(results=str(tmp_path), readme="none")
+    for seed in (1, 4):  # of tuning, and of the tables
+        easy = sample(seed=seed, eval_success_rate=1.0, wall_seconds=60)
+        hard = sample(seed=seed, eval_success_rate=0.0, wall_seconds=600) | {"env_id": "push-v3"}
+        other = sample("gipo-sigma-0.5_20000", seed=seed, eval_success_rate=0.5, wall_seconds=60)
+        for name, one in (("easy", easy), ("hard", hard), ("other", other)):
+            (folder / f"{name}{seed}.json").write_text(json.dumps(one))
+    report.write_report(args)
+    text = (tmp_path / "benchmark-300000-v1.md").read_text()
+    tuning, diagnostics = (text.split(before)[1] for before in (report.TUNING, report.DIAGNOSTICS))
+    for part, row in ((tuning, "| 20000 | gipo | 1 | 1.00 |"), (diagnostics, "| 20000 | gipo | 1.0 |")):
+        assert part.startswith(" Over the 1 tasks that every row has (reach):") and row in part
+    (folder / "other1.json").write_text(json.dumps(sample("gipo-sigma-0.5_20000", seed=1) | {"env_id": "door-open-v3"}))
+    report.write_report(args)
+    assert f"{report.TUNING} The tasks differ between the rows:" in (tmp_path / "benchmark-300000-v1.md").read_text()
+
+
 def test_tuning_seeds_have_a_table_of_their_own(tmp_path):
     """Seeds 1 to 3 are in no other table, unless the runs have no other seeds: then they are somebody's own benchmark."""
     folder = tmp_path / "runs" / "300000"
@@ -280,7 +301,10 @@ def test_tasks_without_a_success_flag_have_returns_only(tmp_path):
     """HalfCheetah in the benchmark: its cell shows the return, and the comparisons by success leave the task out."""
     runs = [run("gipo", "20000", 1, 0.5, 2000, 0.5), run("gipo", "20000", 1, None, 3000, 0.0, "HalfCheetah-v5")]
     rows = report.task_table(runs).splitlines()
-    assert rows[2:] == ["| HalfCheetah-v5 | (3,000) |", "| reach | 50% (2,000) |"]
+    assert rows[2:] == ["| HalfCheetah-v5 | 3,000 |", "| reach | 50% (2,000) |"]
+    runs += [run("gipo", "20000", 2, None, 4000, 0.0, "HalfCheetah-v5")]
+    rows = report.task_table(runs).splitlines()
+    assert rows[2:] == ["| HalfCheetah-v5 | 3,500, 3,000 to 4,000 |", "| reach | 50% (2,000), n = 1 |"]
 
     meta_world = sample()
     cheetah = meta_world | {"env_id": "HalfCheetah-v5", "eval_success_rate": None}
@@ -290,11 +314,11 @@ def test_tasks_without_a_success_flag_have_returns_only(tmp_path):
     args = report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md"))
     (folder / "HalfCheetah-v5__gipo_20000__1.json").write_text(json.dumps(cheetah))
     report.write_report(args)
-    assert "No task with a success flag" in (tmp_path / "benchmark-300000-v1.md").read_text()
+    assert "| runs |" not in (tmp_path / "benchmark-300000-v1.md").read_text()  # no table of success
     (folder / "reach-v3__gipo_20000__1.json").write_text(json.dumps(meta_world))
     report.write_report(args)
     table = (tmp_path / "benchmark-300000-v1.md").read_text()
-    assert "| 20000 | gipo | 1 |" in table and f"| HalfCheetah-v5 | ({cheetah['eval_return_mean']:,.0f}) |" in table
+    assert "| 20000 | gipo | 1 |" in table and f"| HalfCheetah-v5 | {cheetah['eval_return_mean']:,.0f} |" in table
 
 
 def test_rows_that_lack_tasks_are_shown_on_what_all_have(tmp_path):
@@ -1249,6 +1273,16 @@ def test_two_invocations_do_not_share_a_run(checkout):
     log = (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_512__1.log").read_text()
     assert log.count("finished in") == 1 and "exists" not in log
     assert any("another invocation has it" in output or "0 of 1 runs" in output for output in outputs), outputs
+
+
+def test_a_file_system_without_locks_runs_all_the_same(checkout):
+    """As the scripts do there: NFS without its lock daemon and Lustre without flock know no lock."""
+    (checkout / "lockless").mkdir()
+    flock = "LOCK_EX = LOCK_NB = 0\ndef flock(*_):\n    raise OSError(37, 'No locks available')\n"
+    (checkout / "lockless" / "fcntl.py").write_text(flock)
+    process = benchmark("quick", *SMALL, "--methods", "gipo", cwd=checkout, PYTHONPATH=str(checkout / "lockless"))
+    assert process.returncode == 0, process.stderr + process.stdout
+    assert (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_512__1" / "result.json").exists()
 
 
 def test_a_lock_that_fails_is_a_failure(checkout):
