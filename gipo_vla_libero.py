@@ -790,6 +790,9 @@ def catch_signals(at_exit) -> list:
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
         signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # of a closed terminal
+                os.write(2, b"\nstopping soon; a second signal stops at once, without a checkpoint\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL

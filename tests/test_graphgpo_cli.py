@@ -1,6 +1,7 @@
 """graphgpo_sokoban.py end to end: what a run leaves, every flag, bad input, signals, exact resume, copies, learning."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -130,6 +131,8 @@ def test_evaluate_gives_the_number_of_the_run(finished, capsys):
         main(parse_args([*best, "--eval-episodes", "9"]))
     with pytest.raises(ArgumentError, match=r"--omega 0.9 contradicts the run of the model, which has 0.8"):
         main(parse_args([*best, "--omega=0.9"]))
+    with pytest.raises(ArgumentError, match=r"--model smollm2 contradicts the run of the model, which has None"):
+        main(parse_args([*best, "--model=smollm2"]))
     with pytest.raises(ArgumentError, match="--eval-episodes 0 leaves nothing to evaluate"):
         main(parse_args([*best, "--eval-episodes", "0"]))
     with pytest.raises(ArgumentError, match="is no model of this script"):
@@ -409,6 +412,17 @@ def test_evaluation_needs_no_log_probs(monkeypatch, tmp_path):
     envs = graphgpo_sokoban.make_env(args, 2)
     graphgpo_sokoban.evaluate(graphgpo_sokoban.make_agent(args, envs), args, envs)
     assert set(calls) == {False}
+
+
+def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
+    """A language model takes minutes for one step of all episodes."""
+    args = graphgpo_sokoban.with_defaults(Args(eval_episodes=4))
+    envs = graphgpo_sokoban.make_env(args, 4)
+    clock = itertools.count(step=6.0)
+    monkeypatch.setattr(graphgpo_sokoban.time, "time", lambda: next(clock))
+    graphgpo_sokoban.evaluate(graphgpo_sokoban.make_agent(args, envs), args, envs)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"evaluation: \d of 4 episodes have ended after 2 steps", lines[0]) and len(lines) <= 7
 
 
 def test_the_seed_decides(tmp_path):

@@ -163,6 +163,8 @@ def test_saved_model_evaluates_to_the_runs_own_result(finished, command):
     flags = ["--evaluate", str(folder / "model.pt"), "--eval-episodes", "16", "--eval-samples", "2"]
     code, out, _ = command(flags)
     assert code == 0 and json.loads(out[out.index("{") :])["success_rate"] == result["eval_success_rate"]
+    code, _, err = command([*flags, "--model", "smollm2"])  # not a flag that --model brings
+    assert code == 2 and err.startswith("error: --model smollm2 contradicts the run of the model, which has None")
     code, _, err = command([*flags, "--temperature", "0.1"])  # it would change nothing
     assert code == 2 and err.startswith("error: --temperature 0.1 contradicts the run of the model")
     best = read_pt(folder / "best_model.pt")
@@ -186,6 +188,32 @@ def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):
     assert result["eval_episodes"] == 0 and not (folder / "best_model.pt").exists()
     assert differences(read_pt(folder / "model.pt")["model"], read_pt(folder / "checkpoint.pt")["model"]) == []
     assert len([*(tmp_path / "warmup").iterdir()]) == 3
+
+
+def test_a_fork_does_not_start_from_the_warm_up_of_other_code(tmp_path, monkeypatch, capsys):
+    """Weights are cached for equal arguments; whoever edits the network, the task or the warm-up gets new ones."""
+    flags = f"{TWO} --total-timesteps 64"
+    run_inline(tmp_path, f"{flags} --exp-name first")
+    run_inline(tmp_path, f"{flags} --exp-name second")
+    assert "warm-up: done before" in capsys.readouterr().out
+    original = popo.warm_up
+
+    def edited(policy, task, args, progress):
+        original(policy, task, args, progress)
+
+    monkeypatch.setattr(popo, "warm_up", edited)
+    run_inline(tmp_path, f"{flags} --exp-name edited")
+    assert "warm-up: done before" not in capsys.readouterr().out and len([*(tmp_path / "warmup").iterdir()]) == 2
+
+
+def test_the_buffer_holds_two_batches():
+    """Or 64 groups, as in every committed run; with fewer, large batches could never be refilled."""
+    sizes = [(8, None, 64), (32, None, 64), (256, None, 512), (256, 100, 100)]
+    for num_prompts, given, expected in sizes:
+        args = popo.with_defaults(popo.Args(num_prompts=num_prompts, buffer_groups=given))
+        assert args.buffer_groups == expected
+        popo.check_args(args)
+    popo.check_args(popo.with_defaults(popo.Args(num_prompts=256, method="grpo")))
 
 
 def test_warm_up_teaches_the_format_only():
@@ -401,6 +429,7 @@ def test_stopped_by_a_signal(signum, expected, tmp_path, long_run):
     output = process.communicate()[0]
     (folder,) = (path for path in (tmp_path / "stopped").iterdir() if path.name != "warmup")
     assert process.returncode == expected and f"popo_countdown.py --resume {folder}" in output and "Traceback" not in output
+    assert "stopping after this iteration, with a checkpoint" in output
     time.sleep(1.0)
     popo.main(popo.parse_args(["--resume", str(folder)]))
     assert_equal_runs(folder, long_run)
@@ -472,6 +501,24 @@ def test_a_resumed_run_may_change_what_concerns_the_machine(tmp_path, command):
     (folder / "args.json").write_text("{")
     code, _, err = command(["--resume", str(folder)])
     assert code == 2 and "is missing or damaged" in err and err.count("\n") == 1
+
+
+def test_m2po_keeps_its_passes(tmp_path, command):
+    """It chooses tokens within a pass, so another --micro-batch is another algorithm."""
+    _, folder = run_inline(tmp_path, f"{TWO} --objective m2po --total-timesteps 64")
+    code, _, err = command(["--resume", str(folder), "--micro-batch", "8"])
+    assert code == 2 and err.startswith("error: --micro-batch 8 contradicts the run to resume, which has 32: m2po")
+
+
+def test_another_model_is_named_before_what_it_brings(tmp_path):
+    """And a model whose folder is gone may be named anew."""
+    gpt, model = popo.Args(), popo.Args(model="smollm2", max_new_tokens=20, ent_coef=0.001)
+    with pytest.raises(popo.ArgumentError, match="--model smollm2 contradicts the run, which has None: drop the flag"):
+        popo.refuse_contradictions(model, gpt, "the run")
+    there, gone = (popo.Args(model=str(path)) for path in (tmp_path, tmp_path / "gone"))
+    popo.refuse_contradictions(there, gone, "the run")
+    with pytest.raises(popo.ArgumentError, match=r"--model .*gone contradicts the run"):
+        popo.refuse_contradictions(gone, there, "the run")
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
