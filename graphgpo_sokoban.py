@@ -947,7 +947,7 @@ def lock_folder(run_folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or name another --run-dir") from error
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or change --exp-name") from error
     except OSError:  # a file system without locks
         pass
     return lock

@@ -67,6 +67,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from gymnasium.envs.mujoco import MujocoEnv
 from metaworld.wrappers import OneHotWrapper, RandomTaskSelectWrapper
 
 META_WORLD = metaworld.ALL_V3_ENVIRONMENTS
@@ -133,7 +134,7 @@ class Args:
     env_kwargs: str = "{}"
     """arguments of the environment's constructor, as JSON: '{"ctrl_cost_weight": 0.5}'"""
     num_envs: int = 8
-    """N: parallel environments (MT10: a multiple of 10); buffer_size and updates_per_iteration should grow with it"""
+    """N: parallel environments (MT10: a multiple of 10); replay's buffer_size and updates_per_iteration should grow with it"""
     async_envs: bool = False
     """one process per environment: for slow environments (10 ms per step and more) or many cores"""
     reward_scale: float = 0.01
@@ -143,9 +144,9 @@ class Args:
     total_timesteps: int = 300_000
     """environment steps of the whole run, rounded up to whole rollouts"""
     num_steps: int = 256
-    """T: steps per environment and rollout; also the length of a replayed segment (16-250)"""
+    """T: steps per environment and rollout; also the length of a replayed segment (16 to 256)"""
     buffer_size: int = 0
-    """replay buffer in environment steps, rounded down to whole rollouts; 0: one rollout, near on-policy (0 to 500,000)"""
+    """replay buffer in environment steps, rounded down to whole rollouts; 0: one rollout (0 to 500,000)"""
     minibatch_size: int = 64
     """environment steps per update; where segments are replayed, a multiple of num_steps"""
     updates_per_iteration: int = 10
@@ -199,7 +200,7 @@ class Args:
     overlap: bool = True
     """with replay: collect the next rollout in a process of its own during the update; --no-overlap: in turn, equal results"""
     cuda: bool = False
-    """update the networks on the GPU (the policy acts on the CPU): pays for wide networks only"""
+    """update the networks on the GPU (the policy acts on the CPU): slower for networks of this size"""
     torch_compile: bool = False
     """compile the loss: faster updates, after half a minute of compiling"""
     torch_threads: int = 1
@@ -327,11 +328,12 @@ def make_env(args, idx: int, render_mode: str | None = None):
     """
     task = MT10[idx % len(MT10)] if args.env_id == "MT10" else args.env_id
     goals = meta_world_goals(task, args.seed) if task in META_WORLD else None
-    build = functools.partial(fast_meta_world(task), reward_function_version="v2") if goals else gym.make
     kwargs = json.loads(args.env_kwargs) | ({} if goals else {"id": task})
     kwargs |= {"render_mode": render_mode} if render_mode else {}
 
     def thunk():
+        # Here, since it also changes Meta-World's modules, in the process that the environment lives in.
+        build = functools.partial(fast_meta_world(task), reward_function_version="v2") if goals else gym.make
         try:
             env = build(**kwargs)
         except (gym.error.Error, ImportError, TypeError) as error:
@@ -525,6 +527,8 @@ class Collector:
             try:
                 obs_np, rewards, terminations, truncations, infos = self.envs.step(env_action)
             except (EOFError, ConnectionError) as error:
+                if not self.args.async_envs:  # the environment's own
+                    raise
                 raise RuntimeError("a process of --async-envs has died, perhaps killed for want of memory") from error
             seconds["policy"] += t1 - t0
             seconds["env"] += time.perf_counter() - t1
@@ -908,7 +912,9 @@ def load_weights(agent, weights: dict, path) -> None:
     try:
         agent.load_state_dict(weights)
     except RuntimeError as error:
-        raise ArgumentError(f"{path} does not fit the networks of this script: was Agent changed after that run?") from error
+        raise ArgumentError(
+            f"{path} does not fit the networks of this script: has Agent or the environment changed?"
+        ) from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -957,7 +963,7 @@ def lock_folder(run_folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or name another --run-dir") from error
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or change --exp-name") from error
     except OSError:  # a file system without locks
         pass
     return lock
@@ -1035,6 +1041,7 @@ def check_args(args) -> None:
     rollout = args.num_envs * args.num_steps
     buffer = args.buffer_size or rollout
     require("buffer_size", buffer >= rollout, f"must be 0 or at least num_envs * num_steps = {rollout}")
+    buffer -= buffer % rollout
     require("minibatch_size", args.minibatch_size <= buffer, f"must not exceed the buffer of {buffer} steps")
     whole_segments = buffer < 2 * rollout or args.minibatch_size % args.num_steps == 0
     require("minibatch_size", whole_segments, f"must be a multiple of --num-steps {args.num_steps}")
@@ -1068,13 +1075,20 @@ def check_spaces(args, obs_space, action_space) -> None:
 
 def check_video(args) -> None:
     """ArgumentError unless --capture-video can render."""
+    try:
+        from moviepy import ImageSequenceClip  # noqa: F401
+    except ImportError as error:
+        raise ArgumentError("--capture-video needs moviepy 2 or newer: pip install -U moviepy") from error
     how = "without a display, set MUJOCO_GL=egl (Debian packages libegl1 libgl1) or MUJOCO_GL=osmesa (libosmesa6)"
-    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ):
-        raise ArgumentError(f"--capture-video finds no display: {how}")
+    nowhere = sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ)
     try:
         with contextlib.closing(make_env(args, 0, render_mode="rgb_array")()) as env:
+            if nowhere and isinstance(env.unwrapped, MujocoEnv):  # whose attempt would end the process
+                raise ArgumentError(f"--capture-video finds no display: {how}")
             env.reset()
             frame = env.render()
+    except ArgumentError:
+        raise
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ArgumentError(f"--capture-video cannot render ({why}); {how}") from error
@@ -1129,7 +1143,8 @@ def evaluate_saved_model(args) -> dict:
         check_video(args)
     torch.set_num_threads(args.torch_threads)
     _, weights = saved_run(args)
-    agent = Agent(weights["obs_mean"].shape[0], make_env(args, 0)().action_space.shape[0], args)
+    with contextlib.closing(make_env(args, 0)()) as env:
+        agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
     load_weights(agent, weights, args.evaluate)
     result = evaluate(agent, args, args.eval_episodes, Path(args.evaluate).parent / "videos" if args.capture_video else None)
     say(json.dumps({key: value for key, value in result.items() if key != "returns"}, indent=2))
@@ -1144,6 +1159,7 @@ def main(args: Args) -> dict:
     """
     if args.evaluate is not None:
         return evaluate_saved_model(args)
+    started = time.time()
     with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
         try:
             return train(args, at_exit)
@@ -1151,10 +1167,11 @@ def main(args: Args) -> dict:
             raise
         except Exception as error:
             checkpoint = run_folder_of(args) / "checkpoint.pt"
-            last_good = f"last good checkpoint: {checkpoint if checkpoint.exists() else 'none yet'}"
+            ours = checkpoint.exists() and (args.resume or checkpoint.stat().st_mtime >= started)  # not one to overwrite
+            last_good = f"last good checkpoint: {checkpoint if ours else 'none yet'}"
             if isinstance(error, BadNumber):
                 raise BadNumber(f"{error}; {last_good}") from error
-            if checkpoint.exists():
+            if ours:
                 error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
             raise
 
@@ -1195,7 +1212,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     shape = (args.num_steps, num_segments)
     gigabytes = (2 * obs_dim + 2 * action_dim + 6) * 4e-9 * math.prod(shape)
     if not args.cuda and gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
-        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
+        how = "lower it, --num-envs or --num-steps"
+        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: {how}")
     rb = {
         "obs": torch.zeros(*shape, obs_dim, device=device),  # raw, not normalised
         "next_obs": torch.zeros(*shape, obs_dim, device=device),  # the real one, also where the episode ended
@@ -1283,6 +1301,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             return None
         episodes = min(args.eval_episodes, 5) if args.env_id == "MT10" and not finished else args.eval_episodes
         video_dir = run_folder / "videos" / str(global_step) if args.capture_video else None
+        if tty and not finished:
+            say("")  # ends the progress line
         evaluation = evaluate(agent, args, episodes, video_dir, stop_signals)
         if stop_signals:
             return None
@@ -1294,7 +1314,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             line += f", success {evaluation['success_rate']:.0%} of {evaluation['episodes']} goals"
         for task, success in evaluation.get("success_by_task", {}).items():
             writer.add_scalar(f"eval/success_rate/{task}", success, global_step)
-        say(f"\n{line}" if tty and not finished else line)
+        say(line)
         return evaluation
 
     evaluation, saved = evaluation_phase(), True  # saved: is all that was done in the checkpoint?
@@ -1323,7 +1343,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 writer.add_scalar("charts/episodic_success", np.nan_to_num(success), step)
 
         # ==================== ADVANTAGES ====================
-        # Those of collection time; by default the update recomputes them.
+        # Those of collection time. With --recompute-advantages and replay every update makes its own.
         progress = (iteration - 1) / num_iterations
         actor_group, critic_group = optimizer.param_groups
         actor_group["lr"] = args.learning_rate * lr_share(args.lr_schedule, progress, args.lr_warmup)

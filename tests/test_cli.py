@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -382,6 +383,27 @@ gym.register("Unlit-v0", Unlit, max_episode_steps=200)
 
 
 @ALL_SCRIPTS
+def test_only_mujoco_needs_a_display(script, monkeypatch):
+    """Pendulum draws into memory; MuJoCo without a display would end the process."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    module.check_video(module.Args(env_id="Pendulum-v1"))
+    for env_id in ("HalfCheetah-v5", "reach-v3"):
+        with pytest.raises(module.ArgumentError, match="--capture-video finds no display"):
+            module.check_video(module.Args(env_id=env_id))
+
+
+@ALL_SCRIPTS
+def test_an_old_moviepy_is_found_before_training(script, monkeypatch):
+    """Version 1 has no ImageSequenceClip at its top."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setitem(sys.modules, "moviepy", types.ModuleType("moviepy"))
+    with pytest.raises(module.ArgumentError, match="--capture-video needs moviepy 2 or newer: pip install -U moviepy"):
+        module.check_video(module.Args(env_id="Pendulum-v1"))
+
+
+@ALL_SCRIPTS
 @pytest.mark.parametrize("flags", ["--cuda", "--track", "--resume", "--overwrite"])
 def test_flags_that_mean_nothing_for_an_evaluation(script, flags, tmp_path, inline):
     code, _, error = inline(script, ["--evaluate", tmp_path / "model.pt", flags])
@@ -543,6 +565,10 @@ BAD = [  # fields, and what the sentence must name
     ({"buffer_size": 4 * 10**12}, "--buffer-size 4000000000000"),
     ({"buffer_size": 128, "minibatch_size": 160}, "--minibatch-size 160"),
     ({"buffer_size": 128, "minibatch_size": 48}, "--minibatch-size 48"),
+    (
+        {"num_envs": 8, "num_steps": 16, "buffer_size": 200, "minibatch_size": 192},
+        "--minibatch-size 192 must not exceed the buffer of 128",
+    ),
     (
         {"vtrace": True, "recompute_advantages": False, "buffer_size": 128},
         "--vtrace needs the current ratios: drop --no-recompute-advantages",

@@ -282,7 +282,7 @@ def test_success_only_at_the_last_step_reaches_the_training_loop():
                 assert infos == {}
 
 
-@pytest.mark.parametrize("env_id", ["reach-v3", "pick-place-v3", "Pendulum-v1", "HalfCheetah-v5"])
+@pytest.mark.parametrize("env_id", ["reach-v3", "pick-place-v3", "basketball-v3", "Pendulum-v1", "HalfCheetah-v5"])
 def test_an_episode_is_rebuilt_bit_for_bit(env_id):
     """snapshot -> file -> resume_from in fresh environments: the same observations, now and for two more episodes."""
     args, rng, policy = gipo.Args(env_id=env_id), np.random.default_rng(3), ENV_POLICY_MAP.get(env_id, lambda: None)()
@@ -318,6 +318,17 @@ def test_an_episode_is_rebuilt_bit_for_bit(env_id):
     assert [e["generator"] for e in resumed.call("snapshot")] == [e["generator"] for e in envs.call("snapshot")]
     envs.close()
     resumed.close()
+
+
+@SCRIPTS
+def test_meta_world_is_changed_where_the_environment_lives(script, monkeypatch):
+    """In a process of --async-envs, which need not be a fork: by the function, not by make_env."""
+    found = []
+    monkeypatch.setattr(script, "fast_meta_world", lambda task: found.append(task) or script.META_WORLD[task])
+    build = script.make_env(script.Args(), 0)
+    assert found == []
+    build()
+    assert found == ["reach-v3"]
 
 
 def test_a_rebuilt_episode_keeps_its_latched_success():

@@ -574,6 +574,31 @@ def test_a_bad_number_in_an_evaluation_is_named(script, where, value, register, 
     assert not [*script.run_folder_of(args).glob("*model.pt")]
 
 
+class Grown(Walk):
+    """Its observation has got another entry since it was trained on."""
+
+    wide = False
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        if self.wide:
+            self.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def observe(self):
+        return np.append(super().observe(), 0.0).astype(np.float32) if self.wide else super().observe()
+
+
+@SCRIPTS
+def test_a_model_of_other_observations_is_refused(script, register, tmp_path, monkeypatch):
+    args = script.Args(env_id=register(Grown), run_dir=str(tmp_path), **SIZES | {"eval_episodes": 1})
+    script.main(args)
+    model = str(script.run_folder_of(args) / "model.pt")
+    assert script.main(script.parse_args(["--evaluate", model]))["episodes"] == 1
+    monkeypatch.setattr(Grown, "wide", True)
+    with pytest.raises(script.ArgumentError, match=r"model.pt does not fit .*: has Agent or the environment changed\?"):
+        script.main(script.parse_args(["--evaluate", model]))
+
+
 # -------------------- Bugs --------------------
 class Unpicklable(Exception):
     """It cannot cross to another process."""
@@ -613,10 +638,11 @@ class Buggy(Walk):
 
 ERRORS = [ValueError("operands could not be broadcast"), KeyError("goal"), AssertionError()]
 ERRORS += [TypeError("Robot.__init__() missing 1 required positional argument: 'arms'")]
+OF_A_CONNECTION = [ConnectionResetError("the simulator hung up"), EOFError("no more frames")]  # not of ours
 
 
 @pytest.mark.parametrize("where", ["constructor", "reset", "step"])
-@pytest.mark.parametrize("error", ERRORS, ids=[type(error).__name__ for error in ERRORS])
+@pytest.mark.parametrize("error", ERRORS + OF_A_CONNECTION, ids=lambda error: type(error).__name__)
 @SCRIPTS
 @OVERLAP
 def test_a_bug_of_the_environment_keeps_its_type_and_traceback(script, overlap, error, where, register, tmp_path, monkeypatch):
@@ -629,6 +655,21 @@ def test_a_bug_of_the_environment_keeps_its_type_and_traceback(script, overlap, 
     assert type(caught.value) is type(error) and all(str(argument) in str(caught.value) for argument in error.args)
     text = "".join(traceback.format_exception(caught.value))
     assert "in fail_if" in text and f'self.fail_if("{where}")' in text
+
+
+@SCRIPTS
+def test_a_new_run_that_fails_does_not_point_to_the_one_it_was_to_replace(script, register, tmp_path, monkeypatch):
+    args = script.Args(env_id=register(Buggy), run_dir=str(tmp_path), **SIZES)
+    script.main(args)
+    monkeypatch.setattr(Buggy, "where", "constructor")
+    monkeypatch.setattr(Buggy, "error", ValueError("no licence"))
+    for again, notes in (({"overwrite": True}, False), ({"resume": str(script.run_folder_of(args))}, False)):
+        if again.get("resume"):
+            (script.run_folder_of(args) / "result.json").unlink()
+            notes = True
+        with pytest.raises(ValueError, match="no licence") as caught:
+            script.main(dataclasses.replace(args, **again))
+        assert bool(getattr(caught.value, "__notes__", [])) == notes
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=[type(error).__name__ for error in ERRORS])
