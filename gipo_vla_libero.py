@@ -98,6 +98,7 @@ INTERFACE_ARGS = "num_images use_proprio append_stop preprocess jpeg center_crop
 INTERFACE_ARGS += "noop_steps noop_gripper temperature dtype".split()
 # Saved as well, but only defaults: a policy may be tried on another suite, for longer, or in LIBERO's own simulator.
 PROTOCOL_ARGS = "suite tasks max_steps fast_env unnorm_key train_init_states".split()
+ADAPTER_ARGS = ["lora_rank", "lora_alpha"]  # likewise
 
 
 class ArgumentError(ValueError):
@@ -224,7 +225,7 @@ class Args:
     lora_alpha: int = 16
     """alpha of LoRA"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, a third more time"""
+    """recompute activations in the backward pass: less memory, a third more time (LoRA: half)"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of the frozen weights and the matrix products; log-probs, losses, heads and LoRA weights are float32 in any case"""
 
@@ -548,7 +549,7 @@ def train(args: Args, at_exit) -> dict:
     rollout_size, rb = args.num_envs * args.num_steps * chunk * world, make_replay(args, config)
     num_segments = rb["rewards"].shape[1]
     total_steps = math.ceil(args.total_timesteps / rollout_size) * rollout_size
-    if args.critic_warmup >= (rollouts := total_steps // rollout_size):
+    if not args.resume and args.critic_warmup >= (rollouts := total_steps // rollout_size):  # a resume may have more processes
         text = f"--critic-warmup {args.critic_warmup} leaves the policy none of {rollouts} rollouts of {rollout_size:,} steps"
         raise ArgumentError(f"{text}: lower it, or raise --total-timesteps")
     rng, progress = np.random.default_rng([args.seed, rank]), Progress()
@@ -708,7 +709,8 @@ def train(args: Args, at_exit) -> dict:
 
     simulators.close()
     if stop:
-        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if world > 1 else ["python"]
+        torchrun = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "--shutdown-timeout", "900"]
+        program = torchrun if world > 1 else ["python"]
         how = shlex.join([*program, os.path.relpath(__file__), "--resume", str(run_folder)])
         say(f"\nstopped at step {progress.global_step:,}; continue with: {how}")
         sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
@@ -1687,7 +1689,11 @@ def libero_root() -> Path:
 
 def version_warning() -> str | None:
     """One line if the simulator is not the tested one: another version draws other pictures without a word."""
-    found = {name: importlib.metadata.version(name) for name in TESTED_VERSIONS}
+    try:
+        found = {name: importlib.metadata.version(name) for name in TESTED_VERSIONS}
+    except importlib.metadata.PackageNotFoundError as error:
+        how = "if LIBERO came from elsewhere, take a new environment: pip install --no-deps -r requirements-vla.txt"
+        raise ArgumentError(f"the package {error.name} is not installed: {how}") from error
     others = [f"{name} {found[name]} (tested: {tested})" for name, tested in TESTED_VERSIONS.items() if found[name] != tested]
     if not others:
         return None
@@ -2084,7 +2090,7 @@ def config_from_folder(folder) -> PolicyConfig:
 def find_folder(name: str, what: str, hint: str = "", revision: str = "", weights: bool = True) -> Path:
     """A local folder, or the download of a hub id, of its small files only without `weights`; ArgumentError if unusable."""
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path's own is_dir() fails in a folder of another user
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise ArgumentError(f"{what} is neither a folder nor a hub id such as owner/name{hint}")
         import huggingface_hub
@@ -2252,7 +2258,7 @@ def find_start(folder: Path, args) -> tuple[Path, dict | None]:
         if "fingerprint" in lora and base_fingerprint(base) != lora["fingerprint"]:
             raise ArgumentError(f"--base {args.base} has other weights than those on which {folder} was trained")
         return base, lora
-    if Path(lora["base"]).is_dir():
+    if os.path.isdir(lora["base"]):
         if "fingerprint" not in lora or base_fingerprint(Path(lora["base"])) == lora["fingerprint"]:
             return Path(lora["base"]), lora
         how = "its adapters stay merged in bfloat16; --base says where its own base is now"
@@ -2286,7 +2292,7 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
         report += ", " + merge_adapter(agent, adapter)
     say(f"{name}: {report}")
     load_heads(agent, folder, base)
-    origin = lora or ({} if Path(name).is_dir() else {"hub_id": name, "revision": folder.name})
+    origin = lora or ({} if os.path.isdir(name) else {"hub_id": name, "revision": folder.name})
     origin = {key: origin.get(key, "") for key in ("hub_id", "revision")}
     agent.source, agent.start = str(base), {"base": str(start.resolve()), "fingerprint": base_fingerprint(start)} | origin
     norm_stats = read_json(base / "config.json").get("norm_stats") or {}
@@ -2364,7 +2370,7 @@ def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, args) -> None
     tokenizer.save(str(new / "tokenizer.json"))
     write_json(new / "config.json", content | {"norm_stats": norm_stats})
     write_json(new / "dataset_statistics.json", norm_stats)
-    interface = {name: getattr(args, name) for name in INTERFACE_ARGS + PROTOCOL_ARGS}
+    interface = {name: getattr(args, name) for name in INTERFACE_ARGS + PROTOCOL_ARGS + ADAPTER_ARGS}
     interface["tasks"] = args.tasks if len(args.tasks) < len(task_names(args.suite)) else ()  # all, also of another suite
     write_json(new / "interface.json", interface)
     tensors = dict(export_tensors(agent, source))
@@ -2400,7 +2406,8 @@ def save_peft_adapter(folder: Path, agent: Agent, layers: dict, args, lm_head: t
 # -------------------- Checks and memory --------------------
 NO_ACTION_TOKENS = (
     "RL has nothing to learn from if the policy never succeeds: a checkpoint of an L1 regression head whose action_head file "
-    "is missing looks like this, and so do wrong --unnorm-key, --preprocess, --append-stop or --num-images"
+    "is missing looks like this, and so do a checkpoint that is not OFT but writes one token after another (such as "
+    "openvla-7b-finetuned-libero-spatial), and wrong --unnorm-key, --preprocess, --append-stop or --num-images"
 )
 
 
@@ -2576,7 +2583,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
     if args.evaluate or args.model:
         check_args(args)  # before a download
-        return tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
+        saved = saved_interface(args)
+        args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved))
+        if args.suite != saved.get("suite", args.suite):  # whose numbers of tasks mean nothing here
+            args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved | {"tasks": default.tasks}))
+        return args
     return args
 
 
@@ -2592,7 +2603,8 @@ def check_args(args) -> None:
     limits |= dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
     limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
     limits |= {"noop_gripper": (-1, 1, "between -1 and 1"), "train_init_states": (1, 50, "between 1 and 50, a task's number")}
-    limits["eval_episodes"] = (0, 50, "50 or fewer: a task has 50 initial states")
+    least = 1 if args.evaluate else 0
+    limits["eval_episodes"] = (least, 50, f"between {least} and 50: a task has 50 initial states")
     for name, hint in typing.get_type_hints(type(args)).items():
         if typing.get_origin(hint) is Literal and getattr(args, name) not in typing.get_args(hint):
             choices = ", ".join(map(str, typing.get_args(hint)))
@@ -2613,7 +2625,7 @@ def check_args(args) -> None:
         raise ArgumentError(f"--tasks {wrong.pop()} must be below {number}, the number of tasks of {args.suite}")
     if args.evaluate == "" or (args.preset == "none" and not (args.model or args.evaluate)):
         raise ArgumentError("--model is missing: name a checkpoint folder or hub id, or start small with --preset tiny")
-    if args.revision and (not (args.model or args.evaluate) or Path(args.evaluate or args.model).is_dir()):
+    if args.revision and (not (args.model or args.evaluate) or os.path.isdir(args.evaluate or args.model)):
         raise ArgumentError(f"--revision {args.revision} is for a hub id in --model or --evaluate: drop the flag")
     if 0 < args.buffer_size < rollout:
         how = f"0 or at least num_envs * num_steps * {CHUNK} = {rollout}"
@@ -2630,6 +2642,8 @@ def check_args(args) -> None:
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+    if args.capture_video and importlib.metadata.version("moviepy").startswith(("0.", "1.")):
+        raise ArgumentError("--capture-video needs moviepy 2 or newer: pip install -U moviepy")
 
 
 def stored_args(path: Path, names) -> dict:
@@ -2654,7 +2668,7 @@ def saved_args(path: Path) -> Args:
     return Args(**stored_args(file, saved - {"evaluate", "resume"}) | {"resume": str(path), "run_dir": str(path.parent)})
 
 
-def saved_interface(args, names=(*INTERFACE_ARGS, *PROTOCOL_ARGS)) -> dict:
+def saved_interface(args, names=(*INTERFACE_ARGS, *PROTOCOL_ARGS, *ADAPTER_ARGS)) -> dict:
     """What the policy of --evaluate or --model was trained with, as arguments; empty for the checkpoints of others."""
     path = find_policy(args.evaluate or args.model, args, weights=False) / "interface.json"
     return stored_args(path, names) if path.exists() else {}
@@ -3249,8 +3263,11 @@ if __name__ == "__main__":
     except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: the GPU is full: lower --micro-batch, or give --gradient-checkpointing, and resume", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        how = (
+            "--evaluate needs fewer --num-envs, or a GPU to itself; training a lower --micro-batch or --gradient-checkpointing"
+        )
+        print("; ".join([f"error: the GPU is full: {how}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(1)
     except (BadNumber, SimulatorError) as error:
         print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)

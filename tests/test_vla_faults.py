@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
 import shutil
@@ -399,6 +400,51 @@ def test_another_simulator_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(vla.importlib.metadata, "version", lambda name: found[name])
     line = vla.version_warning()
     assert "\n" not in line and all(word in line for word in ("mujoco 3.3.7", "3.3.0", "libero_object", "36 grey levels"))
+
+
+def test_another_libero_is_named(monkeypatch):
+    """From its repository it is no package hf-libero."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(vla.importlib.metadata, "version", version)
+    with pytest.raises(vla.ArgumentError, match=r"the package \w+ is not installed: if LIBERO came from elsewhere"):
+        vla.version_warning()
+
+
+def test_an_old_moviepy_is_found_before_training(monkeypatch):
+    original = importlib.metadata.version
+    monkeypatch.setattr(vla.importlib.metadata, "version", lambda name: "1.0.3" if name == "moviepy" else original(name))
+    with pytest.raises(vla.ArgumentError, match="needs moviepy 2 or newer"):
+        vla.check_args(vla.parse_args(["--preset", "tiny", "--capture-video"]))
+
+
+# -------------------- A saved policy elsewhere --------------------
+def test_a_folder_of_another_user_counts_as_absent(monkeypatch):
+    """Path.is_dir() raises PermissionError where the parent may not be entered."""
+
+    def is_dir(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(vla.Path, "is_dir", is_dir)
+    with pytest.raises(vla.ArgumentError, match="the base is neither a folder nor a hub id such as owner/name: --base says"):
+        vla.find_folder("/root/.cache/no/such/base", "the base", ": --base says where it is now")
+
+
+def test_what_a_policy_knows_of_its_suite_and_adapters(tmp_path):
+    """Its tasks are numbers of its own suite; rank and alpha of its adapters need no flags."""
+    interface = {"suite": "libero_90", "tasks": [50, 51], "lora_rank": 64, "lora_alpha": 8}
+    (tmp_path / "interface.json").write_text(json.dumps(interface))
+    flags = ["--evaluate", str(tmp_path), "--no-cuda"]
+    args = vla.parse_args(flags)
+    assert (args.suite, args.tasks, args.lora_rank, args.lora_alpha) == ("libero_90", (50, 51), 64, 8)
+    assert vla.parse_args([*flags, "--suite", "libero_90", "--tasks", "3"]).tasks == (3,)
+    args = vla.parse_args([*flags, "--suite", "libero_object"])
+    assert (args.suite, args.tasks, args.lora_rank) == ("libero_object", vla.Args().tasks, 64)
+    vla.check_args(args)
+    with pytest.raises(vla.ArgumentError, match="--eval-episodes 0 must be between 1 and 50"):
+        vla.parse_args([*flags, "--eval-episodes", "0"])
 
 
 def test_a_head_that_was_never_trained_is_noticed(weights, capsys):
