@@ -1417,50 +1417,61 @@ def test_committed_runs_of_the_other_methods_count_as_finished(suite):
 
 
 def test_the_benchmark_page_says_what_version_2_says():
-    """Areas, pairs and push's range that docs/benchmark.md quotes are those of the JSON files in the README's table."""
+    """Areas, pairs, push's range and the paper's scale that docs/benchmark.md quotes are those of the README's JSON files."""
     files = sorted((ROOT / "results" / "runs" / "300000-v2").glob("*.json"))
     table = report.cells(report.readme_runs(report.labelled({file: json.loads(file.read_text()) for file in files})))
-    text = (ROOT / "docs" / "benchmark.md").read_text().split("**Version 2**")[1].split("**Version 1**")[0]
-    assert {task.removesuffix("-v3") for task in table["5120", "gipo"]} == set(
-        re.split(", | and ", text.split("so far: ")[1].split(", three seeds")[0])
+    page = (ROOT / "docs" / "benchmark.md").read_text()
+    text = page.split("## Results")[1].split("\n## ")[0]
+    tasks = sorted(table["5120", "gipo"])
+    assert [task.removesuffix("-v3") for task in tasks] == re.split(
+        ", | and ", text.split("so far: ")[1].split(", three seeds")[0]
     )
-    areas, wins, size, clips = {}, {}, "20000", ("ppo-clip-0.2", "ppo-clip-0.5")
-    for cell in [(size, method) for size in ("5120", "20000") for method in ("gipo", *clips)]:
-        ours, found = (
-            report.values(tasks, sorted(tasks), report.SCORES["area"]) for tasks in (table[cell[0], "gipo"], table[cell])
-        )
-        low, high = report.bootstrap_interval(found, report.mean_of_tasks)
-        areas[cell] = report.span(report.mean_of_tasks(found), (low, high))
-        wins[cell] = int((np.array(ours) > np.array(found)).sum())  # equal tasks and seeds, in one order
-    short = {cell: area.split()[0] for cell, area in areas.items()}
-    gipo, slow, wide = (areas[size, method] for method in ("gipo", *clips))
-    assert f"its mean area is {gipo} and that of a clip of 0.2 is {slow}; it is larger in {wins[size, clips[0]]} of 12" in text
-    assert f"The mean area of a clip of 0.5 is {wide}. GIPO's is larger in {wins[size, clips[1]]} of 12 pairs" in text
-    assert f"falls from {short['5120', clips[0]]} with 5,120 steps of replay to {short[size, clips[0]]} with 20,000" in text
+
+    def scores(cell, score):
+        return [np.array(values) for values in report.values(table[cell], tasks, score)]
+
+    def with_interval(values):
+        return report.span(report.mean_of_tasks(values), report.bootstrap_interval(values, report.mean_of_tasks))
+
+    areas, leads = {}, {}
+    for size in ("5120", "20000"):
+        for method in ("gipo", "ppo-clip-0.2", "ppo-clip-0.5"):
+            areas[size, method] = scores((size, method), report.SCORES["area"])
+            leads[size, method] = [a - b for a, b in zip(areas[size, "gipo"], areas[size, method], strict=True)]
+    for size, shown in (("5120", "5,120"), ("20000", "20,000")):
+        for clip in ("0.2", "0.5"):
+            lead = leads[size, f"ppo-clip-{clip}"]
+            ours, theirs = (with_interval(areas[size, method]) for method in ("gipo", f"ppo-clip-{clip}"))
+            wins = f"{(np.array(lead) > 0).sum()} of 12"
+            low, high = report.bootstrap_interval(lead, report.share_of_pairs)
+            wins = f"**{wins}**" if low > 0.5 else f"{wins}: not shown"
+            assert f"| clip of {clip} | {shown} | {ours} | {theirs} | {wins} |" in text
+    growth = [old - young for old, young in zip(leads["20000", "ppo-clip-0.2"], leads["5120", "ppo-clip-0.2"], strict=True)]
+    assert f"GIPO's lead over a clip of 0.2 grows by {with_interval(growth)}." in text
+    by_task = dict(zip(tasks, (lead.mean() for lead in leads["20000", "ppo-clip-0.2"]), strict=True))
     assert (
-        f"GIPO's is {short['5120', 'gipo']} and {short[size, 'gipo']}, that of a clip of 0.5 is {short['5120', clips[1]]} and"
-        in text
+        sorted(by_task, key=by_task.get)[-2:] == ["button-press-topdown-v3", "door-open-v3"] and by_task["drawer-open-v3"] < 0
     )
-    assert f"and {short[size, clips[1]]}." in text
-    found = report.values(table["on-policy", "ppo"], sorted(table["on-policy", "ppo"]), report.SCORES["area"])
-    alone = report.span(report.mean_of_tasks(found), report.bootstrap_interval(found, report.mean_of_tasks))
+    alone = with_interval(scores(("on-policy", "ppo"), report.SCORES["area"]))
     success = {
         cell: f"{np.mean([run['eval_success_rate'] for runs in table[cell].values() for run in runs]):.0%}".replace("%", " %")
-        for cell in [("on-policy", "ppo"), ("5120", clips[0])]
+        for cell in [("on-policy", "ppo"), ("5120", "ppo-clip-0.2")]
     }
-    with_replay = f"a clip of 0.2 has {short['5120', clips[0]]}, and reaches {success['5120', clips[0]]}"
-    assert (
-        f"Textbook PPO's mean area is {alone}, and it reaches {success['on-policy', 'ppo']} of the goals" in text
-        and with_replay in text
-    )
+    assert f"Textbook PPO's mean area is {alone}, and it reaches {success['on-policy', 'ppo']} of the goals." in text
+    assert f"The clip of 0.2 with a replay of 5,120 reaches {success['5120', 'ppo-clip-0.2']}." in text
     readme = (ROOT / "README.md").read_text()
-    assert f"Its area is {alone.split()[0]}. PPO's clip of 0.2 in that setup has {short['5120', clips[0]]}." in readme
-    assert f"with a buffer four times as large its area falls to {short[size, clips[0]]}." in readme.lower()
-    few = [wins["5120", clip] for clip in clips]
-    assert f"than that of a clip of 0.2 in {few[0]} of 12 pairs, and than that of a clip of 0.5 in {few[1]}." in text
+    short = {cell: with_interval(found).split()[0] for cell, found in areas.items()}
+    assert f"Its area is {alone.split()[0]}. PPO's clip of 0.2 in that setup has {short['5120', 'ppo-clip-0.2']}." in readme
+    assert f"with a buffer four times as large its area falls to {short['20000', 'ppo-clip-0.2']}." in readme.lower()
     ends = {name: [] for name in ("gipo", "ppo")}
     for regime, method in areas:
-        runs = table[regime, method]["push-v3"]
-        ends[method.split("-")[0]] += [round(100 * run["eval_success_rate"]) for run in runs]
+        ends[method.split("-")[0]] += [round(100 * run["eval_success_rate"]) for run in table[regime, method]["push-v3"]]
     gipo, ppo = (f"{min(found)} to {max(found)} %" for found in ends.values())
     assert f"GIPO's seeds end at {gipo} of the goals, PPO's with replay at {ppo}." in text
+    # The paper's scale: a task's worst of these three rows has 0, its best 1.
+    methods = "gipo", "ppo-clip-0.5", "ppo-clip-0.2"
+    returns = np.array([[x.mean() for x in scores(("20000", name), lambda run: run["train_return_mean"])] for name in methods])
+    low, high = returns.min(0), returns.max(0)
+    gipo, wide, narrow = ((returns - low) / (high - low)).mean(1)
+    assert f"would have {gipo:.2f} (GIPO), {wide:.2f} (clip of 0.5) and {narrow:.2f} (clip of 0.2)" in text
+    assert f"is {returns[0].mean() / returns[2].mean() - 1:.0%} above".replace("%", " %") in text
