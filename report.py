@@ -806,7 +806,7 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
             errors = np.maximum([middles - lows, highs - middles], 0)
             ticks |= set(sizes)
             sizes = sizes * 1.06 ** (i - (len(methods) - 1) / 2)  # side by side, or one interval hides another
-            axis.errorbar(sizes, middles, errors, marker="o", capsize=2, linewidth=1.3, markersize=4, **style(method, methods))
+            axis.errorbar(sizes, middles, errors, fmt="o", capsize=2, elinewidth=1.3, markersize=5, **style(method, methods))
         axis.set_xscale("log")
         axis.set_xticks(sorted(ticks), [f"{size:,.0f}" for size in sorted(ticks)], minor=False)
         axis.minorticks_off()
