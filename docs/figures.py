@@ -136,9 +136,10 @@ def draw_curves() -> None:
 
 
 def draw_smollm2() -> None:
-    """Held-out answers of SmolLM2 on Countdown-2 that are right: mean of the seeds as a line, every evaluation as a dot.
+    """Held-out answers of SmolLM2 on Countdown-2 that are right: every evaluation as a dot, and a line through the means over
+    the seeds of the first evaluation, the second, and so on.
 
-    DAPO samples more than it trains on, so its evaluations lie elsewhere, and its line is cut where the others end.
+    DAPO samples more than it trains on, so its evaluations lie elsewhere; those beyond the others' end are left out.
     """
     fig, axis = plt.subplots(figsize=(5.2, 2.7))
     grid = np.arange(0, 769, 192)
@@ -147,10 +148,11 @@ def draw_smollm2() -> None:
         if not all(file.exists() for file in files):  # a method that is not finished
             continue
         runs = [json.loads(file.read_text()) for file in files]
-        curves = 100 * np.array([report.popo_curve(run, "rollouts", grid) for run in runs])
-        axis.plot(grid, curves.mean(0), label=label, **style)
-        dots = [(point["rollouts"], 100 * point["success_rate"]) for run in runs for point in run["curve"]]
-        x, y = np.array([dot for dot in dots if dot[0] <= grid[-1]]).T
+        points = [[(point["rollouts"], 100 * point["success_rate"]) for point in run["curve"]] for run in runs]
+        points = np.array([of_run[: min(map(len, points))] for of_run in points])  # (seeds, evaluations, 2)
+        points = points[:, points[..., 0].mean(0) <= 1.1 * grid[-1]]
+        axis.plot(*points.mean(0).T, label=label, marker="o", markersize=4, **style)
+        x, y = points.reshape(-1, 2).T
         axis.plot(x + 6 * (i - 1.5), y, ".", color=style["color"], markersize=4, alpha=0.5)
     axis.set_xticks(grid)
     axis.set_xlabel("answers sampled in training (lines: means of three seeds)", fontsize=8)
