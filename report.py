@@ -523,13 +523,14 @@ EXPLANATION += (
 EXPLANATION += "interval of a bootstrap over the seeds of each task. "
 EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
-README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} steps. *Success*: share of 50 goals reached at "
+README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} steps. *Success*: share of the 50 training goals "
 README_TABLE += (
-    "the end. *Area*: mean success over all of training, larger where a task is learned earlier. Means of {runs} runs, "
+    "reached at the end. *Area*: mean success over all of training, larger where a task is learned earlier. Means of "
 )
 README_TABLE += (
-    "95 % intervals (too narrow, of 3 seeds). `ppo-clip-0.2`: PPO with that clip on the same replay; `ppo`: textbook PPO."
+    "{runs} runs; with 3 seeds the 95 % intervals are too narrow. `ppo-clip-0.2`: PPO with that clip on the same replay; "
 )
+README_TABLE += "`ppo`: textbook PPO."
 DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
 DIAGNOSTICS += "mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
 BY_TASK = (
@@ -1442,9 +1443,13 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
                 draw(results / f"staleness-{name}.png", plot_against_buffer, replayed, panels)
         if complete:
             tasks = sorted({run["env_id"].removesuffix("-v3") for run in complete})
-            names = "" if len(tasks) == len(README_TASKS) else f" ({', '.join(tasks)}; the others are not finished)"
+            names = (
+                ""
+                if len(tasks) == len(README_TASKS)
+                else f" of {NUMBERS[len(README_TASKS)].lower()} so far ({', '.join(tasks)})"
+            )
             words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps, "runs": len(tasks) * len(README_SEEDS)}
-            link = f"[All rows, every task, diagnostics](results/benchmark-{name}.md)."
+            link = f"[Per task, with diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
             readme_block = "\n\n".join([text, readme_table(complete), link]) + "\n"
     write_popo_report(args, write, new)

@@ -171,10 +171,10 @@ def test_replay_by_age_in_the_text(figures):
         means[method] = [sum(row[name] for row in rows) / len(rows) for name in figures.BY_AGE_FIGURES]
     text = (ROOT / "docs" / "benchmark.md").read_text()
     shares = [f"{means[method][1]:.0%}".replace("%", " %") for method in ("ppo-clip-0.2", "ppo-clip-0.5", "gipo")]
-    assert "a clip of 0.2 gives no weight to {}, a clip of 0.5 to {}, and GIPO to {}".format(*shares) in text
+    assert "A clip of 0.2 drops {} of them, a clip of 0.5 {}, and GIPO {}".format(*shares) in text
     gipo, *clips = (means[method][0] for method in figures.METHODS)
     assert [round(x, 1) for x in clips] == [0.8, 0.8]
-    assert f"its effective sample size is {gipo:.2f}, and 0.8 with either clip" in text
+    assert f"an effective sample size of {gipo:.2f}, against 0.8 with either clip" in text
     spreads = [f"{means[method][2]:.1f}" for method in ("gipo", "ppo-clip-0.5", "ppo-clip-0.2")]
     spread = "spreads by {} with GIPO and with a clip of 0.5, and by {} with a clip of 0.2."
     assert spreads[0] == spreads[1] and spread.format(*spreads[1:]) in text
