@@ -20,7 +20,7 @@ Docs: docs/gipo_bias_variance.md.  Method: https://arxiv.org/abs/2603.03955
 """
 
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium==1.4.0",
@@ -430,11 +430,11 @@ BEHAVIOUR_POLICIES = {  # mixtures; the seventh case, mu = pi, is not stale
 AUTHORS_METHODS = ("gipo-0.1", "gipo-0.3", "gipo-0.5", "gipo-1", "gipo-2", "ppo", "sapo-2", "noclip")
 
 
-def authors_errors(target: list, behaviour: dict, args: Args) -> dict[str, tuple[float, float]]:
+def authors_errors(target: list, behaviour: dict, args: Args, count_all: bool = False) -> dict[str, tuple[float, float]]:
     """{method: (squared bias, variance of one sample)} of the gradient of the start cell's parameter `right`.
 
     As in the authors' script, bias is against the importance sampling estimate, and a method whose gradient is zero for
-    every action is left out.
+    every action is left out; `count_all` keeps it.
     """
     world = grid_world(slip=0.0)[0], np.full((NUM_STATES, NUM_ACTIONS), -1.0)
     pi = np.array(target)
@@ -444,7 +444,7 @@ def authors_errors(target: list, behaviour: dict, args: Args) -> dict[str, tuple
     found = {}
     for method in (*AUTHORS_METHODS, "truncated-1"):
         values = coefficient(method, logratio, advantage, args) * advantage * gradient
-        if np.abs(values).max() > 1e-12:
+        if count_all or np.abs(values).max() > 1e-12:
             mean = mu @ values
             bias = mean - mu @ (np.exp(logratio) * advantage * gradient)
             found[method] = bias**2, mu @ (values - mean) ** 2
@@ -453,9 +453,13 @@ def authors_errors(target: list, behaviour: dict, args: Args) -> dict[str, tuple
 
 def authors_wins(args: Args) -> dict[str, dict[int, dict[str, int]]]:
     """{title: {N: {method: in how many of the 18 stale cases it has the least squared bias + variance / N}}}."""
-    cases = [authors_errors(pi, mu, args) for pi in TARGET_POLICIES.values() for mu in BEHAVIOUR_POLICIES.values()]
-    wins = {}
-    for title, methods in (("The authors' methods", AUTHORS_METHODS), ("With min(rho, 1)", (*AUTHORS_METHODS, "truncated-1"))):
+    wins, policies = {}, [*itertools.product(TARGET_POLICIES.values(), BEHAVIOUR_POLICIES.values())]
+    for title, methods, count_all in (
+        ("The authors' methods", AUTHORS_METHODS, False),
+        ("With min(rho, 1)", (*AUTHORS_METHODS, "truncated-1"), False),
+        ("The authors' methods, those counted that make no update", AUTHORS_METHODS, True),
+    ):
+        cases = [authors_errors(pi, mu, args, count_all) for pi, mu in policies]
         wins[title] = {size: dict.fromkeys(methods, 0) for size in (1, *args.batch_sizes)}
         for size, case in itertools.product(wins[title], cases):
             errors = {method: case[method][0] + case[method][1] / size for method in methods if method in case}
@@ -463,13 +467,15 @@ def authors_wins(args: Args) -> dict[str, dict[int, dict[str, int]]]:
     return wins
 
 
-def authors_table(wins: dict) -> str:
+def authors_table(wins: dict, args: Args) -> str:
     """Markdown of authors_wins."""
-    lines = ["# The GIPO authors' cases", "", "Written by `python gipo_bias_variance.py --protocol authors`."]
+    flags = flags_of(asdict(args) | {"out_dir": Args.out_dir})  # the numbers do not depend on the folder
+    lines = ["# The GIPO authors' cases", "", f"Written by `python gipo_bias_variance.py{flags}`."]
     lines += [
         "In how many of the 18 stale cases does a method have the least mean squared error, squared bias + variance / N?"
     ]
-    lines += ["N = 1 is the authors' choice.", ""]
+    lines += ["N = 1 is the authors' choice. As in their script, a method that makes no update in a case is left out of it."]
+    lines += [""]
     for title, by_size in wins.items():
         methods = list(next(iter(by_size.values())))
         lines += [f"## {title}", "", "| N | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
@@ -498,13 +504,19 @@ def shown_size(args: dict) -> int:
     return 64 if 64 in args["batch_sizes"] else args["batch_sizes"][0]
 
 
-def tables(result: dict) -> str:
-    """Markdown: methods at three staleness levels, best sigma against staleness, dominance."""
-    args, training, flags = result["args"], result["levels"]["training"], ""
+def flags_of(args: dict) -> str:
+    """The flags of a command line with these arguments, defaults left out."""
+    flags = ""
     for name, value in asdict(Args()).items():
         words = [*args[name]] if isinstance(value, tuple) else [args[name]]
         if words != ([*value] if isinstance(value, tuple) else [value]):
             flags += " ".join(["", f"--{name.replace('_', '-')}", *(str(word) for word in words if word is not True)])
+    return flags
+
+
+def tables(result: dict) -> str:
+    """Markdown: methods at three staleness levels, best sigma against staleness, dominance."""
+    args, training, flags = result["args"], result["levels"]["training"], flags_of(result["args"])
     lines = [
         "# Bias and variance on the 2x2 GridWorld",
         "",
@@ -681,6 +693,9 @@ def check_args(args: Args) -> None:
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be between {low} and {high}")
+    for name in "seed slip training_steps learning_rate advantage_noise stale_advantages samples".split():
+        if args.protocol == "authors" and getattr(args, name) != getattr(Args, name):
+            raise ValueError(f"--{name.replace('_', '-')} means nothing for --protocol authors: drop it")
     if not args.batch_sizes or min(args.batch_sizes) < 2:
         raise ValueError("--batch-sizes needs one or more sizes of at least 2")
 
@@ -695,8 +710,8 @@ def main(args: Args) -> dict:
         raise ValueError(f"--out-dir {out_dir} cannot be made ({error.strerror}): name another folder") from error
     if args.protocol == "authors":
         result = authors_wins(args)
-        (out_dir / "authors.md").write_text(authors_table(result))
-        print(authors_table(result) + f"file: {out_dir / 'authors.md'}")
+        (out_dir / "authors.md").write_text(authors_table(result, args))
+        print(authors_table(result, args) + f"file: {out_dir / 'authors.md'}")
         return result
     result = study(args)
     text = tables(result)

@@ -22,7 +22,7 @@ Docs: docs/graphgpo_sokoban.md.  Method: https://arxiv.org/abs/2605.26684
 """
 
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium==1.4.0",

@@ -20,7 +20,7 @@ The paper was not read in full: docs/popo_countdown.md says what is inferred.  M
 """
 
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0",
 #     "numpy==2.4.6",

@@ -14,7 +14,7 @@ Docs: docs/gipo_continuous.md.  Method: https://arxiv.org/abs/1707.06347
 """
 
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium==1.4.0",

@@ -235,7 +235,7 @@ def store(file: Path, result: dict) -> None:
 def setting(run: dict) -> dict:
     """What the runs of a table's cell have in common: all that decides the outcome but task and seed."""
     args = outcome_args(run["args"]) | {"algorithm_version": run["versions"]["algorithm"]}
-    return {key: value for key, value in args.items() if key not in ("env_id", "suite", "tasks", "seed")}
+    return {key: value for key, value in args.items() if key not in ("env_id", "suite", "seed")}
 
 
 def differences(settings: list[dict]) -> list[str]:
@@ -1322,6 +1322,7 @@ def plot_comparison(runs: dict[tuple[str, str], list[dict]]):
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(name for _, name in runs))
+    of_episodes = {task for (task, _), group in runs.items() if "total_episodes" in group[0]}  # GraphGPO's
     curves = {  # of every panel: {name: (steps, values)}
         (quantity, task): {
             name: (group[0]["curves"]["steps"], np.array([filled_curve(run, quantity) for run in shown]))
@@ -1343,7 +1344,7 @@ def plot_comparison(runs: dict[tuple[str, str], list[dict]]):
             axis.plot(steps, values.mean(0), label=name, linewidth=1.6, **line)
             axis.fill_between(steps, values.min(0), values.max(0), color=line["color"], alpha=0.15, linewidth=0)
         axis.set_title(f"{task}, {quantity}", fontsize=10)
-        axis.set_xlabel("steps", fontsize=9)
+        axis.set_xlabel("episodes" if task in of_episodes else "steps", fontsize=9)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.locator_params(axis="x", nbins=5)
         axis.tick_params(labelsize=8)
@@ -1432,6 +1433,11 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         parts += [f"{DIAGNOSTICS} {alike_scope}", diagnostics_table(alike)]
         write(results / f"benchmark-{name}.md", "\n\n".join(parts) + "\n")
         replayed = [run for run in common if run["regime"] != "on-policy"]
+        if not main and not args.check:
+            rows = {
+                (task, f"{m}, {regime}"): found for (regime, m), tasks in cells(runs).items() for task, found in tasks.items()
+            }
+            draw(results / f"curves-{name}.png", plot_comparison, rows)
         if main and not args.check:
             draw(results / f"curves-{name}.png", plot_curves, common or main)
             if replayed:
@@ -1489,7 +1495,10 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        args = tyro.cli(Args)
+        if "--compare" in sys.argv and not args.compare:
+            raise ReportError("--compare names no folder of runs: give one or more")
+        main(args)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -204,7 +204,13 @@ def diagnose(folder: Path) -> dict:
 def draw_age(options: Args) -> None:
     """A panel per figure: mean of a method's runs for every age, and the runs as dots."""
     if options.runs:
-        BY_AGE.write_text(json.dumps([diagnose(folder) for folder in options.runs], indent=1) + "\n")
+        runs = [diagnose(folder) for folder in options.runs]
+        missing = {f"{method}_N" for method in METHODS} - {
+            run["exp_name"].replace(str(run["buffer_size"]), "N") for run in runs
+        }
+        if missing:
+            sys.exit(f"error: --runs has none named {', '.join(sorted(missing))}, N being its buffer size: name all three")
+        BY_AGE.write_text(json.dumps(runs, indent=1) + "\n")
     runs = json.loads(BY_AGE.read_text())
     fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.6))
     for axis, figure in zip(axes, BY_AGE_FIGURES, strict=True):

@@ -101,7 +101,7 @@ def test_style():
 @SCRIPTS
 def test_no_project_module_is_imported(path):
     """Every script stands alone: it runs when it is the only file copied."""
-    project = {file.stem for file in ROOT.glob("*.py")} | {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
+    project = {file.stem for file in ROOT.glob("*.py")} | {folder.parent.name for folder in ROOT.glob("*/*.py")}
     imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

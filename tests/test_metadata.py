@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,10 @@ def test_a_result_names_the_commit_and_changes_of_its_own_file(script, tmp_path,
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "__file__", str(tmp_path / "a script.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # which may sign commits or run hooks
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # as in a hook
+        monkeypatch.delenv(name, raising=False)
     assert module.git_commit() is None
 
     def git(*words):
@@ -157,6 +162,14 @@ def test_pictures_are_drawn_from_committed_files(figures, tmp_path):
     figures.draw_age(figures.Args(figure="age"))
     assert {path.name for path in tmp_path.iterdir()} == {"weight.png", "curves.png", "smollm2.png", "age.png"}
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+
+
+def test_stored_ages_are_kept_if_a_method_is_missing(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "BY_AGE", tmp_path / "replay_by_age.json")
+    monkeypatch.setattr(figures, "diagnose", lambda folder: {"exp_name": "gipo_5120", "buffer_size": 5120, "ages": {}})
+    with pytest.raises(SystemExit, match=r"error: --runs has none named ppo-clip-0.2_N, ppo-clip-0.5_N"):
+        figures.draw_age(figures.Args(figure="age", runs=(tmp_path,)))
+    assert not any(tmp_path.iterdir())
 
 
 def test_replay_by_age_in_the_text(figures):

@@ -321,6 +321,30 @@ def test_tasks_without_a_success_flag_have_returns_only(tmp_path):
     assert "| 20000 | gipo | 1 |" in table and f"| HalfCheetah-v5 | {cheetah['eval_return_mean']:,.0f} |" in table
 
 
+def test_a_table_without_success_has_curves_of_the_return(tmp_path):
+    """The suite `gymnasium`: every table has its plot."""
+    cheetah = sample() | {"env_id": "HalfCheetah-v5", "eval_success_rate": None}
+    cheetah["curves"] = cheetah["curves"] | {"success": [None] * 30}
+    folder = tmp_path / "runs" / "300000"
+    folder.mkdir(parents=True)
+    (folder / "HalfCheetah-v5__gipo_20000__1.json").write_text(json.dumps(cheetah))
+    report.write_report(report.Args(results=str(tmp_path), readme="none"))
+    assert (tmp_path / "curves-300000-v1.png").stat().st_size > 10_000
+
+
+def test_runs_of_other_tasks_of_a_suite_are_not_averaged():
+    """LIBERO's tasks are a flag, not the environment's name."""
+    one = {"args": {"suite": "libero_spatial", "tasks": [0], "seed": 1}, "versions": {"algorithm": 3}}
+    other = {"args": {"suite": "libero_spatial", "tasks": [0, 1], "seed": 2}, "versions": {"algorithm": 3}}
+    assert report.differences([report.setting(one), report.setting(other)]) == ["tasks"]
+
+
+def test_compare_needs_a_folder(tmp_path):
+    """An empty variable of the shell must not rewrite results/ and the README."""
+    process = subprocess.run([sys.executable, ROOT / "report.py", "--compare"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and "--compare" in process.stderr and not any(tmp_path.iterdir())
+
+
 def test_rows_that_lack_tasks_are_shown_on_what_all_have(tmp_path):
     """They have no place among the rows of all tasks, so a table and a plot of their own, on fewer tasks, show them."""
     folder = tmp_path / "runs" / "300000"
@@ -330,7 +354,7 @@ def test_rows_that_lack_tasks_are_shown_on_what_all_have(tmp_path):
     args = report.Args(results=str(tmp_path), readme=str(tmp_path / "README.md"))
     report.write_report(args)
     assert "Over 2 tasks:" in (tmp_path / "benchmark-300000-v1.md").read_text()
-    assert "every row has" not in (tmp_path / "benchmark-300000-v1.md").read_text()
+    assert "every row has" not in (tmp_path / "benchmark-300000-v1.md").read_text().split(report.DIAGNOSTICS)[0]
     (folder / "5120.json").write_text(json.dumps(sample("gipo_5120")))
     report.write_report(args)
     text = (tmp_path / "benchmark-300000-v1.md").read_text()

@@ -15,6 +15,7 @@ Prints JSON.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,10 @@ def training_speed(folder: Path, script: str, flags: str, cores: int, args: Args
 def main(args: Args) -> dict:
     """All rounds: -> medians, ratios and every single figure."""
     rounds = []
+    if not hasattr(os, "sched_getaffinity") or shutil.which("taskset") is None:
+        sys.exit("error: this measurement needs Linux with taskset (Debian: util-linux)")
+    if subprocess.run(["git", "-C", str(ROOT), "cat-file", "-e", VERSION_1], capture_output=True).returncode:
+        sys.exit(f"error: commit {VERSION_1}, version 1, is not in this clone: git fetch --unshallow")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for version in ("v1", "v2"):
