@@ -474,7 +474,8 @@ def authors_table(wins: dict, args: Args) -> str:
     lines += [
         "In how many of the 18 stale cases does a method have the least mean squared error, squared bias + variance / N?"
     ]
-    lines += ["N = 1 is the authors' choice. As in their script, a method that makes no update in a case is left out of it."]
+    lines += ["N = 1 is the authors' choice. As in their script, a method that makes no update in a case is left out of it,"]
+    lines += ["but in the last table."]
     lines += [""]
     for title, by_size in wins.items():
         methods = list(next(iter(by_size.values())))

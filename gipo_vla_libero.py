@@ -794,7 +794,7 @@ def catch_signals(at_exit) -> list:
         signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # of a closed terminal
-                os.write(2, b"\nstopping soon; a second signal stops at once, without a checkpoint\n")
+                os.write(2, b"\nstopping soon; a second signal stops at once\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -2773,7 +2773,7 @@ def lock_folder(run_folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or change --exp-name") from error
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it first") from error
     except OSError:  # a file system without locks
         pass
     return lock

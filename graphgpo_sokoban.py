@@ -879,6 +879,11 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
+def fits(network, weights: dict) -> bool:
+    """Whether the weights are those of a network of this shape."""
+    return {key: value.shape for key, value in network.state_dict().items()} == {k: v.shape for k, v in weights.items()}
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically."""
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
@@ -947,7 +952,7 @@ def lock_folder(run_folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or change --exp-name") from error
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it first") from error
     except OSError:  # a file system without locks
         pass
     return lock
@@ -1056,9 +1061,9 @@ def saved_args(path: Path):
 
 def refuse_contradictions(args, saved, what: str) -> None:
     """ArgumentError if arguments that decide the results differ from the saved ones."""
-    moved = os.path.isabs(saved.model or "") and not os.path.exists(saved.model)  # the model's folder, which --model may name
+    moved = os.path.isabs(saved.model or "") and not os.path.isdir(saved.model)  # the model's folder, which --model may name
     for name in sorted(set(vars(saved)) - set(MACHINE_ARGS), key=lambda name: (name != "model", name)):
-        if getattr(args, name) != getattr(saved, name) and not (name == "model" and args.model and moved):
+        if getattr(args, name) != getattr(saved, name) and not (name == "model" and moved and os.path.isdir(args.model or "")):
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
 
@@ -1103,6 +1108,8 @@ def evaluate_saved_model(args) -> dict:
     torch.set_num_threads(args.torch_threads)
     envs = make_env(args, args.eval_episodes)
     agent = make_agent(args, envs).to("cuda" if args.cuda else "cpu")
+    if not fits(agent, weights):
+        raise ArgumentError(f"--evaluate {args.evaluate} does not fit the policy: has it, or --model's folder, changed?")
     agent.load_state_dict(weights)
     result = evaluate(agent, args, envs)
     say(json.dumps(result, indent=2))
@@ -1126,7 +1133,7 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
         stop_signals.append(signum)
         signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
         with contextlib.suppress(OSError):  # of a closed terminal
-            os.write(2, b"\nstopping after this iteration, with a checkpoint; a second signal stops at once, without\n")
+            os.write(2, b"\nstopping soon; a second signal stops at once, without a checkpoint\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1171,6 +1178,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
     checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
+    if checkpoint and not fits(agent, checkpoint["model"]):
+        raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
     config = write_config(run_folder, given, at_exit)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5 if not args.model else 1e-8)
 
@@ -1397,7 +1406,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except torch.OutOfMemoryError:
-        how = "with --model lower --micro-batch, else --minibatch-size; --resume goes on if there is a checkpoint"
+        how = "with --model go on by --resume and a lower --micro-batch, else start anew with a lower --minibatch-size"
         print(f"error: the GPU is full: {how}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -969,6 +969,11 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
+def fits(network, weights: dict) -> bool:
+    """Whether the weights are those of a network of this shape."""
+    return {key: value.shape for key, value in network.state_dict().items()} == {k: v.shape for k, v in weights.items()}
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically."""
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
@@ -1015,7 +1020,7 @@ def lock_folder(run_folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or change --exp-name") from error
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it first") from error
     except OSError:  # a file system without locks
         pass
     return lock
@@ -1053,7 +1058,8 @@ def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
 def warm_start(policy, task, args, device, progress) -> None:
     """Warm the policy up, or load the weights of the run that did: cached for all runs that would do the same."""
     same = {name: getattr(args, name) for name in ["env_id", "seed", "cuda", *GPT_ONLY]}
-    same["code"] = [inspect.getsource(part) for part in (Countdown, Block, GPT, response_logprobs, warm_up)]  # of a fork
+    parts = Countdown, rpn_value, problem_keys, held_out, Block, GPT, response_logprobs, warm_up  # which a fork may edit
+    same["code"] = [VOCABULARY, SIZES, *map(inspect.getsource, parts)]
     digest = hashlib.sha256(json.dumps([same, ALGORITHM_VERSION, torch.__version__]).encode()).hexdigest()[:12]
     cached = Path(args.run_dir) / "warmup" / f"{args.env_id}__{digest}__{args.seed}.pt"
     if cached.exists():
@@ -1102,7 +1108,7 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
         stop_signals.append(signum)
         signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
         with contextlib.suppress(OSError):  # of a closed terminal
-            os.write(2, b"\nstopping after this iteration, with a checkpoint; a second signal stops at once, without\n")
+            os.write(2, b"\nstopping soon; a second signal stops at once, without a checkpoint\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1161,7 +1167,7 @@ def check_args(args) -> None:
     require("exp_name", "/" not in args.exp_name, "is part of a folder's name: leave out the slash")
     require("hidden_size", args.hidden_size % args.num_heads == 0, f"must be a multiple of --num-heads {args.num_heads}")
     groups = with_defaults(dataclasses.replace(args, buffer_groups=None)).buffer_groups
-    require("buffer_groups", args.method == "popo" or args.buffer_groups in (None, groups), "needs --method popo")
+    require("buffer_groups", args.method == "popo" or args.buffer_groups in (None, 64, groups), "needs --method popo")
     enough = args.updates_per_iteration <= args.num_prompts
     require("updates_per_iteration", enough, f"must not exceed --num-prompts {args.num_prompts}")
     replayed = f"--max-age {args.max_age}, or nothing is replayed"
@@ -1202,9 +1208,9 @@ def saved_args(path: Path):
 
 def refuse_contradictions(args, saved, what: str) -> None:
     """ArgumentError if arguments that decide the results differ from the saved ones."""
-    moved = os.path.isabs(saved.model or "") and not os.path.exists(saved.model)  # the model's folder, which --model may name
+    moved = os.path.isabs(saved.model or "") and not os.path.isdir(saved.model)  # the model's folder, which --model may name
     for name in sorted(set(vars(saved)) - set(MACHINE_ARGS), key=lambda name: (name != "model", name)):
-        if getattr(args, name) != getattr(saved, name) and not (name == "model" and args.model and moved):
+        if getattr(args, name) != getattr(saved, name) and not (name == "model" and moved and os.path.isdir(args.model or "")):
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise ArgumentError(f"{flag} contradicts {what}, which has {getattr(saved, name)}: drop the flag")
 
@@ -1244,6 +1250,8 @@ def evaluate_saved_model(args) -> dict:
         raise ArgumentError("--eval-episodes 0 leaves --evaluate nothing to do: give the number of problems")
     torch.set_num_threads(args.torch_threads)
     task, policy = make_task_and_policy(args)
+    if not fits(policy, weights):
+        raise ArgumentError(f"--evaluate {args.evaluate} does not fit the policy: has it, or --model's folder, changed?")
     policy.load_state_dict(weights)
     if args.export:
         policy.model.save_pretrained(args.export)
@@ -1291,6 +1299,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
     saved = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
+    if saved and not fits(policy, saved["model"]):
+        raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
     config = write_config(run_folder, args, at_exit)
     if args.model is None and saved is None:
         warm_start(policy, task, args, device, progress)
@@ -1538,8 +1548,8 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (BadNumber, torch.OutOfMemoryError) as error:
-        full = "the GPU is full: with --model lower --micro-batch (one group is a pass at least), else raise "
-        full += "--updates-per-iteration or lower --num-prompts; --resume goes on if there is a checkpoint"
+        full = "the GPU is full: with --model go on by --resume and a lower --micro-batch (not m2po; one group is a pass at "
+        full += "least), else start anew with more --updates-per-iteration or fewer --num-prompts"
         print(f"error: {error if isinstance(error, BadNumber) else full}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

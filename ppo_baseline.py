@@ -67,7 +67,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.envs.mujoco import MujocoEnv
 from metaworld.wrappers import OneHotWrapper, RandomTaskSelectWrapper
 
 META_WORLD = metaworld.ALL_V3_ENVIRONMENTS
@@ -963,7 +962,7 @@ def lock_folder(run_folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it, or change --exp-name") from error
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it first") from error
     except OSError:  # a file system without locks
         pass
     return lock
@@ -1083,15 +1082,14 @@ def check_video(args) -> None:
     nowhere = sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ)
     try:
         with contextlib.closing(make_env(args, 0, render_mode="rgb_array")()) as env:
-            if nowhere and isinstance(env.unwrapped, MujocoEnv):  # whose attempt would end the process
-                raise ArgumentError(f"--capture-video finds no display: {how}")
+            blind = nowhere and hasattr(env.unwrapped, "mujoco_renderer")  # whose attempt would end the process
             env.reset()
-            frame = env.render()
-    except ArgumentError:
-        raise
+            frame = None if blind else env.render()
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ArgumentError(f"--capture-video cannot render ({why}); {how}") from error
+    if blind:
+        raise ArgumentError(f"--capture-video finds no display: {how}")
     if not isinstance(frame, np.ndarray):
         raise ArgumentError(f"--capture-video: render() of {args.env_id} returns {type(frame).__name__}, not an image")
 

@@ -518,7 +518,7 @@ EXPLANATION += (
     "training goals. area: mean success in training over the whole run, so it is larger where a task is learned earlier. "
 )
 EXPLANATION += (
-    "IQM: mean of the middle half of all runs of a row, so the hardest of four tasks hardly counts in it. Brackets: 95 % "
+    "IQM: mean of the middle half of all runs of a row, so a task that is much harder hardly counts in it. Brackets: 95 % "
 )
 EXPLANATION += "interval of a bootstrap over the seeds of each task. "
 EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
@@ -1429,7 +1429,9 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         if tuning:
             tuned, tuned_scope = shared_if_any(tuning)
             parts += [f"{TUNING} {tuned_scope}", tuning_table(tuned)]
-        alike, alike_scope = shared_if_any(runs)
+        alike, alike_scope = shared_if_any([run for run in runs if not is_variant(run)] or runs)
+        of_others = [run for run in runs if is_variant(run) and run["env_id"] in {one["env_id"] for one in alike}]
+        alike += [run for run in of_others if run not in alike]
         parts += [f"{DIAGNOSTICS} {alike_scope}", diagnostics_table(alike)]
         write(results / f"benchmark-{name}.md", "\n\n".join(parts) + "\n")
         replayed = [run for run in common if run["regime"] != "on-policy"]

@@ -360,6 +360,7 @@ def test_the_best_model_is_that_of_equal_evaluations(script, tmp_path):
         ("return None", ["rgb_array"], "render() of unlit:Unlit-v0 returns NoneType, not an image"),
         ("raise KeyError('no lamp')", ["rgb_array"], "cannot render (KeyError: 'no lamp'); without"),
         ("return None", ["human"], "cannot render (AssertionError: "),
+        ("return None\n    def __init__(self):\n        super().__init__()", ["rgb_array"], "cannot render (ArgumentError: "),
     ],
 )
 def test_capture_video_of_what_gives_no_image(script, render, modes, said, tmp_path, monkeypatch, inline):

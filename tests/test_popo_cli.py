@@ -213,7 +213,8 @@ def test_the_buffer_holds_two_batches():
         args = popo.with_defaults(popo.Args(num_prompts=num_prompts, buffer_groups=given))
         assert args.buffer_groups == expected
         popo.check_args(args)
-    popo.check_args(popo.with_defaults(popo.Args(num_prompts=256, method="grpo")))
+    for saved in (None, 64):  # 64: of a run from before
+        popo.check_args(popo.with_defaults(popo.Args(num_prompts=256, method="grpo", buffer_groups=saved)))
 
 
 def test_warm_up_teaches_the_format_only():
@@ -429,7 +430,7 @@ def test_stopped_by_a_signal(signum, expected, tmp_path, long_run):
     output = process.communicate()[0]
     (folder,) = (path for path in (tmp_path / "stopped").iterdir() if path.name != "warmup")
     assert process.returncode == expected and f"popo_countdown.py --resume {folder}" in output and "Traceback" not in output
-    assert "stopping after this iteration, with a checkpoint" in output
+    assert "stopping soon; a second signal stops at once, without a checkpoint" in output
     time.sleep(1.0)
     popo.main(popo.parse_args(["--resume", str(folder)]))
     assert_equal_runs(folder, long_run)
@@ -503,6 +504,25 @@ def test_a_resumed_run_may_change_what_concerns_the_machine(tmp_path, command):
     assert code == 2 and "is missing or damaged" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_a_checkpoint_of_another_network_is_refused(flag, tmp_path, monkeypatch):
+    """With one sentence, and before args.json names what does not fit."""
+    _, folder = run_inline(tmp_path, f"{TWO} --total-timesteps 64")
+    (folder / "result.json").unlink()
+    before = (folder / "args.json").read_text()
+    original = popo.make_task_and_policy
+
+    def wider(args):
+        task, _ = original(args)
+        return task, popo.GPT(3 * task.width + 1, dataclasses.replace(args, hidden_size=2 * args.hidden_size))
+
+    monkeypatch.setattr(popo, "make_task_and_policy", wider)
+    path = folder if flag == "--resume" else folder / "model.pt"
+    with pytest.raises(popo.ArgumentError, match=r"\.pt does not fit the policy: has it, or --model's folder, changed\?"):
+        popo.main(popo.parse_args([flag, str(path)]))
+    assert (folder / "args.json").read_text() == before
+
+
 def test_m2po_keeps_its_passes(tmp_path, command):
     """It chooses tokens within a pass, so another --micro-batch is another algorithm."""
     _, folder = run_inline(tmp_path, f"{TWO} --objective m2po --total-timesteps 64")
@@ -517,6 +537,8 @@ def test_another_model_is_named_before_what_it_brings(tmp_path):
         popo.refuse_contradictions(model, gpt, "the run")
     there, gone = (popo.Args(model=str(path)) for path in (tmp_path, tmp_path / "gone"))
     popo.refuse_contradictions(there, gone, "the run")
+    with pytest.raises(popo.ArgumentError, match="--model smollm2 contradicts the run"):
+        popo.refuse_contradictions(popo.Args(model="smollm2"), gone, "the run")
     with pytest.raises(popo.ArgumentError, match=r"--model .*gone contradicts the run"):
         popo.refuse_contradictions(gone, there, "the run")
 
