@@ -35,6 +35,7 @@ LIBERO_REGIMES = ("fresh", "recent", "stale")  # its buffer sizes
 TUNING_SEEDS = range(1, 4)  # settings were chosen on them: they have a table of their own
 README_TASKS = "button-press-topdown door-open drawer-close drawer-open push reach window-close window-open".split()
 README_SEEDS = (4, 5, 6)  # its rows have all of these seeds
+README_SIZES = ("on-policy", "5120", "20000")  # more columns would not fit
 README_ROWS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5")  # a task is in its table once these have it, at the default replay size
 NUMBERS = {4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
 SUITES = ("benchmark-*", "graphgpo-*", "popo-*", "vla-*")  # folders of benchmark.sh
@@ -1459,7 +1460,8 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps, "runs": len(tasks) * len(README_SEEDS)}
             link = f"[Per task, with diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
-            readme_block = "\n\n".join([text, readme_table(complete), link]) + "\n"
+            shown = readme_table([run for run in complete if run["regime"] in README_SIZES])
+            readme_block = "\n\n".join([text, shown, link]) + "\n"
     write_popo_report(args, write, new)
     readme = Path(args.readme)
     if readme.exists() and readme_block:
