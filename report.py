@@ -781,7 +781,7 @@ def plot_curves(runs: list[dict]):
 
 
 def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
-    """A panel {title: score} per quantity: interquartile mean of each method against its buffer size, on-policy PPO a line."""
+    """A panel {title: score} per quantity: mean over tasks and seeds of each method against its buffer size, textbook PPO a line."""
     import matplotlib.pyplot as plt
 
     table = cells(runs)
@@ -791,7 +791,7 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
         key = SCORES[name]
         if ("on-policy", "ppo") in table:
             tasks = table["on-policy", "ppo"]
-            level = interquartile_mean(values(tasks, sorted(tasks), key))
+            level = mean_of_tasks(values(tasks, sorted(tasks), key))
             axis.axhline(level, **style("ppo", ()) | {"linestyle": "--", "linewidth": 1, "label": "ppo, on-policy"})
         ticks = set()
         for i, method in enumerate(methods):
@@ -799,8 +799,8 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
             for (regime, name_of_row), tasks in table.items():
                 if name_of_row == method and is_size(regime):
                     scores = values(tasks, sorted(tasks), key)
-                    interval = bootstrap_interval(scores, interquartile_mean, 500)
-                    points.append((int(regime), interquartile_mean(scores), *interval))
+                    interval = bootstrap_interval(scores, mean_of_tasks, 500)
+                    points.append((int(regime), mean_of_tasks(scores), *interval))
             points = [point for point in points if not math.isnan(point[1])]
             if not points:
                 continue
@@ -812,7 +812,7 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
         axis.set_xscale("log")
         axis.set_xticks(sorted(ticks), [f"{size:,.0f}" for size in sorted(ticks)], minor=False)
         axis.minorticks_off()
-        axis.set_xlabel("replay buffer, environment steps (bars: 95 % bootstrap)", fontsize=9)
+        axis.set_xlabel("replay in steps (means, 95 % intervals)", fontsize=9)
         axis.set_title(title, fontsize=10)
         if name != "return":
             axis.set_ylim(-0.03, 1.03)
@@ -1444,11 +1444,11 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         if main and not args.check:
             draw(results / f"curves-{name}.png", plot_curves, common or main)
             if replayed:
-                panels = {"success, IQM": "success", "area under success, IQM": "area", "return, IQM": "return"}
+                panels = {"success": "success", "area under success": "area", "return": "return"}
                 draw(results / f"buffer-{name}.png", plot_against_buffer, common, panels)
                 if more_rows:
                     draw(results / f"buffer-all-rows-{name}.png", plot_against_buffer, every_row, panels)
-                panels = {f"{score}, IQM": score for score in ("utilization", "effective sample size")}
+                panels = {score: score for score in ("utilization", "effective sample size")}
                 draw(results / f"staleness-{name}.png", plot_against_buffer, replayed, panels)
         if complete:
             tasks = sorted({run["env_id"].removesuffix("-v3") for run in complete})
