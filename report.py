@@ -781,7 +781,7 @@ def plot_curves(runs: list[dict]):
 
 
 def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
-    """A panel {title: score} per quantity: mean over tasks and seeds of a method against its buffer size; line: textbook PPO."""
+    """A panel {title: score} per quantity: mean over tasks and seeds of a method against its buffer size; textbook PPO."""
     import matplotlib.pyplot as plt
 
     table = cells(runs)
