@@ -273,7 +273,7 @@ def test_nothing_is_written_before_all_cheap_failures_were_tried(script, tmp_pat
         (["--exp-name", "x" * 300], "--exp-name"),
         (["--init-log-std", "nan", "--policy-head", "gaussian"], "--init-log-std"),
         (["--env-kwargs", '{"nothing": 1}'], "--env-kwargs"),
-        (["--capture-video"], "--capture-video"),
+        (["--capture-video", "--env-id", "InvertedPendulum-v5"], "--capture-video"),
         (["--run-dir", file], "--run-dir"),
         (["--run-dir", file / "sub"], "--run-dir"),
     ):

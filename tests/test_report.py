@@ -259,7 +259,7 @@ def test_rows_of_tuning_and_diagnostics_are_averaged_over_equal_tasks(tmp_path):
     for seed in (1, 4):  # of tuning, and of the tables
         easy = sample(seed=seed, eval_success_rate=1.0, wall_seconds=60)
         hard = sample(seed=seed, eval_success_rate=0.0, wall_seconds=600) | {"env_id": "push-v3"}
-        other = sample("gipo-sigma-0.5_20000", seed=seed, eval_success_rate=0.5, wall_seconds=60)
+        other = sample("sapo_20000", seed=seed, eval_success_rate=0.5, wall_seconds=60)
         for name, one in (("easy", easy), ("hard", hard), ("other", other)):
             (folder / f"{name}{seed}.json").write_text(json.dumps(one))
     report.write_report(args)
@@ -267,7 +267,7 @@ def test_rows_of_tuning_and_diagnostics_are_averaged_over_equal_tasks(tmp_path):
     tuning, diagnostics = (text.split(before)[1] for before in (report.TUNING, report.DIAGNOSTICS))
     for part, row in ((tuning, "| 20000 | gipo | 1 | 1.00 |"), (diagnostics, "| 20000 | gipo | 1.0 |")):
         assert part.startswith(" Over the 1 tasks that every row has (reach):") and row in part
-    (folder / "other1.json").write_text(json.dumps(sample("gipo-sigma-0.5_20000", seed=1) | {"env_id": "door-open-v3"}))
+    (folder / "other1.json").write_text(json.dumps(sample("sapo_20000", seed=1) | {"env_id": "door-open-v3"}))
     report.write_report(args)
     assert f"{report.TUNING} The tasks differ between the rows:" in (tmp_path / "benchmark-300000-v1.md").read_text()
 
