@@ -704,10 +704,8 @@ def task_table(runs: list[dict]) -> str:
     Of a task without a success flag: mean return, lowest to highest. n: the seeds, of a cell with fewer than others.
     """
     table = cells(runs)
-    names, most = (
-        sorted({run["env_id"] for run in runs}),
-        max(len(found) for tasks in table.values() for found in tasks.values()),
-    )
+    names = sorted({run["env_id"] for run in runs})
+    most = max(len(found) for tasks in table.values() for found in tasks.values())
     rows = ["| task | " + " | ".join(f"{method}, {regime}" for regime, method in table) + " |"]
     rows.append("|---" * (len(table) + 1) + "|")
     for name in names:

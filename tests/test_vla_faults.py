@@ -429,7 +429,7 @@ def test_a_folder_of_another_user_counts_as_absent(monkeypatch):
 
     monkeypatch.setattr(vla.Path, "is_dir", is_dir)
     with pytest.raises(vla.ArgumentError, match="the base is neither a folder nor a hub id such as owner/name: --base says"):
-        vla.find_folder("/root/.cache/no/such/base", "the base", ": --base says where it is now")
+        vla.find_folder("/nobody/no/such/base", "the base", ": --base says where it is now")
 
 
 def test_what_a_policy_knows_of_its_suite_and_adapters(tmp_path):
