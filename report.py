@@ -182,6 +182,9 @@ def read_scalars(folder: Path, last: int) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     end = max((points[-1][0] for points in scalars.values()), default=0)
+    for tag in {"charts/SPS", "losses/entropy"} & scalars.keys():  # once an iteration
+        if any(step >= later for (step, _), (later, _) in itertools.pairwise(scalars[tag])):
+            raise ReportError(f"{folder}: its TensorBoard files are those of two runs: move it away or run it again")
     if end < last:
         raise ReportError(f"{folder}: its TensorBoard files end at step {end:,} of {last:,}: move it away or run it again")
     return scalars
@@ -288,17 +291,20 @@ def pending(commands: list[str], args: Args) -> list[str]:
         module = importlib.import_module(script.removesuffix(".py"))
         run_args = parsed(module, flags)
         run_args = json.loads(json.dumps(vars(run_args)))  # tuples are lists in result.json
-        if script == "ppo_baseline.py" and run_args["buffer_size"] < 2 * run_args["num_envs"] * run_args["num_steps"]:
-            run_args["recompute_advantages"] = False  # as the script does on-policy
+        replays = run_args.get("buffer_size", 0) >= 2 * run_args.get("num_envs", 0) * run_args.get("num_steps", 0)
+        if "update_epochs" in run_args and not replays:
+            run_args["recompute_advantages"] = False  # as ppo_baseline.py, or a copy of it, does on-policy
+        if replays and run_args["exp_name"].endswith("_on-policy"):
+            raise ReportError(f"{script} replays {run_args['buffer_size']:,} steps: its line needs the word replay")
         if identity({"versions": {"algorithm": module.ALGORITHM_VERSION}, "args": run_args}) not in done:
             left.append(command)
             task = run_args.get("env_id") or run_args["suite"]
             folder = Path(run_args["run_dir"]) / f"{task.replace('/', '-')}__{run_args['exp_name']}__{run_args['seed']}"
             saved = read(folder / "args.json", {}) if (folder / "args.json").exists() else None
             if saved is not None and saved.pop("algorithm_version", None) != module.ALGORITHM_VERSION:
-                raise ReportError(f"{folder} holds a run of another algorithm version: move it away")
+                raise ReportError(f"{folder} holds a run of another algorithm version: move it out of {folder.parents[1]}")
             if saved is not None and outcome_args(saved) != outcome_args(run_args):
-                raise ReportError(f"{folder} holds a run with other arguments: move it away")
+                raise ReportError(f"{folder} holds a run with other arguments: move it out of {folder.parents[1]}")
     return left
 
 
@@ -333,7 +339,11 @@ def is_stored(result: dict, file: Path) -> bool:
 
 
 def finished_runs(args: Args, folders: str, keys: dict[str, str], regimes: tuple[str, ...] = ()):
-    """(folder, result) of every finished run that benchmark.sh may have started; others in its folders are only mentioned."""
+    """(folder, result) of every finished run that benchmark.sh may have started; others in its folders are only mentioned.
+
+    ReportError for two of one name, length, model and version, of which the tables would take turns.
+    """
+    seen = {}
     for path in sorted(Path(args.runs).glob(f"{folders}/*/result.json")):
         folder, result = path.parent, read(path, keys | of_kind("a text", "env_id"))
         name = f"{result['env_id'].replace('/', '-')}__{result['exp_name']}__{result['seed']}"
@@ -342,8 +352,12 @@ def finished_runs(args: Args, folders: str, keys: dict[str, str], regimes: tuple
             why = f"its exp-name is not METHOD_REGIME; python report.py --compare {folder.parent} shows it"
         if why:
             print(f"not collected: {folder} ({why})")
-        else:
-            yield folder, result
+            continue
+        own = [result["args"].get(key) for key in ("total_timesteps", "total_episodes", "model")]
+        other = seen.setdefault((name, *own, result["versions"]["algorithm"]), folder)
+        if other != folder:
+            raise ReportError(f"{other} and {folder} hold runs of one name: move one of them out of {args.runs}")
+        yield folder, result
 
 
 def gridded(scalars: dict, tags: dict[str, str], total: int, axis: str) -> dict[str, list]:
@@ -419,6 +433,22 @@ def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, 
     """95 % bootstrap interval of the probability of improvement, both sides resampled; NaN where a task has a single run."""
     pairs = [*ours, *theirs]
     return bootstrap_interval(pairs, lambda s: probability_of_improvement(s[: len(ours)], s[len(ours) :]), repetitions)
+
+
+def gap_and_interval(gaps: list[np.ndarray]) -> tuple[float, tuple[float, float]]:
+    """Mean over the tasks of the mean gap of their seeds, and its 95 % interval by Student's t: the tasks are given, the seeds
+    drawn, with one variance for all tasks. With three seeds it is wider, and nearer to the truth, than a bootstrap's.
+
+    `gaps` has one array per task: ours less theirs, on equal seeds. No interval (NaN) where every task has one seed.
+    """
+    from scipy import stats
+
+    gap, freedom = float(np.mean([task.mean() for task in gaps])), sum(len(task) - 1 for task in gaps)
+    if not freedom:
+        return gap, (math.nan, math.nan)
+    variance = sum(((task - task.mean()) ** 2).sum() for task in gaps) / freedom
+    reach = stats.t.ppf(0.975, freedom) * math.sqrt(variance * sum(1 / len(task) for task in gaps)) / len(gaps)
+    return gap, (gap - reach, gap + reach)
 
 
 def share_of_pairs(gaps: list[np.ndarray]):
@@ -521,7 +551,7 @@ EXPLANATION += (
 EXPLANATION += (
     "IQM: mean of the middle half of all runs of a row, so a task that is much harder hardly counts in it. Brackets: 95 % "
 )
-EXPLANATION += "interval of a bootstrap over the seeds of each task. "
+EXPLANATION += "interval of a bootstrap over the seeds of each task, of a gap by Student's t, whose intervals are wider. "
 EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
 README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} steps. *Success*: share of the 50 training goals "
@@ -604,7 +634,11 @@ def comparable(runs: list[dict]) -> tuple[list[dict], str]:
     every = {run["env_id"] for run in runs}
     complete = [cell for cell, tasks in table.items() if set(tasks) == every]
     if ("on-policy", "ppo") not in complete and len(complete) < len(table):
-        return shared(runs)
+        while len(table) > 1 and not set.intersection(*map(set, table.values())):  # a row that was only begun, say
+            del table[min(table, key=lambda cell: len(table[cell]))]
+        chosen, scope = shared([run for run in runs if (run["regime"], run["method"]) in table])
+        lost = ", ".join(f"{method} {regime}" for regime, method in cells(runs) if (regime, method) not in table)
+        return chosen, scope.replace("):", f"); without the rows on other tasks ({lost}):") if lost else scope
     left_out = ", ".join(f"{method} {regime}" for regime, method in table if (regime, method) not in complete)
     note = f"; without the rows that lack some of them ({left_out})" if left_out else ""
     return [run for run in runs if (run["regime"], run["method"]) in complete], f"Over {len(every)} tasks{note}:"
@@ -629,9 +663,9 @@ def same_replay_table(runs: list[dict]) -> str:
 
     A method that is not of the benchmark's own has a row against `gipo` (or against `ppo`, without replay), too.
     """
-    rows = ["| replay | method | against | tasks | runs of each | success, IQM | area under success, IQM | success above |"]
-    rows[0] += " area above | return above |"
-    rows.append("|---" * 10 + "|")
+    rows = ["| replay | method | against | tasks | runs of each | success, IQM | area under success, IQM | mean gap in area |"]
+    rows[0] += " success above | area above | return above |"
+    rows.append("|---" * 11 + "|")
     table = cells(runs)
     for (regime, method), tasks in table.items():
         if method.startswith("ppo-clip"):
@@ -645,6 +679,8 @@ def same_replay_table(runs: list[dict]) -> str:
             for name in ("success", "area"):
                 pair = (interquartile_mean(values(cell, list(cell), SCORES[name])) for cell in (ours, theirs))
                 row.append(" against ".join(map(number, pair)))
+            areas = [values(cell, list(ours), SCORES["area"]) for cell in (ours, theirs)]
+            row.append(span(*gap_and_interval([x - y for x, y in zip(*areas, strict=True)])))
             rows.append("| " + " | ".join(map(str, row + improvements(ours, theirs))) + " |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
@@ -1305,7 +1341,7 @@ def comparison_table(runs: dict[tuple[str, str], list[dict]]) -> str:
         spread = f" [{text(min(known))}, {text(max(known))}]" if len(known) > 1 and min(known) < max(known) else ""
         return text(mean(known)) + spread if known else "-"
 
-    rows = [[task, name, str(len(group))] for (task, name), group in runs.items()]
+    rows = [[task, name, ", ".join(str(run["seed"]) for run in group)] for (task, name), group in runs.items()]
     rows = [["task", "run", "seeds"], *rows]
     for column, key in COLUMNS.items():
         entries = [cell([key(run) for run in group]) for group in runs.values()]
@@ -1482,6 +1518,9 @@ def main(args: Args) -> None:
     if not args.check:
         if outside:
             print(f"{runs} has runs outside the benchmark, too: python report.py --compare {runs} shows them")
+        deeper = sorted(file.parent for file in runs.glob("*/*/*/result.json"))
+        if deeper:
+            print(f"not looked at: {deeper[0]} and {len(deeper) - 1} more: runs belong into {runs}/SUITE/RUN")
         new = {}
         for collect_suite in (collect, collect_graphgpo, collect_popo, collect_vla):
             collect_suite(args, new.__setitem__)

@@ -54,6 +54,26 @@ def test_probability_of_improvement():
     assert report.probability_of_improvement(theirs, ours) == pytest.approx(1 - (3.5 / 4 + 0) / 2)
 
 
+def test_gap_and_interval():
+    """By hand: two tasks of two and three seeds; pooled variance (0.02 + 0.08) / 3, t(3) = 3.182; the tasks weigh the same."""
+    gaps = [np.array([0.1, 0.3]), np.array([-0.2, 0.0, 0.2])]
+    gap, (low, high) = report.gap_and_interval(gaps)
+    assert gap == pytest.approx(0.1)
+    reach = 3.18245 * np.sqrt(0.1 / 3 * (1 / 2 + 1 / 3)) / 2
+    assert (low, high) == pytest.approx((0.1 - reach, 0.1 + reach), abs=1e-5)
+    assert report.span(*report.gap_and_interval([np.array([0.1]), np.array([0.3])])) == "0.20"
+
+
+def test_gap_intervals_hold_the_truth_as_often_as_they_say():
+    """Four tasks, three seeds, normal errors: 95 % of 2,000, within four standard errors; a bootstrap's hold it less often."""
+    rng, held = np.random.default_rng(1), np.zeros(2)
+    for _ in range(2000):
+        gaps = list(rng.normal(0.1, 0.1, (4, 3)))
+        intervals = report.gap_and_interval(gaps)[1], report.bootstrap_interval(gaps, report.mean_of_tasks, repetitions=200)
+        held += [low < 0.1 < high for low, high in intervals]
+    assert abs(held[0] / 2000 - 0.95) < 0.02 and held[1] / 2000 < 0.9
+
+
 def test_share_of_pairs():
     """A tie is half a win, tasks weigh the same whatever their number of pairs, and what is unknown is no defeat."""
     gaps = [np.array([0.5, 0.0, -1.0, 2.0]), np.array([-3.0])]  # 2 wins and a tie of 4; a defeat
@@ -229,10 +249,17 @@ def test_same_replay_table_by_hand():
     cells = row.strip("| ").split(" | ")
     assert cells[:7] == ["20000", "gipo", "ppo-clip-0.2", "1", "2", "0.75 against 0.50", "0.25 against 0.10"]
     # Success: a win and a tie. Return: two wins, though 1,500 is less than the other seed's 2,000.
-    assert cells[7:] == ["0.75 [0.50, 1.00]", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]"]
+    assert cells[7:] == ["0.15 [-0.49, 0.79]", "0.75 [0.50, 1.00]", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]"]
     more = [run("gipo", "20000", 1, 0.0, 0, 0.1, "push-v3"), run("ppo-clip-0.2", "20000", 1, 0.5, 1, 0.1, "push-v3")]
     (row,) = report.same_replay_table(clip + gipo + more).splitlines()[2:]  # a task with a single pair weighs the same
-    assert row.strip("| ").split(" | ")[3:5] + row.strip("| ").split(" | ")[7:] == ["2", "3", "0.38", "0.75", "0.50"]
+    assert row.strip("| ").split(" | ")[3:5] + row.strip("| ").split(" | ")[7:] == [
+        "2",
+        "3",
+        "0.07 [-0.48, 0.63]",
+        "0.38",
+        "0.75",
+        "0.50",
+    ]
     others = [r for r in others if r["method"] != "ppo-clip-0.2"]
     assert report.same_replay_table(gipo + others) == report.same_replay_table(clip) == ""
 
@@ -651,6 +678,52 @@ def test_runs_of_ones_own_do_not_get_into_the_results(place, capsys):
     assert capsys.readouterr().out == "report is current\n"
 
 
+def test_two_folders_of_one_run_are_refused(place):
+    """An older one that was moved aside under a name that the benchmark looks at would come back at every report."""
+    report.main(place)
+    before = stored(place)
+    other = finished_run(Path(place.runs) / "benchmark-512-old", "gipo_20000", gamma=0.5)
+    with pytest.raises(report.ReportError, match=f"benchmark-512/.* and {re.escape(str(other))} hold runs of one name"):
+        report.main(place)
+    assert stored(place) == before
+    shutil.move(other.parent, Path(place.runs).parent)
+    report.main(place)
+    assert stored(place) == before
+
+
+def test_runs_that_lie_too_deep_are_mentioned(place, capsys):
+    deep = finished_run(Path(place.runs) / "machineB" / "benchmark-512", "gipo_20000", seed=2)
+    report.main(place)
+    assert f"not looked at: {deep} and 0 more: runs belong into {place.runs}/SUITE/RUN" in capsys.readouterr().out
+
+
+def test_two_runs_that_were_copied_into_one_folder_are_refused(place):
+    """TensorBoard reads both files, one after the other, and an area would be the mean of two runs."""
+    folder = Path(place.runs) / "benchmark-512" / "reach-v3__gipo_20000__1"
+    for _ in range(2):
+        with SummaryWriter(folder) as writer:
+            for step in range(64, 513, 64):
+                writer.add_scalar("losses/entropy", 1.0, step)
+    with pytest.raises(report.ReportError, match=f"^{re.escape(str(folder))}: its TensorBoard files are those of two runs"):
+        report.main(place)
+    assert stored(place) == []
+
+
+def test_a_row_that_was_only_begun_empties_no_table(place):
+    """Its task is none of the others'."""
+    for seed in (1, 2):
+        for task in ("push-v3", "door-open-v3"):
+            for name in ("gipo_5120", "sapo_5120"):
+                finished_run(Path(place.runs) / "benchmark-512", name, seed, env_id=task)
+    shutil.rmtree(Path(place.runs) / "benchmark-512" / "reach-v3__gipo_20000__1")
+    finished_run(Path(place.runs) / "benchmark-512", "none_5120", env_id="reach-v3")
+    report.main(place)
+    text = (Path(place.results) / "benchmark-512-v1.md").read_text()
+    scope = "Over the 2 tasks that every row has (door-open, push); without the rows on other tasks (none 5120):"
+    table = text.split(scope)[1].split("\n\n")[1]
+    assert "\n| 5120 | gipo | 4 |" in table and "\n| 5120 | sapo | 4 |" in table and "none" not in table
+
+
 def test_a_mixture_is_refused_before_it_is_stored(place):
     """A run of one's own under a method's name: the report works again once it is moved away."""
     report.main(place)
@@ -714,7 +787,7 @@ def test_comparison_by_hand(tmp_path, capsys):
     assert rows[0][8:] == ["area, return", "steps/s"]
     assert rows[2] == ["Pendulum-v1", "mykernel", "1", "512", "-", "100", "10", "-", "1", "1,000"]
     # On the grid of 30 stretches the points 1/8 ... 8/8 fill 4, 4, 3, 4, 4, 4, 3, 1 of those from the fourth on: 110/8 of 27.
-    expected = ["reach-v3", "gipo", "2", "512", "0.375 [0.25, 0.5]", "150 [100, 200]", "15 [10, 20]", "0.509"]
+    expected = ["reach-v3", "gipo", "1, 2", "512", "0.375 [0.25, 0.5]", "150 [100, 200]", "15 [10, 20]", "0.509"]
     assert rows[3] == [*expected, "1.5 [1, 2]", "1,500 [1,000, 2,000]"]
     assert rows[4] == ["reach-v3", "mykernel", "1", "512", "0.25", "100", "10", "0.509", "1", "1,000"] and len(rows) == 5
     assert lines[-1] == f"written: {tmp_path / 'compare.md'}, {tmp_path / 'compare.png'}"
@@ -987,6 +1060,43 @@ def test_every_line_of_the_table_is_another_method(every_line):
     assert all(report.method_and_regime(exp_name)["method"] == name for name, exp_name in names["core"].items())
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "my_gipo gipo_continuous.py --kernel cauchy",
+            "gipo_continuous.py replays 5,120 steps: its line needs the word replay",
+        ),
+        ("gipo-cauchy gipo_continuous.py replay --kernel cauchy", None),
+        ("my_ppo my_ppo.py --gamma 0.98", None),
+    ],
+)
+def test_a_line_of_ones_own(checkout, line, said):
+    """It is run, it joins no other suite, and a finished run of it counts, also of a copy of textbook PPO."""
+    shutil.copy(checkout / "ppo_baseline.py", checkout / "my_ppo.py")
+    before = len(commands("tune", cwd=checkout))
+    script = checkout / "benchmark.sh"
+    script.write_text(script.read_text().replace("core      sapo ", f"core {line}\ncore      sapo "))
+    name = line.split()[0]
+    flags = ["quick", "--methods", name, "--tasks", "reach-v3", "--steps", "10240"]
+    process = benchmark(*flags, "--dry-run", cwd=checkout)
+    if said:
+        assert process.returncode == 2 and process.stderr == f"error: {said}\n"
+        return
+    _, module, *words = shlex.split(process.stdout)
+    result = sample() | {"args": arguments(process.stdout.replace("my_ppo.py", "ppo_baseline.py"))[1], "seed": 1}
+    if module == "my_ppo.py":
+        result["args"]["recompute_advantages"] = False
+    exp_name = words[words.index("--exp-name") + 1]
+    result |= {"exp_name": exp_name, "env_id": "reach-v3", "versions": {"algorithm": VERSION}}
+    folder = checkout / "runs" / "benchmark-10240" / f"reach-v3__{exp_name}__1"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "args.json").write_text(json.dumps(result["args"] | {"algorithm_version": VERSION}))
+    assert benchmark(*flags, "--dry-run", cwd=checkout).stderr == "# 0 of 1 runs are left\n"
+    assert len(commands("tune", cwd=checkout)) == before
+
+
 def test_the_rows_of_the_scripts_themselves(checkout):
     """`gipo` at 5,120 steps and `ppo` are the two scripts without flags, but for where and when they write."""
     flags = ["--methods", "gipo ppo", "--tasks", "reach-v3", "--seeds", "1", "--regimes", "5120"]
@@ -1006,9 +1116,10 @@ def test_the_rows_differ_from_gipo_as_their_names_say(every_line):
     own = ppo_baseline.Args.__dataclass_fields__.keys() - gipo.keys()
     assert own == {"clip_coef", "update_epochs"}
     clips = {}
-    for name, (exp_name, script, args) in every_line["core"].items():
-        if name == "ppo":
-            continue
+    rows = [name for name in every_line["core"] if re.fullmatch(r"(gipo(-sigma-.*)?|sapo|none|ppo-clip-[^-]*)(-lr-.*)?", name)]
+    assert len(rows) == 16
+    for name in rows:  # and not a line of somebody's own
+        exp_name, script, args = every_line["core"][name]
         rest, _, rate = name.partition("-lr-")
         expected = ({} if name == "gipo" else {"exp_name": exp_name}) | ({"learning_rate": float(rate)} if rate else {})
         if rest.startswith("ppo-clip-"):
@@ -1194,7 +1305,8 @@ def test_python_in_a_folder_with_a_space(tmp_path):
     shutil.rmtree(project / "results")
     assert benchmark("quick", *flags, "--slurm", cwd=project, PYTHON=str(python)).returncode == 0
     environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "1"}
-    subprocess.run(["bash", folder.parent / "array.sbatch"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (script,) = folder.parent.glob("*.sbatch")
+    subprocess.run(["bash", script], cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert (folder / "result.json").exists()
     assert (tmp_path / "started").read_text().split().count("gipo_continuous.py") == 3
 
@@ -1378,12 +1490,10 @@ def test_slurm_array_of_many_runs(checkout):
     process = benchmark("main", "--slurm", "--seeds", " ".join(map(str, range(4, 25))), cwd=checkout)
     assert process.returncode == 0 and "1848 runs" in process.stdout  # 88 of each seed
     limited = benchmark("main", "--slurm", "--workers", "20", cwd=checkout)
-    assert (
-        limited.returncode == 0
-        and "#SBATCH --array=1-264%20\n" in (checkout / "runs" / "benchmark-300000" / "array.sbatch").read_text()
-    )
-    process = benchmark("main", "--slurm", "--seeds", " ".join(map(str, range(4, 25))), cwd=checkout)
-    script = (checkout / "runs" / "benchmark-300000" / "array.sbatch").read_text()
+    names = [process.stdout.split()[1] for process in (process, limited)]  # of "sbatch NAME ..."
+    assert len({*names}) == 2  # neither overwrites the other
+    assert limited.returncode == 0 and "#SBATCH --array=1-264%20\n" in (checkout / names[1]).read_text()
+    script = (checkout / names[0]).read_text()
     assert "#SBATCH --array=1-1000\n" in script and script.count("--exp-name") > 1848
     lines = re.search(r"cat <<'COMMANDS'\n(.*?)\nCOMMANDS", script, re.DOTALL)[1].splitlines()
     shares = [lines[job::1000] for job in range(1000)]
@@ -1398,8 +1508,8 @@ def test_slurm_array_of_many_runs(checkout):
 
 def test_slurm_script(checkout):
     process = benchmark("quick", *SMALL, "--slurm", cwd=checkout)
-    assert process.returncode == 0 and "sbatch runs/benchmark-512/array.sbatch" in process.stdout
-    script = checkout / "runs" / "benchmark-512" / "array.sbatch"
+    assert process.returncode == 0 and re.match(r"sbatch runs/benchmark-512/quick-\d+\.sbatch ", process.stdout)
+    script = checkout / process.stdout.split()[1]
     environment = {**PYTHON, "SLURM_ARRAY_TASK_ID": "1"}
     subprocess.run(["bash", script], cwd=checkout, env=environment, check=True, capture_output=True)
     folder = checkout / "runs" / "benchmark-512" / "reach-v3__gipo_512__1"
