@@ -138,7 +138,7 @@ class Args:
     num_envs: int = 8
     """N: parallel environments (MT10: a multiple of 10); replay's buffer_size and updates_per_iteration should grow with it"""
     async_envs: bool = False
-    """one process per environment: for slow environments (10 ms per step and more) or many cores"""
+    """one process per environment: for slow ones (10 ms per step and more) or many cores; evaluations have one for all"""
     reward_scale: float = 0.01
     """constant factor on rewards in the losses, not in the logs: keeps values near 1-10 (Meta-World pays 0-10 per step)"""
 
@@ -580,7 +580,8 @@ class Collector:
 def follow_parent() -> None:
     """In a process started by this script: leave signals to the main process, and end when that ends, for whatever reason."""
     for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+        # A program that the environment starts inherits what is ignored, not a handler, so that terminate() can end it.
+        signal.signal(signum, (lambda *_: None) if signum == signal.SIGTERM else signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -676,13 +677,13 @@ class Worker:
         self.start(name, *arguments)
         return self.result()
 
-    def close(self) -> None:
-        """Close the object; end the process, whatever it is doing."""
+    def close(self, timeout: float = 2.0) -> None:
+        """Close the object; end the process after so many seconds, whatever it is doing."""
         if self.process is None:
             self.instance.close()
         else:
             self.pipe.close()
-            self.process.join(timeout=2.0)
+            self.process.join(timeout)
             self.process.kill()
             self.process.join()
 
@@ -1136,8 +1137,11 @@ def saved_run(args) -> tuple:
     try:
         saved = json.loads((folder / "args.json").read_text())
         version, wandb_id = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
+        script = saved.pop("script", None)
     except Exception as error:
         raise ArgumentError(f"--resume: {folder / 'args.json'} is missing or damaged: give the folder of a run") from error
+    if script not in (None, Path(__file__).name):  # a fork may differ in no argument
+        raise ArgumentError(f"--resume: {folder} is a run of {script}: continue it with that file")
     if not saved.keys() <= vars(args).keys():  # fewer: an older file's run
         raise ArgumentError(f"--resume: {folder} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
@@ -1262,7 +1266,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
-    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+    more = {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id, "script": Path(__file__).name}
+    write_json(run_folder / "args.json", config | more)
 
     num_iterations, iteration, next_rollout = math.ceil(args.total_timesteps / rollout_size), 0, None
     seconds = {"env": 0.0, "policy": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
@@ -1419,7 +1424,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         seconds["wall"] = time.time() - start_time
         saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
         if saved:
+            t0 = time.perf_counter()
             next_rollout = collector.result() if collector.busy else None
+            seconds["training"] += time.perf_counter() - t0
             checkpoint = {
                 "model": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -1445,7 +1452,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         sys.exit(128 + stop_signals[0])
     if not args.eval_episodes:
         save_models(run_folder, agent, config, None, global_step)
-    collector.close()
+    collector.close(timeout=60.0)  # simulators may take their time
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

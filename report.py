@@ -56,7 +56,7 @@ CURVES = {  # name in the JSON -> TensorBoard tag
 }
 # Arguments that name the run or its machine, not its outcome.
 NOT_OUTCOME = set("run_dir resume overwrite evaluate eval_every checkpoint_every capture_video track wandb_project".split())
-NOT_OUTCOME |= {"torch_threads", "async_envs", "overlap", "wandb_id"}
+NOT_OUTCOME |= {"torch_threads", "async_envs", "overlap", "wandb_id", "script"}
 POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours; the panel of the plots
     "grpo": "methods",
     "grpo-filter": "methods",

@@ -143,6 +143,7 @@ def test_run_leaves_what_the_design_says(finished, name):
         rate = result[f"{kind}_success_rate"]
         assert (0.0 <= rate <= 1.0) if success else (rate is None)
     assert result["sps"] > 0 and result["wall_seconds"] > 0 and result["peak_memory_mb"] < 2000
+    assert args.pop("script") in ("gipo_continuous.py", "ppo_baseline.py")
     assert result["args"] | {"algorithm_version": 2, "wandb_id": None} == args
     assert result["versions"]["algorithm"] == 2
 
@@ -790,7 +791,7 @@ def test_tensorboards_table_of_runs(script, finished):
         for part in ("experiment", "session_start_info")
     )
     args = read_json(folder / "args.json")
-    assert {*start.session_start_info.hparams} == args.keys() - {"algorithm_version", "wandb_id"}
+    assert {*start.session_start_info.hparams} == args.keys() - {"algorithm_version", "wandb_id", "script"}
     assert start.session_start_info.hparams["num_bins"].number_value == args["num_bins"]
     metrics = {info.name.tag for info in experiment.experiment.metric_infos}
     assert metrics == {"eval/success_rate", "eval/return_mean"} and "eval/return_mean" in read_scalars(folder)

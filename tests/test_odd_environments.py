@@ -6,6 +6,8 @@ import math
 import os
 import random
 import re
+import subprocess
+import time
 import traceback
 import warnings
 
@@ -709,6 +711,41 @@ def test_a_process_that_ends_is_named(script, async_envs, register, tmp_path):
     args = script.Args(env_id=register(Exits), run_dir=str(tmp_path), async_envs=async_envs, **SIZES)
     with pytest.raises(RuntimeError, match="died" if async_envs else r"has died \(exit code 3;"):
         script.main(args)
+
+
+class Simulator(Walk):
+    """It starts a program and ends it as one does, at leisure."""
+
+    folder = None
+
+    def __init__(self):
+        self.program = subprocess.Popen(["sleep", "1000"])
+        (self.folder / str(self.program.pid)).touch()
+
+    def close(self):
+        self.program.terminate()
+        self.program.wait()
+        time.sleep(1.5)
+        (self.folder / str(self.program.pid)).unlink(missing_ok=True)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_programs_that_an_environment_starts_are_ended(script, async_envs, register, run, tmp_path, monkeypatch):
+    """Ctrl-C does not reach them, SIGTERM does; a close() of three seconds runs to its end."""
+    monkeypatch.setattr(Simulator, "folder", tmp_path / "programs")
+    Simulator.folder.mkdir()
+    folder = run(script, register(Simulator), async_envs=async_envs)
+    assert (folder / "result.json").exists() and not [*Simulator.folder.iterdir()]
+
+
+@SCRIPTS
+def test_the_wait_for_a_rollout_before_a_checkpoint_is_counted(script, register, run, monkeypatch):
+    """A slow simulator with a checkpoint in every iteration: the environment takes most of the time, not more than all."""
+    monkeypatch.setattr(Walk, "draw", lambda self: time.sleep(0.01) or 0.5)
+    extra = {"buffer_size": 64} if script is gipo else {"buffer_size": 64, "recompute_advantages": True}
+    result = read_json(run(script, register(Walk), **extra) / "result.json")
+    assert result["sps"] < 110 / 0.98  # 10 ms a step, one environment after the other: 100 steps a second at most
 
 
 @SCRIPTS

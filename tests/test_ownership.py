@@ -347,7 +347,8 @@ def test_resume_needs_the_folder_alone(script, how, unfinished, tmp_path, inline
         ({"temperature": 1.0}, "is another script's or version's run"),
         ({"algorithm_version": 1}, "is of version 1, not 2"),
         ({"algorithm_version": None}, "is of version None, not 2"),
-        ("the other script", "is another script's or version's run"),
+        ("the other script", ".py: continue it with that file"),
+        ({"script": "mine.py"}, "is a run of mine.py: continue it with that file"),
     ],
     ids=str,
 )
