@@ -212,7 +212,7 @@ class Args:
     """--model: answers per training pass; eight times as many are generated at once. Lower it if the memory runs out (with
     TextWorld's prompts of 200 tokens 8 take 8 GB, 32 take 15)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """--model: autocast to this type; weights and log-probabilities stay float32"""
+    """--model: autocast to this type; weights stay float32, logits do not, so log-probabilities are rounded"""
 
     # ---- runtime
     cuda: bool = False
@@ -332,13 +332,17 @@ def graph_diagnostics(sources, targets, distances, succeeded) -> dict[str, float
 
 
 # -------------------- Environments --------------------
-# All three classes run N episodes side by side and share these methods; `rows` are the indices of unfinished episodes.
+# To add one: a class, its name in `make_env`, and its ids in `check_args`. The classes run N episodes side by side (num_envs)
+# and share these methods; `rows` are the indices of unfinished episodes.
 #   reset(levels)         start episode i on the level named by the tuple levels[i]; equal tuples, equal levels
-#   observe(rows)         (n, obs_dim) float array for a network;  prompts(rows): list of texts for a language model
+#   observe(rows)         for a network: (n, obs_dim) float array; obs_dim and num_actions are attributes
+#   prompts(rows)         for a language model: list of texts, each made by with_choices()
 #   choices(rows)         list of action names per row
-#   keys(rows)            hashable state: all that the dynamics depend on, and nothing else, such as a step counter
+#   keys(rows)            hashable state: all that the dynamics depend on, and nothing else, such as a step counter; where a
+#                         wrong action ends the episode, the state after it needs a key of its own
 #   step(rows, actions)   -> success (n,), done (n,); action -1 does nothing
 #   gains                 of the last step and its rows: what --reward gym-sokoban pays beside success and time
+#   optimal               (N,) fewest steps to success, nan if unknown
 def with_choices(text: str, choices: list[str], args) -> str:
     """The task's text, followed by the form of the answer."""
     text = f"{text}\nPossible actions: {', '.join(choices)}."
@@ -476,7 +480,7 @@ class MiniGrid:
 
         self.envs = [gymnasium.make(args.env_id, disable_env_checker=True).unwrapped for _ in range(num_envs)]
         self.args = args
-        self.names = tuple(action.name for action in self.envs[0].actions)
+        self.names = tuple(action.name for action in self.envs[0].actions)[: self.envs[0].action_space.n]
         self.objects, self.colors, self.states = IDX_TO_OBJECT, IDX_TO_COLOR, {v: k for k, v in STATE_TO_IDX.items()}
         self.sizes = (len(OBJECT_TO_IDX), len(COLOR_TO_IDX), 4)  # 4: directions of an agent, more than the states of a door
         view = self.envs[0].observation_space["image"].shape
@@ -486,6 +490,7 @@ class MiniGrid:
     def reset(self, levels: list[tuple]) -> None:
         seeds = [int(np.random.SeedSequence(level).generate_state(1)[0]) for level in levels]
         self.obs, self.t = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)], 0
+        self.lost = np.zeros(self.num_envs, dtype=bool)  # a wrong action has ended the episode, perhaps on the same grid
         for env in self.envs:  # BabyAI's own limit is known after the reset only: it depends on the mission
             env.max_steps = self.args.max_steps or env.max_steps
             env.agent_pos = tuple(np.array(env.agent_pos))  # as after a move: MiniGrid's hash is of its text
@@ -497,6 +502,7 @@ class MiniGrid:
             if action >= 0:
                 self.obs[row], reward, terminated, done[i], _ = self.envs[row].step(action)
                 success[i] = terminated and reward > 0
+                self.lost[row] = terminated and not success[i]
                 done[i] |= terminated
         self.t += 1
         return success, done | (self.t >= self.limits[rows])
@@ -515,7 +521,8 @@ class MiniGrid:
 
         envs = [self.envs[row] for row in rows]
         hidden = [tuple(thing(item) for item in env.grid.grid if getattr(item, "contains", None)) for env in envs]
-        return [(env.hash(size=32), thing(env.carrying), inside) for env, inside in zip(envs, hidden, strict=True)]
+        found = zip(envs, hidden, self.lost[rows].tolist(), strict=True)
+        return [(env.hash(size=32), thing(env.carrying), inside, lost) for env, inside, lost in found]
 
     def choices(self, rows):
         return [self.names] * len(rows)
@@ -603,7 +610,8 @@ def observations(envs, rows, args) -> np.ndarray:
 
 def make_env(args, num_envs: int):
     """N parallel episodes of `--env-id`."""
-    kind = {"tw": TextWorld, "MiniGrid": MiniGrid, "BabyAI": MiniGrid}.get(args.env_id.split("-")[0], Sokoban)
+    kinds = {"Sokoban": Sokoban, "tw": TextWorld, "MiniGrid": MiniGrid, "BabyAI": MiniGrid}
+    kind = kinds[args.env_id.split("-")[0]]
     try:
         return kind(args, num_envs)
     except Exception as error:  # an id that the package does not know, another package missing, ...
@@ -727,7 +735,8 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
     chat = chat and bool(tokenizer.chat_template)
     if chat:
         turns = [[{"role": "user", "content": text}] for text in texts]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        # Llama 3's template writes today's date, but for this.
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
     rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -929,7 +938,8 @@ def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
                 shutil.rmtree(path)
             elif path.name != ".lock":
                 path.unlink()
-    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+    more = {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id, "script": Path(__file__).name}
+    write_json(run_folder / "args.json", config | more)
     return config
 
 
@@ -1050,8 +1060,11 @@ def saved_args(path: Path):
     try:
         saved = json.loads(file.read_text())
         version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
+        script = saved.pop("script", None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArgumentError(f"--resume: {file} is missing or damaged: give the folder of a run") from error
+    if script not in (None, Path(__file__).name):  # a fork may differ in no argument
+        raise ArgumentError(f"--resume: {path} is a run of {script}: continue it with that file")
     if not saved.keys() <= vars(Args()).keys():  # fewer: an older file's run
         raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
@@ -1075,7 +1088,8 @@ def load_model(path: str):
     saved = load_checkpoint(Path(path))
     if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not saved["args"].keys() <= vars(Args()).keys():
         raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
-    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False}
+    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False}
+    machine |= {"cuda": saved["args"].get("cuda", False) and torch.cuda.is_available()}
     return saved["model"], Args(**saved["args"] | machine)
 
 
@@ -1095,7 +1109,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the held-out levels of the settings it was trained with."""
     weights, saved = load_model(args.evaluate)
-    own = "eval_episodes eval_temperature micro_batch" + " model" * (saved.model is not None)  # a copy of it
+    own = "eval_episodes eval_temperature micro_batch dtype" + " model" * (saved.model is not None)  # a copy of it
     own = {name: getattr(args, name) for name in own.split()}
     refuse_contradictions(args, dataclasses.replace(saved, **own), "the run of the model")
     check_args(args)

@@ -166,7 +166,7 @@ class Args:
     micro_batch: int = 32
     """--model: answers per training pass, in whole groups (m2po chooses tokens in it); generation: eight times as many"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """--model: autocast to this type; weights and log-probabilities stay float32"""
+    """--model: autocast to this type; weights stay float32, logits do not, so log-probabilities are rounded"""
     export: str | None = None
     """--evaluate: also write the model as a Hugging Face folder, which from_pretrained and --model read"""
 
@@ -211,7 +211,7 @@ class Args:
     ent_coef: float | None = None
     """weight of the entropy bonus (default: GPT 0.01, without which it stops exploring, --model 0.001)"""
     kl_coef: float = 0.0
-    """weight of the penalty KL(pi || start policy), k3 estimate, which keeps a model near what it was (0 to 0.1)"""
+    """weight of GRPO's KL penalty, k3, which keeps a model near its start policy (0 to 0.1)"""
     max_grad_norm: float = 1.0
     """gradient norm limit"""
     temperature: float = 1.0
@@ -681,7 +681,8 @@ def policy_objective(logprobs, prox_logprobs, behaviour_logprobs, advantages, ma
 
 
 def k3(logratio) -> torch.Tensor:
-    """An estimate of KL(pi || q) from log q - log pi on samples of pi, which is never negative."""
+    """GRPO's KL penalty (arXiv 2402.03300) from log q - log pi, never negative. On samples of pi its mean is KL(pi || q), but
+    the mean of its gradient is that of KL(q || pi)."""
     return logratio.exp() - 1 - logratio
 
 
@@ -846,7 +847,8 @@ def sample_answers(task, groups: list[dict], count: int) -> str:
     lines = []
     for group in groups[:count]:
         lines_of_prompt = task.text(group["prompts"][group["prompt_mask"]]).splitlines()
-        question = [line for line in lines_of_prompt if any(map(str.isdigit, line))][-1]  # a chat ends with a header
+        with_digits = [line for line in lines_of_prompt if any(map(str.isdigit, line))]  # a chat ends with a header
+        question = (with_digits or lines_of_prompt or [""])[-1]
         response = task.text(group["responses"][0][group["mask"][0]]).rstrip()
         lines.append(f"{question} {response}   [{group['rewards'][0].item():g}]")
     return "\n".join(lines)
@@ -926,7 +928,8 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
     chat = chat and bool(tokenizer.chat_template)
     if chat:
         turns = [[{"role": "user", "content": text}] for text in texts]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        # Llama 3's template writes today's date, but for this.
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
     rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -1051,7 +1054,8 @@ def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
                 shutil.rmtree(path)
             elif path.name != ".lock":
                 path.unlink()
-    write_json(run_folder / "args.json", config | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+    more = {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id, "script": Path(__file__).name}
+    write_json(run_folder / "args.json", config | more)
     return config
 
 
@@ -1197,8 +1201,11 @@ def saved_args(path: Path):
     try:
         saved = json.loads(file.read_text())
         version, _ = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
+        script = saved.pop("script", None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArgumentError(f"--resume: {file} is missing or damaged: give the folder of a run") from error
+    if script not in (None, Path(__file__).name):  # a fork may differ in no argument
+        raise ArgumentError(f"--resume: {path} is a run of {script}: continue it with that file")
     if not saved.keys() <= vars(Args()).keys():  # fewer: an older file's run
         raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
@@ -1222,7 +1229,8 @@ def load_model(path: str):
     saved = load_checkpoint(Path(path))
     if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not saved["args"].keys() <= vars(Args()).keys():
         raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
-    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "cuda": False, "export": None}
+    machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "export": None}
+    machine |= {"cuda": saved["args"].get("cuda", False) and torch.cuda.is_available()}
     return saved["model"], Args(**saved["args"] | machine)
 
 
@@ -1242,10 +1250,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: pass rate on the held-out problems, and --export."""
     weights, saved = load_model(args.evaluate)
-    own = "eval_episodes eval_samples eval_temperature micro_batch" + " model" * (saved.model is not None)  # a copy of it
+    own = "eval_episodes eval_samples eval_temperature micro_batch dtype" + " model" * (saved.model is not None)
     own = {name: getattr(args, name) for name in own.split()}
     refuse_contradictions(args, dataclasses.replace(saved, **own), "the run of the model")
     check_args(args)
+    if args.export and os.path.exists(args.export) and not (os.path.isdir(args.export) and not os.listdir(args.export)):
+        raise ArgumentError(f"--export {args.export} exists: name a new folder, since other runs may begin from that model")
     if not args.eval_episodes and not args.export:
         raise ArgumentError("--eval-episodes 0 leaves --evaluate nothing to do: give the number of problems")
     torch.set_num_threads(args.torch_threads)
@@ -1536,7 +1546,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     say(f"files:  {run_folder}")
     say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     if args.model and args.eval_episodes:
-        export = ["--evaluate", str(run_folder / "best_model.pt"), "--export", f"{args.exp_name}-model"]
+        export = ["--evaluate", str(run_folder / "best_model.pt"), "--eval-episodes", "0"]
+        export += ["--export", f"{run_folder.name}-model"]
         say("export: " + shlex.join([*this_script, *export]))
     return result
 

@@ -231,6 +231,35 @@ def test_minigrid_keys_hold_what_is_carried_and_what_is_inside():
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("env_id", ["MiniGrid-GoToDoor-5x5-v0", "MiniGrid-GoToObject-6x6-N2-v0"])
+def test_a_wrong_end_is_another_state_than_the_one_before_it(env_id):
+    """It changes nothing in the grid; with one key it would be a harmless loop in the graph."""
+    envs = started(1, env_id=env_id)
+    before, end = envs.keys(np.arange(1)), envs.names.index("toggle")
+    success, done = act(envs, end)
+    assert done.all() and not success.any() and envs.keys(np.arange(1)) != before
+    envs.reset(LEVELS[:1])
+    assert envs.keys(np.arange(1)) == before
+    envs = started(1, env_id=env_id, max_steps=1)  # running out of time is no such end
+    act(envs, 0)
+    key = envs.keys(np.arange(1))
+    envs = started(1, env_id=env_id)
+    act(envs, 0)
+    assert envs.keys(np.arange(1)) == key
+
+
+def test_minigrid_actions_are_those_of_the_environment():
+    """Dynamic-Obstacles has three of the seven, and takes the others for the first."""
+    envs = started(1, env_id="MiniGrid-Dynamic-Obstacles-5x5-v0")
+    assert envs.names == ("left", "right", "forward") and envs.num_actions == 3
+
+
+def test_an_environment_that_make_env_does_not_know_is_an_error():
+    """And no Sokoban under another name."""
+    with pytest.raises(KeyError, match="webshop"):
+        make_env(Args(env_id="webshop-v0"), 1)
+
+
 def test_minigrid_success_and_cap():
     """The empty 5x5 room, start top left, goal bottom right: forward twice, right, forward twice."""
     envs = started(2, env_id="MiniGrid-Empty-5x5-v0")

@@ -99,7 +99,8 @@ def test_run_leaves_what_the_design_says(finished, name):
     files = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
     assert files == {".lock", "args.json", "checkpoint.pt", "model.pt", "best_model.pt", "result.json"}
     assert result == read_json(folder / "result.json") and result.keys() == RESULT_KEYS
-    assert result["args"] | {"algorithm_version": 1, "wandb_id": None} == read_json(folder / "args.json")
+    more = {"algorithm_version": 1, "wandb_id": None, "script": "popo_countdown.py"}
+    assert result["args"] | more == read_json(folder / "args.json")
     assert result["iterations"] == 10 and result["eval_episodes"] == 32
     clipped, lag = result["args"]["objective"] in popo.CLIPPED, result["args"]["lag"]
     assert result["curve"][0]["updates"] == 0 and len(result["curve"]) == 4
@@ -521,6 +522,24 @@ def test_a_checkpoint_of_another_network_is_refused(flag, tmp_path, monkeypatch)
     with pytest.raises(popo.ArgumentError, match=r"\.pt does not fit the policy: has it, or --model's folder, changed\?"):
         popo.main(popo.parse_args([flag, str(path)]))
     assert (folder / "args.json").read_text() == before
+
+
+def test_a_forks_run_is_continued_by_the_fork(tmp_path, command):
+    """It may differ in the code alone."""
+    _, folder = run_inline(tmp_path, f"{TWO} --total-timesteps 64")
+    (folder / "args.json").write_text(json.dumps(read_json(folder / "args.json") | {"script": "mine.py"}))
+    code, _, err = command(["--resume", str(folder)])
+    assert code == 2 and err == f"error: --resume: {folder} is a run of mine.py: continue it with that file\n"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_model_of_a_gpu_is_evaluated_on_one_if_there_is_one(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(popo.torch.cuda, "is_available", lambda: gpu)
+    _, folder = run_inline(tmp_path, f"{TWO} --total-timesteps 64")
+    model = read_pt(folder / "model.pt")
+    torch.save(model | {"args": model["args"] | {"cuda": True}}, folder / "model.pt")
+    assert popo.parse_args(["--evaluate", str(folder / "model.pt")]).cuda == gpu
+    assert not popo.parse_args(["--evaluate", str(folder / "model.pt"), "--no-cuda"]).cuda
 
 
 def test_m2po_keeps_its_passes(tmp_path, command):

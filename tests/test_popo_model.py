@@ -68,6 +68,14 @@ def test_base_models_without_a_chat_template_get_plain_text(tmp_path):
     assert task.tokenizer.decode(tokens[0][mask[0]]).startswith("Using each of the numbers")
 
 
+def test_a_template_that_writes_the_date_writes_always_the_same(tmp_path):
+    """As Llama 3.2's does, or a run that is resumed on another day would have other prompts."""
+    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHAT
+    task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path, dated), tmp_path))
+    tokens, mask = task.prompts(task.problems(1, test=False))
+    assert task.tokenizer.decode(tokens[0][mask[0]]).startswith("26 Jul 2024<|user|>")
+
+
 def test_a_turn_ends_where_the_template_ends_it(tmp_path):
     """A base model may have another end token than its chat template, such as Qwen2.5's; plain words after a turn end none."""
     task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path / "a", CHAT), tmp_path))
@@ -187,6 +195,10 @@ def test_export(model, tmp_path, monkeypatch, capsys):
     assert differences(weights, read_pt(folder / "model.pt")["model"]) == []
     task, _ = popo.make_task_and_policy(arguments(str(tmp_path / "exported"), tmp_path))
     assert task.tokenizer.decode(task.tokenizer("1 + 2")["input_ids"]) == "1 + 2"
+    with pytest.raises(popo.ArgumentError, match=r"--export .*exported exists: name a new folder"):
+        popo.main(popo.parse_args(flags))
+    (printed,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("export: "))
+    assert printed.endswith(f"--eval-episodes 0 --export {folder.name}-model")  # it writes, and evaluates nothing
 
 
 def test_sampler_equals_teacher_forcing_without_padding(model, tmp_path):
@@ -263,6 +275,9 @@ def test_sample_answers_show_the_problem(model, tmp_path, prompt):
         numbers = [n for n in problems["numbers"][i].tolist() if n]
         line = popo.sample_answers(task, [group], 1).splitlines()[0]
         assert all(str(n) in line for n in [*numbers, problems["target"][i].item()])
+    group["prompts"] = torch.tensor(task.tokenizer("no digit\n<|assistant|>")["input_ids"])  # of a task of one's own
+    group["prompt_mask"] = torch.ones_like(group["prompts"], dtype=torch.bool)
+    assert popo.sample_answers(task, [group], 1).startswith("no digit ")
 
 
 def test_every_end_token_of_the_model_ends_an_answer(model, tmp_path):
