@@ -1099,7 +1099,7 @@ def check_video(args) -> None:
         from moviepy import ImageSequenceClip  # noqa: F401
     except ImportError as error:
         raise ArgumentError("--capture-video needs moviepy 2 or newer: pip install -U moviepy") from error
-    how = "without a display, set MUJOCO_GL=egl (Debian packages libegl1 libgl1) or MUJOCO_GL=osmesa (libosmesa6)"
+    how = "without a display, set MUJOCO_GL=egl (Debian: libegl1 libgl1 libopengl0) or MUJOCO_GL=osmesa (libosmesa6)"
     nowhere = sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ)
     try:
         with contextlib.closing(make_env(args, 0, render_mode="rgb_array")()) as env:

@@ -6,7 +6,7 @@
     python gipo_vla_libero.py --preset tiny                                # a small policy on a CPU, from nothing
     -> clones a scripted expert (36 % of 50 initial states), then RL takes it to 82 % (seed 1); two hours on 2 cores
     python gipo_vla_libero.py --model <folder or hub id>                   # one GPU: a public 7B checkpoint, LoRA
-    torchrun --nproc-per-node 8 gipo_vla_libero.py --model ...             # several GPUs; --train full is sharded over them
+    torchrun --nproc-per-node 8 --shutdown-timeout 900 gipo_vla_libero.py --model ...    # several GPUs; shards --train full
     python gipo_vla_libero.py --evaluate <folder or hub id>
 
 What differs from PPO, which is --trust-weight ppo here:
@@ -146,7 +146,7 @@ class Args:
     eval_temperature: float = 0.0
     """0: evaluate the greedy policy; else sample at this temperature (RLinf evaluates its RL models at 1.6)"""
     checkpoint_every: int = 50_000
-    """environment steps between checkpoints"""
+    """environment steps between checkpoints; there is one before every evaluation, too"""
     capture_video: bool = False
     """record the first evaluation episode of every task as mp4 (needs moviepy)"""
     track: bool = False
@@ -1675,7 +1675,8 @@ def render_variables(render: str) -> dict[str, str]:
             failures.append(f"{gl}, device {device}: {error}")
             if "must be an integer between" in error and device != own:  # no such device, so no further ones either
                 break
-    how = "unset MUJOCO_EGL_DEVICE_ID, or " * bool(chosen and render != "osmesa") + "apt-get install libosmesa6 (or libegl1)"
+    how = "unset MUJOCO_EGL_DEVICE_ID, or " * bool(chosen and render != "osmesa")
+    how += "apt-get install libosmesa6 (or libegl1 libgl1 libopengl0)"
     raise ArgumentError(f"--render {render}: MuJoCo cannot draw ({'; '.join(failures)}): {how}")
 
 
@@ -2487,7 +2488,7 @@ def check_memory(config: PolicyConfig, args, device) -> None:
     options = [("--micro-batch 1", {}, world), ("--gradient-checkpointing", checkpointing, world)]
     options += [("--train lora", lora, world), ("--train lora --gradient-checkpointing", lora | checkpointing, world)]
     for n in [n for n in (2, 4, 8) if args.train == "full" and n > world]:
-        options += [(f"{n} GPUs (torchrun --nproc-per-node {n})", {}, n)]
+        options += [(f"{n} GPUs (torchrun --nproc-per-node {n} --shutdown-timeout 900)", {}, n)]
         options += [(f"{n} GPUs and --gradient-checkpointing", checkpointing, n)]
     plans = {flags: memory_plan(config, dataclasses.replace(args, **changes), 1, n) for flags, changes, n in options}
     sizes = {flags: sum(plan.values()) for flags, plan in plans.items()}
@@ -2856,6 +2857,8 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
         text = f"--resume: the run in {run_folder} began with other frozen weights than are there now"
         raise ArgumentError(f"{text}: bring its --model, or the cache beside the run, back")
     folder = run_folder / f"checkpoint-{last['iteration']}"
+    for partial in set(run_folder.glob("checkpoint-*")) - {folder} if rank == 0 else ():  # the run was killed as it wrote it
+        shutil.rmtree(partial)
     with as_shards(agent):
         load_training_state(folder / "weights", agent, optimizer)
     same = last["world_size"] == world
@@ -2871,6 +2874,7 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
         if args.cuda and own["cuda_rng"] is not None:
             torch.cuda.set_rng_state(own["cuda_rng"])
     else:  # whole rollouts, the newest last, as the ring has them
+        say(f"warning: the run had {last['world_size']} processes, now {world}: batches and rollouts change in proportion")
         replay = {key: torch.cat([state["replay"][key] for state in states], 1) for key in rb}
         mine = replay["versions"][0].argsort(stable=True)[rank::world]
         mine = mine[len(mine) % args.num_envs :][-rb["versions"].shape[1] :]
@@ -2927,6 +2931,8 @@ def evaluate_saved_policy(args, at_exit) -> dict:
     earlier = read_json(file).get("evaluations", []) if file.exists() else []
     rank, _, agent, _, norm_stats, interface = start(args, at_exit)
     stop_signals = catch_signals(at_exit)
+    if rank:  # or all processes would sample by the same numbers
+        torch.manual_seed(args.seed * 1000 + rank)
     blank = torch.zeros(1, args.num_images, *[agent.config.image_size] * 2, 3, dtype=torch.uint8)
     blank = interface.inputs(blank, torch.zeros(1, 8), torch.tensor(args.tasks[:1]))
     with torch.random.fork_rng([interface.device] if args.cuda else []):

@@ -468,6 +468,36 @@ def test_an_evaluation_without_success_is_a_warning():
     assert "sampled at temperature 1.6" in vla.describe(result, dataclasses.replace(args, eval_temperature=1.6), None)
 
 
+def test_processes_of_an_evaluation_sample_by_numbers_of_their_own(monkeypatch, tmp_path):
+    """torchrun's processes have equal seeds up to there; a single process keeps its own."""
+    args, seeds = dataclasses.replace(tiny_args(tasks=(0,)), evaluate=str(tmp_path), run_dir=str(tmp_path)), []
+    monkeypatch.setattr(vla, "self_check", lambda *a: None)
+    monkeypatch.setattr(vla, "catch_signals", lambda at_exit: [])
+    monkeypatch.setattr(vla, "Simulators", lambda *a: seeds.append(torch.initial_seed()) or sys.exit())
+    agent = SimpleNamespace(config=SimpleNamespace(image_size=4))
+    for rank in (0, 1, 2):
+        torch.manual_seed(7)
+        start = (rank, 3, agent, None, {}, SimpleNamespace(inputs=lambda *a: {}))
+        monkeypatch.setattr(vla, "start", lambda args, at_exit, start=start: start)
+        with contextlib.ExitStack() as at_exit, pytest.raises(SystemExit):
+            vla.evaluate_saved_policy(args, at_exit)
+    assert seeds[0] == 7 and len({*seeds}) == 3
+
+
+def test_what_a_killed_run_left_of_a_checkpoint_goes_with_the_resume(monkeypatch, tmp_path):
+    """It may be of an iteration that is never saved again, and full training's checkpoints have 79 GB."""
+    agent = SimpleNamespace(parameters=list)
+    vla.save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": 4, "world_size": 1})
+    for name in ("checkpoint-4", "checkpoint-5"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "process-0.tmp").touch()
+    monkeypatch.setattr(vla, "load_training_state", lambda *a: sys.exit())
+    monkeypatch.setattr(vla, "as_shards", contextlib.nullcontext)
+    with pytest.raises(SystemExit):
+        vla.restore_run(tmp_path, tiny_args(), agent, None, {}, None, None, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint.pt"]
+
+
 @pytest.mark.parametrize(("temperature", "expected"), [(0.0, (True, 1.0)), (1.6, (False, 1.6))])
 def test_an_evaluation_is_greedy_or_sampled(temperature, expected):
     args = dataclasses.replace(tiny_args(tasks=(0,)), eval_episodes=2, eval_temperature=temperature)

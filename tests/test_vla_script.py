@@ -265,6 +265,7 @@ def test_two_processes_train_together(finished, tmp_path):
     (folder / "args.json").write_text(json.dumps(saved))
     alone, _ = run_script(NAME, run_dir, "--resume", folder)
     assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert "warning: the run had 2 processes, now 1: batches and rollouts change in proportion" in alone.stdout
     last = read_pt(folder / "checkpoint-10" / "process-0.pt")
     assert last["progress"]["global_step"] == 256 and last["progress"]["filled"] == 2
     assert (last["replay"]["versions"][0].sort().values.tolist()) == [9, 10]

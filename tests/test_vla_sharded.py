@@ -164,7 +164,7 @@ def test_plan_for_eight_gpus_of_80_gb(monkeypatch):
     args = vla.Args(model="x/y", train="full", gradient_checkpointing=True)
     plan = vla.memory_plan(vla.PolicyConfig(), args, 8, 8)
     assert 50 < sum(plan.values()) < 62, plan
-    with pytest.raises(vla.ArgumentError, match=r"8 GPUs \(torchrun --nproc-per-node 8\) \(5\d GiB\)"):
+    with pytest.raises(vla.ArgumentError, match=r"8 GPUs \(torchrun --nproc-per-node 8 --shutdown-timeout 900\) \(5\d GiB\)"):
         vla.check_memory(vla.PolicyConfig(), args, "cuda")
     monkeypatch.setenv("WORLD_SIZE", "8")
     vla.check_memory(vla.PolicyConfig(), args, "cuda")
