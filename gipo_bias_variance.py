@@ -1,4 +1,4 @@
-"""Bias and variance of the GIPO gradient on a 2x2 GridWorld, computed exactly: the theory of arXiv 2603.03955, in one file.
+"""Bias and variance of the GIPO gradient on a 2x2 GridWorld, computed exactly, as arXiv 2603.03955 does, in one file.
 
     g(s, a) = c(l, A) A(s, a) grad log pi(a|s),   (s, a) ~ d_mu(s) mu(a|s),   l = log pi(a|s) - log mu(a|s)
     MSE at N samples = |E g - target|^2 + tr Cov(g) / N
@@ -456,6 +456,7 @@ def authors_wins(args: Args) -> dict[str, dict[int, dict[str, int]]]:
     wins, policies = {}, [*itertools.product(TARGET_POLICIES.values(), BEHAVIOUR_POLICIES.values())]
     for title, methods, count_all in (
         ("The authors' methods", AUTHORS_METHODS, False),
+        ("Without noclip", AUTHORS_METHODS[:-1], False),
         ("With min(rho, 1)", (*AUTHORS_METHODS, "truncated-1"), False),
         ("The authors' methods, those counted that make no update", AUTHORS_METHODS, True),
     ):

@@ -10,7 +10,8 @@ What differs from PPO (`diff ppo_baseline.py gipo_continuous.py`; every hunk is 
 1. A smooth trust weight replaces the hard clip: no sample is cut off, its gradient fades with |log ratio| and is bounded:
    omega * rho <= exp(sigma^2 / 2).
 2. So data is not thrown away after one rollout: a replay buffer keeps the segments of many past rollouts.
-3. Actions in the buffer are old, the critic is not: every update recomputes the advantages with the current critic.
+3. Actions in the buffer are old, the critic is not: every update recomputes the advantages with the current critic. This is
+   ours; the authors store them (--no-recompute-advantages).
 4. Positive and negative advantages may have different widths (sigma, sigma * sigma_neg_ratio); a KL penalty to mu is optional.
 
 Docs: docs/gipo_continuous.md.  Method: https://arxiv.org/abs/2603.03955

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -381,6 +382,13 @@ def test_the_authors_choice_of_one_sample_decides_the_ranking(tmp_path):
     left_out = sum("ppo" not in study.authors_errors(*both, ARGS) for both in policies)
     narrow = counted[1]["gipo-0.1"] + counted[1]["gipo-0.3"]
     assert f"PPO in {left_out} of 18. Counted with the error that it has, PPO wins {counted[1]['ppo']} at one" in page
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for size, *entries in [map(int, row) for row in rows]:
+        alone, third = found["Without noclip"][size], found["With min(rho, 1)"][size]
+        gipo, others = [sum(n for name, n in counts.items() if "gipo" in name) for counts in (wins[size], alone)]
+        one = [wins[size][name] for name in ("noclip", "sapo-2", "ppo")]
+        assert entries == [gipo, *one, others, third["truncated-1"]]
     assert f"and GIPO {narrow}." in page and all(wins[size] == counted[size] for size in (16, 64, 512))
     assert (tmp_path / "authors.md").read_text() == (ROOT / "results" / "bias_variance" / "authors.md").read_text()
 
