@@ -34,10 +34,10 @@ import tyro
 LIBERO_REGIMES = ("fresh", "recent", "stale")  # its buffer sizes
 TUNING_SEEDS = range(1, 4)  # settings were chosen on them: they have a table of their own
 README_TASKS = "button-press-topdown door-open drawer-close drawer-open push reach window-close window-open".split()
-README_SEEDS = (4, 5, 6)  # its rows have all of these seeds
+README_SEEDS = (4, 5, 6)  # its rows have all of these seeds, and perhaps more
 README_SIZES = ("on-policy", "5120", "20000")  # more columns would not fit
 README_ROWS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5")  # a task is in its table once these have it, at the default replay size
-NUMBERS = {4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
+NUMBERS = {3: "Three", 4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
 SUITES = ("benchmark-*", "graphgpo-*", "popo-*", "vla-*")  # folders of benchmark.sh
 GRID_POINTS = 30  # of a collected curve
 CURVES = {  # name in the JSON -> TensorBoard tag
@@ -554,13 +554,11 @@ EXPLANATION += (
 EXPLANATION += "interval of a bootstrap over the seeds of each task, of a gap by Student's t, whose intervals are wider. "
 EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
-README_TABLE = "{tasks} Meta-World tasks{names}, three seeds each, {steps:,} steps. *Success*: share of the 50 training goals "
+README_TABLE = "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Success*: share of the 50 training goals "
 README_TABLE += (
-    "reached at the end. *Area*: mean success over all of training, larger where a task is learned earlier. Means of "
+    "reached at the end. *Area*: mean success over all of training, larger where a task is learned earlier. Means; "
 )
-README_TABLE += (
-    "{runs} runs; with 3 seeds the 95 % intervals are too narrow. `ppo-clip-0.2`: PPO with that clip on the same replay; "
-)
+README_TABLE += "with so few seeds the 95 % intervals are too narrow. `ppo-clip-0.2`: PPO with that clip on the same replay; "
 README_TABLE += "`ppo`: textbook PPO."
 DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
 DIAGNOSTICS += "mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
@@ -699,14 +697,24 @@ def tuning_table(runs: list[dict]) -> str:
 
 
 def readme_runs(runs: list[dict]) -> list[dict]:
-    """The tasks that all of README_ROWS have with every seed, if they are four or more; of these, the rows that have all."""
+    """The tasks that all of README_ROWS have with README_SEEDS, if they are four or more; of these, the rows that have all.
+
+    Of a replay size, further seeds count once all of README_ROWS have them on all these tasks.
+    """
     done = {(run["method"], run["regime"], run["env_id"], run["seed"]) for run in runs}
-    wanted = {task: {(f"{task}-v3", seed) for seed in README_SEEDS} for task in README_TASKS}
-    finished = [{(method, "5120", *one) for method in README_ROWS for one in wanted[task]} <= done for task in wanted]
-    wanted = set().union(*(cells for cells, whole in zip(wanted.values(), finished, strict=True) if whole))
-    runs = [run for run in runs if (run["env_id"], run["seed"]) in wanted]
+
+    def finished(regime, tasks, seeds):
+        return {(method, regime, task, seed) for method in README_ROWS for task in tasks for seed in seeds} <= done
+
+    tasks = [task for task in (f"{name}-v3" for name in README_TASKS) if finished("5120", [task], README_SEEDS)]
+    seeds = {
+        regime: {*README_SEEDS} | {run["seed"] for run in runs if finished(regime, tasks, [run["seed"]])}
+        for regime in {run["regime"] for run in runs}
+    }
+    runs = [run for run in runs if run["env_id"] in tasks and run["seed"] in seeds[run["regime"]]]
     rows = collections.Counter((run["regime"], run["method"]) for run in runs)
-    return [run for run in runs if sum(finished) >= 4 and rows[run["regime"], run["method"]] == len(wanted)]
+    whole = {row for row, count in rows.items() if count == len(tasks) * len(seeds[row[0]])}
+    return [run for run in runs if len(tasks) >= 4 and (run["regime"], run["method"]) in whole]
 
 
 def readme_table(runs: list[dict]) -> str:
@@ -1491,11 +1499,16 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
                 if len(tasks) == len(README_TASKS)
                 else f" of {NUMBERS[len(README_TASKS)].lower()} so far ({', '.join(tasks)})"
             )
-            words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps, "runs": len(tasks) * len(README_SEEDS)}
+            shown = [run for run in complete if run["regime"] in README_SIZES]
+            counts = {regime: len({run["seed"] for run in shown if run["regime"] == regime}) for regime in README_SIZES}
+            more = [
+                f", {NUMBERS[count].lower()} with a replay of {int(regime):,}" for regime, count in counts.items() if count > 3
+            ]
+            words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps}
+            words["seeds"] = f"{NUMBERS[len(README_SEEDS)].lower()} seeds each{''.join(more)}"
             link = f"[Per task, with diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
-            shown = readme_table([run for run in complete if run["regime"] in README_SIZES])
-            readme_block = "\n\n".join([text, shown, link]) + "\n"
+            readme_block = "\n\n".join([text, readme_table(shown), link]) + "\n"
     write_popo_report(args, write, new)
     readme = Path(args.readme)
     if readme.exists() and readme_block:

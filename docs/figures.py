@@ -111,15 +111,19 @@ def draw_weight() -> None:
     fig.savefig(IMAGES / "weight.png", dpi=110)
 
 
+def seeds_stored(name: str) -> set[int]:
+    """The seeds of a row's runs in results/."""
+    return {int(file.stem.rsplit("__", 1)[1]) for file in RUNS.glob(f"{name}__*.json")}
+
+
 def draw_curves() -> None:
-    """Success in training, a panel per task: mean over the seeds of the README's table, band from the worst to the best."""
+    """Success in training, a panel per task: mean over the seeds that every method has, band from the worst to the best."""
     fig, axes = plt.subplots(1, len(TASKS), figsize=(8.6, 2.5), sharey=True)
+    seeds_of = {(task, name): seeds_stored(f"{task}__{name}_{REPLAY}") for task in TASKS for name in METHODS}
+    seeds = sorted(set.intersection(*seeds_of.values()) - {*report.TUNING_SEEDS})
     for axis, task in zip(axes, TASKS, strict=True):
         for name, (label, style) in METHODS.items():
-            files = [RUNS / f"{task}__{name}_{REPLAY}__{seed}.json" for seed in report.README_SEEDS]
-            if not all(file.exists() for file in files):  # a method that is not finished
-                continue
-            runs = [json.loads(file.read_text()) for file in files]
+            runs = [json.loads((RUNS / f"{task}__{name}_{REPLAY}__{seed}.json").read_text()) for seed in seeds]
             curves = np.array([report.filled_curve(run, "success") for run in runs])
             steps = np.array(runs[0]["curves"]["steps"]) / 1000
             axis.plot(steps, curves.mean(0), label=label, **style)
@@ -129,7 +133,8 @@ def draw_curves() -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     axes[0].set_ylabel("success in training", fontsize=9)
-    fig.supxlabel("thousand steps in the environment (line: mean of three seeds, band: worst to best seed)", fontsize=8)
+    line = f"line: mean of {report.NUMBERS[len(seeds)].lower()} seeds, band: worst to best seed"
+    fig.supxlabel(f"thousand steps in the environment ({line})", fontsize=8)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=8, frameon=False)
     fig.tight_layout(rect=(0, 0, 1, 0.93))
     fig.savefig(IMAGES / "curves.png", dpi=110)

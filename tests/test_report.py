@@ -484,6 +484,18 @@ def test_readme_shows_complete_rows_only():
         assert report.readme_runs(lacking) == [] and report.readme_runs(lacking + gipo + others) == gipo
 
 
+def test_readme_counts_further_seeds_of_a_size_once_its_rows_have_them():
+    """Of that size alone, and not while one run is missing; a row that lacks them is left out."""
+    rows = [(method, size) for size in ("5120", "20000") for method in (*report.README_ROWS, "none")]
+    runs = [one for method, size in rows for one in every_readme_run(method, size, lambda i, seed: (1.0, 1, 0.5))]
+    more = [
+        run(method, "20000", 7, 1.0, 1, 0.5, f"{task}-v3") for method in report.README_ROWS for task in report.README_TASKS
+    ]
+    assert report.readme_runs(runs + more[1:]) == runs
+    without = [one for one in runs if (one["method"], one["regime"]) != ("none", "20000")]
+    assert report.readme_runs(runs + more) == without + more
+
+
 def test_readme_shows_the_tasks_that_are_finished():
     """Four at least, on which GIPO and both clips have every seed; rows are whole on these tasks, or not there."""
     runs = [
@@ -538,7 +550,7 @@ def test_readme_block(tmp_path):
     first, _, header, _, *rows, _, link = text.removeprefix(before).removesuffix(after).splitlines()
     names = ", ".join(task for task in report.README_TASKS if task != "window-open")
     assert first.startswith(f"Seven Meta-World tasks of eight so far ({names}), three seeds each, 300,000 steps.")
-    assert "21 runs" in first and first.endswith("; `ppo`: textbook PPO.")
+    assert first.endswith("; `ppo`: textbook PPO.")
     assert header == "| method | replay of 5,120: success | area |"
     assert [row.split(" [")[0].rsplit(" | ", 1)[0] for row in rows] == [
         *("| `gipo` | 0.75", "| `ppo-clip-0.2` | 0.60", "| `ppo-clip-0.5` | 0.70", "| `ppo`, without replay | 0.50"),
