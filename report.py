@@ -742,6 +742,22 @@ def readme_table(runs: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def lead_table(runs: list[dict]) -> str:
+    """GIPO against every clip on the same replay, over the tasks and seeds that both have: mean areas and their gap."""
+    rows = ["| replay | against | runs of each | GIPO's area | the other's | gap | GIPO's is larger in |", "|---" * 7 + "|"]
+    table = cells(runs)
+    for size, clip in [cell for cell in table if cell[1].startswith("ppo-clip-") and (cell[0], "gipo") in table]:
+        pair = matched(table[size, "gipo"], table[size, clip])
+        areas = [values(cell, list(cell), SCORES["area"]) for cell in pair]
+        gaps = [x - y for x, y in zip(*areas, strict=True)]
+        (gap, (low, high)), count = gap_and_interval(gaps), sum(map(len, gaps))
+        shown = span(gap, (low, high))
+        row = [f"{int(size):,}", f"clip of {clip.removeprefix('ppo-clip-')}", f"{count}"]
+        row += [number(mean_of_tasks(area)) for area in areas] + [f"**{shown}**" if low > 0 or high < 0 else shown]
+        rows.append("| " + " | ".join([*row, f"{sum((task > 0).sum() for task in gaps)} of {count}"]) + " |")
+    return "\n".join(rows)
+
+
 def task_table(runs: list[dict]) -> str:
     """One row per task, one column per method and regime, over the seeds: mean success (mean return).
 
@@ -1437,7 +1453,7 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
     for folder, text in (("graphgpo_sokoban", graphgpo_report(args, new)), ("vla_tiny", vla_report(args, new))):
         if text:
             write(results / folder / "tables.md", text)
-    readme_block = ""
+    readme_block = lead_block = ""
     for (steps, version), runs in sorted(groups.items()):
         for (regime, method), tasks in cells(runs).items():
             refuse_mixture(f"{method} {regime}, {steps:,} steps", [run for found in tasks.values() for run in found])
@@ -1509,12 +1525,12 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             link = f"[Per task, with diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
             readme_block = "\n\n".join([text, readme_table(shown), link]) + "\n"
+            lead_block = lead_table(complete) + "\n"
     write_popo_report(args, write, new)
-    readme = Path(args.readme)
-    if readme.exists() and readme_block:
-        text = readme.read_text()
-        pattern = re.compile(r"(<!-- benchmark -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
-        write(readme, pattern.sub(lambda match: match[1] + readme_block + match[2], text))
+    pattern = re.compile(r"(<!-- benchmark -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+    for file, block in ((Path(args.readme), readme_block), (Path(args.readme).with_name("docs") / "benchmark.md", lead_block)):
+        if file.exists() and block:
+            write(file, pattern.sub(lambda match, block=block: match[1] + block + match[2], file.read_text()))
     return changed
 
 
