@@ -128,7 +128,7 @@ case "$suite" in
     age) tasks="$FIVE" seeds="4 5 6" methods="$SIX" regimes="100000 512" steps=300000 ;;
     authors) tasks="$AUTHORS" seeds="4" methods="gipo ppo-clip-0.2 ppo-clip-0.5" regimes="20000" steps=300000 ;;
     tune) tasks="button-press-topdown-v3 door-open-v3" seeds="1 2" regimes="5120" steps=300000
-        methods=$(awk '$1 == "core" && $2 ~ /^(gipo(-sigma-[0-9.]+)?|ppo-clip-[0-9.]+)(-lr-6e-4)?$/ { print $2 }' <<<"$METHODS" | tr '\n' ' ') ;;
+        methods=$(awk '$1 == "core" && $2 ~ /^(gipo(-sigma-0.[15])?|ppo-clip-0.[1235])(-lr-6e-4)?$/ { print $2 }' <<<"$METHODS" | tr '\n' ' ') ;;
     gymnasium) tasks="$MUJOCO" seeds="4 5 6" methods="gipo ppo-clip-0.2 ppo" regimes="5120" steps=1000000 ;;
     graphgpo) tasks="Sokoban" seeds="1 2 3 4 5 6 7 8 9 10" methods="grpo gigpo graphgpo" regimes="-" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;

@@ -843,7 +843,8 @@ def open_run(run_folder: Path, args, config_json: dict, step: int, at_exit):
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
-    write_json(run_folder / "args.json", config_json | {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id})
+    more = {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id, "script": Path(__file__).name}
+    write_json(run_folder / "args.json", config_json | more)
     from torch.utils.tensorboard import SummaryWriter  # here: a second that --help need not wait
 
     writer = SummaryWriter(str(run_folder), purge_step=step + 1 if args.resume else None)
@@ -2663,7 +2664,9 @@ def saved_args(path: Path) -> Args:
     file = path / "args.json"
     if not path.is_dir():
         raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
-    saved = set(read_json(file)) - {"algorithm_version", "wandb_id"}
+    saved, script = set(read_json(file)) - {"algorithm_version", "wandb_id", "script"}, read_json(file).get("script")
+    if script not in (None, Path(__file__).name):  # a fork may differ in no argument
+        raise ArgumentError(f"--resume: {path} is a run of {script}: continue it with that file")
     if read_json(file).get("algorithm_version") != ALGORITHM_VERSION or saved != set(vars(Args())):
         raise ArgumentError(f"--resume: {path} is another script's or version's run: move it away and start anew")
     return Args(**stored_args(file, saved - {"evaluate", "resume"}) | {"resume": str(path), "run_dir": str(path.parent)})

@@ -1436,10 +1436,11 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(run_folder)])
         say(f"\nstopped at step {global_step:,}; continue with: {how}")
+        collector.close(timeout=60.0)  # simulators may take their time
         sys.exit(128 + stop_signals[0])
     if not args.eval_episodes:
         save_models(run_folder, agent, config, None, global_step)
-    collector.close(timeout=60.0)  # simulators may take their time
+    collector.close(timeout=60.0)
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -341,7 +341,7 @@ def is_stored(result: dict, file: Path) -> bool:
 def finished_runs(args: Args, folders: str, keys: dict[str, str], regimes: tuple[str, ...] = ()):
     """(folder, result) of every finished run that benchmark.sh may have started; others in its folders are only mentioned.
 
-    ReportError for two of one name, length, model and version, of which the tables would take turns.
+    ReportError for two of one name, length, model and version with other arguments, of which the tables would take turns.
     """
     seen = {}
     for path in sorted(Path(args.runs).glob(f"{folders}/*/result.json")):
@@ -354,8 +354,8 @@ def finished_runs(args: Args, folders: str, keys: dict[str, str], regimes: tuple
             print(f"not collected: {folder} ({why})")
             continue
         own = [result["args"].get(key) for key in ("total_timesteps", "total_episodes", "model")]
-        other = seen.setdefault((name, *own, result["versions"]["algorithm"]), folder)
-        if other != folder:
+        other, its = seen.setdefault((name, *own, result["versions"]["algorithm"]), (folder, identity(result)))
+        if its != identity(result):
             raise ReportError(f"{other} and {folder} hold runs of one name: move one of them out of {args.runs}")
         yield folder, result
 
@@ -1324,7 +1324,11 @@ def read_runs(folders: list[Path]) -> tuple[dict[tuple[str, str], list[dict]], l
     found, notes = collections.defaultdict(dict), []
     for path in [path for folder in folders for path in run_folders(folder)]:
         if not (path / "result.json").exists():
-            args, scalars = read(path / "args.json", {}), read_scalars(path, 0)
+            try:
+                args, scalars = read(path / "args.json", {}), read_scalars(path, 0)
+            except ReportError as error:
+                notes.append(f"unfinished: {error}")
+                continue
             step = max((points[-1][0] for points in scalars.values()), default=0)
             total = args.get("total_timesteps", args.get("total_episodes", "?"))
             notes.append(f"unfinished: {path}, at step {step} of {total}")
@@ -1517,9 +1521,8 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             )
             shown = [run for run in complete if run["regime"] in README_SIZES]
             counts = {regime: len({run["seed"] for run in shown if run["regime"] == regime}) for regime in README_SIZES}
-            more = [
-                f", {NUMBERS[count].lower()} with a replay of {int(regime):,}" for regime, count in counts.items() if count > 3
-            ]
+            words_of = {regime: NUMBERS.get(count, str(count)).lower() for regime, count in counts.items() if count > 3}
+            more = [f", {count} with a replay of {int(regime):,}" for regime, count in words_of.items()]
             words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps}
             words["seeds"] = f"{NUMBERS[len(README_SEEDS)].lower()} seeds each{''.join(more)}"
             link = f"[Per task, with diagnostics](results/benchmark-{name}.md)."
@@ -1529,7 +1532,7 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
     write_popo_report(args, write, new)
     pattern = re.compile(r"(<!-- benchmark -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
     for file, block in ((Path(args.readme), readme_block), (Path(args.readme).with_name("docs") / "benchmark.md", lead_block)):
-        if file.exists() and block:
+        if Path(args.readme).exists() and file.exists() and block:
             write(file, pattern.sub(lambda match, block=block: match[1] + block + match[2], file.read_text()))
     return changed
 

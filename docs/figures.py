@@ -133,7 +133,7 @@ def draw_curves() -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     axes[0].set_ylabel("success in training", fontsize=9)
-    line = f"line: mean of {report.NUMBERS[len(seeds)].lower()} seeds, band: worst to best seed"
+    line = f"line: mean of {report.NUMBERS.get(len(seeds), str(len(seeds))).lower()} seeds, band: worst to best seed"
     fig.supxlabel(f"thousand steps in the environment ({line})", fontsize=8)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=8, frameon=False)
     fig.tight_layout(rect=(0, 0, 1, 0.93))

@@ -474,6 +474,18 @@ def test_readme_table_by_hand():
     ]
 
 
+def test_lead_table_by_hand():
+    """Two tasks, two seeds: areas 0.3, 0.3 against 0.1, 0.2, and 0.2, 0.28 against 0.1, 0.2: gaps of 0.2, 0.1, 0.1, 0.08."""
+    runs = [run("gipo", "5120", seed, 1, 1, 0.6) for seed in (4, 5)]
+    runs += [run("gipo", "5120", 4, 1, 1, 0.4, "push-v3"), run("gipo", "5120", 5, 1, 1, 0.56, "push-v3")]
+    for task in ("reach-v3", "push-v3"):
+        runs += [run("ppo-clip-0.2", "5120", 4, 1, 1, 0.2, task), run("ppo-clip-0.2", "5120", 5, 1, 1, 0.4, task)]
+    runs += [run("ppo-clip-0.5", "20000", 4, 1, 1, 0.2), run("ppo", "on-policy", 4, 1, 1, 0.2)]  # without a partner
+    _, _, *rows = report.lead_table(runs).splitlines()
+    # Pooled variance (0.005 + 0.0002) / 2, t(2) = 4.303: 0.12, and 4.303 * sqrt(0.0026 * (1/2 + 1/2)) / 2 to either side.
+    assert rows == ["| 5,120 | clip of 0.2 | 4 | 0.27 | 0.15 | **0.12 [0.01, 0.23]** | 4 of 4 |"]
+
+
 def test_readme_shows_complete_rows_only():
     """A row that lacks one run is not shown, nor does a run of another task or seed stand in for it or count beside it."""
     gipo = [one for method in report.README_ROWS for one in every_readme_run(method, "5120", lambda i, seed: (1.0, 1, 0.5))]
@@ -543,8 +555,17 @@ def test_readme_block(tmp_path):
     few = sample("gipo_5120", seed=4)  # of another length: a table of its own, no place in the block
     few["args"]["total_timesteps"] = 2_000_000
     (longer / "few.json").write_text(json.dumps(few))
+    page = tmp_path / "docs" / "benchmark.md"
+    page.parent.mkdir()
+    page.write_text(before + old + after)
+    report.write_report(dataclasses.replace(args, readme=str(tmp_path / "none")))
+    assert page.read_text() == before + old + after  # it goes with the README
+    (tmp_path / "benchmark-300000-v1.md").unlink()
+    (tmp_path / "benchmark-2000000-v1.md").unlink()
     changed = report.write_report(args)
-    assert changed == [str(tmp_path / f"benchmark-{steps}-v1.md") for steps in (300000, 2000000)] + [str(readme)]
+    tables = [str(tmp_path / f"benchmark-{steps}-v1.md") for steps in (300000, 2000000)]
+    assert changed == [*tables, str(readme), str(page)]
+    assert "| 5,120 | clip of 0.2 | 21 | " in page.read_text() and page.read_text().endswith(after)
     text = readme.read_text()
     assert text.startswith(before) and text.endswith(after)
     first, _, header, _, *rows, _, link = text.removeprefix(before).removesuffix(after).splitlines()
@@ -698,6 +719,7 @@ def test_two_folders_of_one_run_are_refused(place):
     with pytest.raises(report.ReportError, match=f"benchmark-512/.* and {re.escape(str(other))} hold runs of one name"):
         report.main(place)
     assert stored(place) == before
+    shutil.copytree(Path(place.runs) / "benchmark-512", Path(place.runs) / "benchmark-512-backup")  # this one does no harm
     shutil.move(other.parent, Path(place.runs).parent)
     report.main(place)
     assert stored(place) == before
@@ -835,6 +857,19 @@ def test_runs_without_a_benchmark_are_compared(place, capsys):
     report.main(place)
     assert f"report.py --compare {place.runs} shows them" in capsys.readouterr().out
     assert "runs/512/reach-v3__gipo_20000__1.json" in stored(place) and not (Path(place.runs) / "compare.md").exists()
+
+
+def test_one_unfinished_run_that_cannot_be_read_stops_no_comparison(tmp_path, capsys):
+    finished_run(tmp_path, "gipo", 1)
+    folder = finished_run(tmp_path, "gipo", 2)
+    (folder / "result.json").unlink()
+    for _ in range(2):  # copied together from two machines
+        with SummaryWriter(folder) as writer:
+            for step in (64, 128):
+                writer.add_scalar("losses/entropy", 1.0, step)
+    rows, lines = compared(capsys, tmp_path)
+    assert rows[2][:3] == ["reach-v3", "gipo", "1"]
+    assert any(line.startswith(f"* unfinished: {folder}: its TensorBoard files are those of two runs") for line in lines)
 
 
 def test_runs_with_other_arguments_are_not_averaged(tmp_path, capsys):
@@ -1080,6 +1115,7 @@ def test_every_line_of_the_table_is_another_method(every_line):
             "gipo_continuous.py replays 5,120 steps: its line needs the word replay",
         ),
         ("gipo-cauchy gipo_continuous.py replay --kernel cauchy", None),
+        ("gipo-sigma-1 gipo_continuous.py replay --sigma 1", None),
         ("my_ppo my_ppo.py --gamma 0.98", None),
     ],
 )
@@ -1128,7 +1164,8 @@ def test_the_rows_differ_from_gipo_as_their_names_say(every_line):
     own = ppo_baseline.Args.__dataclass_fields__.keys() - gipo.keys()
     assert own == {"clip_coef", "update_epochs"}
     clips = {}
-    rows = [name for name in every_line["core"] if re.fullmatch(r"(gipo(-sigma-.*)?|sapo|none|ppo-clip-[^-]*)(-lr-.*)?", name)]
+    own = re.compile(r"(gipo(-sigma-0.[15])?|sapo|none|ppo-clip-0.[1235])(-lr-6e-4)?")
+    rows = [name for name in every_line["core"] if own.fullmatch(name)]
     assert len(rows) == 16
     for name in rows:  # and not a line of somebody's own
         exp_name, script, args = every_line["core"][name]

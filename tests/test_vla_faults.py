@@ -261,6 +261,9 @@ def test_resume_takes_the_folder_and_refuses_what_contradicts_it(tmp_path):
     with pytest.raises(vla.ArgumentError, match=r"--sigma 1.0 contradicts the run to resume, which has 0.3: drop the flag"):
         vla.main(vla.parse_args(["--resume", str(run), "--sigma", "1"]))
     content = json.loads((run / "args.json").read_text())
+    vla.write_json(run / "args.json", content | {"script": "mine.py"})  # a fork, which may differ in the code alone
+    with pytest.raises(vla.ArgumentError, match=f"{run} is a run of mine.py: continue it with that file"):
+        vla.parse_args(["--resume", str(run)])
     (run / "args.json").write_text(json.dumps(content | {"sigma": "wide"}))
     with pytest.raises(vla.ArgumentError, match=r"args.json: sigma is 'wide'"):
         vla.parse_args(["--resume", str(run)])
