@@ -1600,86 +1600,71 @@ def test_committed_runs_of_the_other_methods_count_as_finished(suite):
 
 
 def test_the_benchmark_page_says_what_version_2_says():
-    """Areas, pairs, push's range and the paper's scale that docs/benchmark.md quotes are those of the README's JSON files."""
+    """The sentences of docs/benchmark.md with numbers of version 2; its table is report.py's."""
     files = sorted((ROOT / "results" / "runs" / "300000-v2").glob("*.json"))
     table = report.cells(report.readme_runs(report.labelled({file: json.loads(file.read_text()) for file in files})))
-    page = (ROOT / "docs" / "benchmark.md").read_text()
+    page, readme = ((ROOT / name).read_text() for name in ("docs/benchmark.md", "README.md"))
     text = page.split("## Results")[1].split("\n## ")[0]
     tasks = sorted(table["5120", "gipo"])
-    assert [task.removesuffix("-v3") for task in tasks] == re.split(
-        ", | and ", text.split("so far: ")[1].split(", three seeds")[0]
-    )
+    assert ", ".join(task.removesuffix("-v3") for task in tasks[:-1]) in text.split("so far: ")[1].split(" and ")[0]
 
     def scores(cell, score):
-        return [np.array(values) for values in report.values(table[cell], tasks, score)]
+        return [np.array(values) for values in report.values(table[cell], tasks, report.SCORES.get(score, score))]
 
-    def with_interval(values):
-        return report.span(report.mean_of_tasks(values), report.bootstrap_interval(values, report.mean_of_tasks))
+    def gaps(ours, theirs, score="area"):
+        pair = report.matched(table[ours], table[theirs])
+        a, b = (report.values(cell, tasks, report.SCORES[score]) for cell in pair)
+        return [x - y for x, y in zip(a, b, strict=True)]
 
-    areas, leads = {}, {}
-    for size, method in [cell for cell in table if cell[0] != "on-policy"]:  # GIPO's is the first of its size
-        areas[size, method] = scores((size, method), report.SCORES["area"])
-        leads[size, method] = [a - b for a, b in zip(areas[size, "gipo"], areas[size, method], strict=True)]
-    for size, shown in (("512", "512"), ("5120", "5,120"), ("20000", "20,000")):
-        for clip in [clip for clip in ("0.2", "0.5") if (size, f"ppo-clip-{clip}") in areas]:
-            lead = leads[size, f"ppo-clip-{clip}"]
-            ours, theirs = (with_interval(areas[size, method]) for method in ("gipo", f"ppo-clip-{clip}"))
-            low, high = report.bootstrap_interval(lead, report.share_of_pairs)
-            wins = report.span(report.share_of_pairs(lead), (low, high))
-            wins = f"**{wins}**" if low > 0.5 else f"{wins}: not shown"
-            assert f"| clip of {clip} | {shown} | {ours} | {theirs} | {wins} |" in text
-    growth = [old - young for old, young in zip(leads["20000", "ppo-clip-0.2"], leads["5120", "ppo-clip-0.2"], strict=True)]
-    assert f"GIPO's lead over a clip of 0.2 grows by {with_interval(growth)}." in text
-    by_task = dict(zip(tasks, (lead.mean() for lead in leads["20000", "ppo-clip-0.2"]), strict=True))
-    assert (
-        sorted(by_task, key=by_task.get)[-2:] == ["button-press-topdown-v3", "door-open-v3"]
-        and by_task["drawer-open-v3"] < 0.02
-    )
-    alone = with_interval(scores(("on-policy", "ppo"), report.SCORES["area"]))
-    success = {
-        cell: f"{np.mean([run['eval_success_rate'] for runs in table[cell].values() for run in runs]):.0%}".replace("%", " %")
-        for cell in [("on-policy", "ppo"), ("512", "ppo-clip-0.2")]
-    }
-    assert f"Textbook PPO's mean area is {alone}, and it reaches {success['on-policy', 'ppo']} of the goals." in text
-    short = {cell: with_interval(found).split()[0] for cell, found in areas.items()}
-    fresh = short["512", "ppo-clip-0.2"]
-    assert f"(512 steps) has {fresh}, and reaches {success['512', 'ppo-clip-0.2']}." in text
-    gained = [
-        with_interval([old - new for old, new in zip(areas["5120", name], areas["512", name], strict=True)])
-        for name in ("ppo-clip-0.2", "gipo")
-    ]
+    def mean_of(cell, score="area"):
+        return report.mean_of_tasks(scores(cell, score))
+
+    def percent(cell):
+        return f"{100 * mean_of(cell, 'success'):.0f}"
+
+    old, narrow, wide = ("20000", "gipo"), ("20000", "ppo-clip-0.2"), ("20000", "ppo-clip-0.5")
+    by_task = {task.removesuffix("-v3"): f"{gap.mean():.2f}" for task, gap in zip(tasks, gaps(old, narrow), strict=True)}
+    for task, gap in by_task.items():
+        assert f"{gap} on {task}" in text
+    assert f"{percent(old)} and {percent(narrow)} % of the goals are reached" in text
+    growth = [a[:3] - b for a, b in zip(gaps(old, narrow), gaps(("5120", "gipo"), ("5120", "ppo-clip-0.2")), strict=True)]
+    assert f"(seeds 4 to 6) it grows by {report.span(*report.gap_and_interval(growth))}." in text
+    ppo, fresh, replayed = ("on-policy", "ppo"), ("512", "ppo-clip-0.2"), ("5120", "ppo-clip-0.2")
+    assert f"Textbook PPO's mean area is {mean_of(ppo):.2f}, and it reaches {percent(ppo)} % of the goals." in text
+    assert f"has {mean_of(fresh):.2f}, and reaches {percent(fresh)} %." in text
+    gained = [report.span(*report.gap_and_interval(gaps(("5120", name), ("512", name)))) for name in ("ppo-clip-0.2", "gipo")]
     assert f"it adds {gained[0]} to the area of a clip of 0.2, and {gained[1]} to GIPO's." in text
-    goals = [scores(("512", name), report.SCORES["success"]) for name in ("gipo", "ppo-clip-0.2")]
-    more = [a - b for a, b in zip(*goals, strict=True)]
-    low, high = report.bootstrap_interval(more, report.share_of_pairs)
-    assert f"in {100 * report.share_of_pairs(more):.0f} % [{100 * low:.0f}, {100 * high:.0f}] of the pairs" in text
+    goals = np.concatenate(gaps(("512", "gipo"), fresh, "success"))
+    words = f"has reached {percent(('512', 'gipo'))} % of the goals and the clip of 0.2 {percent(fresh)} %; "
+    assert f"{words}more in {(goals > 0).sum()} of {len(goals)} pairs, fewer in {(goals < 0).sum()}." in text
     ends = {name: [] for name in ("gipo", "ppo")}
-    for regime, method in [cell for cell in areas if cell[0] != "512"]:
+    for regime, method in [cell for cell in table if cell[0] in ("5120", "20000")]:
         ends[method.split("-")[0]] += [round(100 * run["eval_success_rate"]) for run in table[regime, method]["push-v3"]]
-    gipo, ppo = (f"{min(found)} to {max(found)} %" for found in ends.values())
-    assert f"GIPO's seeds end at {gipo} of the goals, PPO's with replay at {ppo}." in text
-    # The paper's scale: a task's worst of these three rows has 0, its best 1.
-    methods = "gipo", "ppo-clip-0.5", "ppo-clip-0.2"
-    returns = np.array([[x.mean() for x in scores(("20000", name), lambda run: run["train_return_mean"])] for name in methods])
-    low, high = returns.min(0), returns.max(0)
-    gipo, wide, narrow = ((returns - low) / (high - low)).mean(1)
-    assert f"would have {gipo:.2f} (GIPO), {wide:.2f} (clip of 0.5) and {narrow:.2f} (clip of 0.2)" in text
-    more = f"{returns[0].mean() / returns[2].mean() - 1:.0%}".replace("%", " %")
-    assert f"is {more} above" in text
-    readme = (ROOT / "README.md").read_text()
-    assert f"a clip of 0.2 has an area of {fresh} on fresh data, and {short['5120', 'ppo-clip-0.2']} with replay." in readme
-    assert narrow == 0 and f"it gives GIPO {gipo:.2f} and the clip of 0.2 zero, with returns {more} apart." in readme
+    gipo, clips = (f"{min(found)} to {max(found)} %" for found in ends.values())
+    assert f"GIPO's runs end at {gipo} of the goals, those of both clips at {clips}." in text
+    # The paper's scale: a task's worst of these three rows, by its mean, has 0, its best 1.
+    returns = [scores(cell, lambda run: run["train_return_mean"]) for cell in (old, wide, narrow)]
+    means = np.array([[x.mean() for x in row] for row in returns])
+    low, high = means.min(0), means.max(0)
+    scaled = [[(x - a) / (b - a) for x, a, b in zip(row, low, high, strict=True)] for row in returns]
+    plain, middle = (
+        [f"{statistic(row):.2f}" for row in scaled] for statistic in (report.mean_of_tasks, report.interquartile_mean)
+    )
+    assert "have {} (GIPO), {} (clip of 0.5) and {} (clip of 0.2) by means".format(*plain) in text
+    assert "and {}, {} and {} by interquartile means".format(*middle) in text
+    more = f"{100 * (means[0].mean() / means[2].mean() - 1):.0f} %"
+    assert f"differ by {more} only" in text
+    assert f"has an area of {mean_of(fresh):.2f} on fresh data, and {mean_of(replayed):.2f} with replay." in readme
+    assert "GIPO has {}, a clip of 0.5 {} and one of 0.2 {}".format(*plain) in readme
+    assert f"with returns {more} apart" in readme
 
 
 def test_the_benchmark_page_says_what_mujoco_gave():
-    """Hopper and HalfCheetah, one run per row."""
-    files = (ROOT / "results" / "runs" / "1000000-v2").glob("Hopper-v5__*.json")
-    found = {run["exp_name"]: f"{run['eval_return_mean']:,.0f}" for run in map(read_json, files) if run["seed"] == 4}
-    words = "is {} with `gipo`, {} with `ppo-clip-0.2` and {} with `ppo`"
-    words = words.format(*(found[name] for name in ("gipo_5120", "ppo-clip-0.2_5120", "ppo_on-policy")))
+    """HalfCheetah and Hopper, one run per row: the return at the end, and its mean over all of training."""
     page = (ROOT / "docs" / "benchmark.md").read_text()
-    files = [
-        ROOT / "results" / "runs" / "1000000-v2" / f"HalfCheetah-v5__{name}__4.json" for name in ("gipo_5120", "ppo_on-policy")
-    ]
-    cheetah = [f"{read_json(file)['eval_return_mean']:,.0f}" for file in files]
-    assert words in page and "it is {} with `gipo` and {} with `ppo`.".format(*cheetah) in page
+    for task in ("HalfCheetah-v5", "Hopper-v5"):
+        cells = []
+        for name in ("gipo_5120", "ppo-clip-0.2_5120", "ppo_on-policy"):
+            run = read_json(ROOT / "results" / "runs" / "1000000-v2" / f"{task}__{name}__4.json")
+            cells.append(f"{run['eval_return_mean']:,.0f} ({report.mean_from_start(run, 'return'):,.0f})")
+        assert f" | {' | '.join(cells)} |\n" in page[page.index(f"| {task}") :]
