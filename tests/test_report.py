@@ -1648,7 +1648,8 @@ def test_the_benchmark_page_says_what_version_2_says():
     low, high = means.min(0), means.max(0)
     scaled = [[(x - a) / (b - a) for x, a, b in zip(row, low, high, strict=True)] for row in returns]
     plain, middle = (
-        [f"{statistic(row):.2f}" for row in scaled] for statistic in (report.mean_of_tasks, report.interquartile_mean)
+        [f"{round(statistic(row), 2) + 0.0:.2f}" for row in scaled]
+        for statistic in (report.mean_of_tasks, report.interquartile_mean)
     )
     assert "have {} (GIPO), {} (clip of 0.5) and {} (clip of 0.2) by means".format(*plain) in text
     assert "and {}, {} and {} by interquartile means".format(*middle) in text
