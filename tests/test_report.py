@@ -1647,10 +1647,8 @@ def test_the_benchmark_page_says_what_version_2_says():
     means = np.array([[x.mean() for x in row] for row in returns])
     low, high = means.min(0), means.max(0)
     scaled = [[(x - a) / (b - a) for x, a, b in zip(row, low, high, strict=True)] for row in returns]
-    plain, middle = (
-        [f"{round(statistic(row), 2) + 0.0:.2f}" for row in scaled]
-        for statistic in (report.mean_of_tasks, report.interquartile_mean)
-    )
+    both = report.mean_of_tasks, report.interquartile_mean
+    plain, middle = ([f"{round(statistic(row), 2) + 0.0:.2f}" for row in scaled] for statistic in both)
     assert "have {} (GIPO), {} (clip of 0.5) and {} (clip of 0.2) by means".format(*plain) in text
     assert "and {}, {} and {} by interquartile means".format(*middle) in text
     more = f"{100 * (means[0].mean() / means[2].mean() - 1):.0f} %"
