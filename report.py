@@ -555,11 +555,9 @@ EXPLANATION += "interval of a bootstrap over the seeds of each task, of a gap by
 EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
 README_TABLE = "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Success*: share of the 50 training goals "
-README_TABLE += (
-    "reached at the end. *Area*: mean success over all of training, larger where a task is learned earlier. Means; "
-)
-README_TABLE += "with so few seeds the 95 % intervals are too narrow. `ppo-clip-0.2`: PPO with that clip on the same replay; "
-README_TABLE += "`ppo`: textbook PPO."
+README_TABLE += "reached by the final policy. *Area*: mean success over all of training, from 0 to 1, larger where a task is "
+README_TABLE += "learned earlier; in brackets its 95 % interval, too narrow with so few seeds. `ppo-clip-0.2`: PPO with that "
+README_TABLE += "clip on the same replay; `ppo`: textbook PPO."
 DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
 DIAGNOSTICS += "mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
 BY_TASK = (
