@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -296,9 +297,15 @@ def test_compiled_run_equals_the_eager_one(script, inline, tmp_path):
 
 
 @ALL_SCRIPTS
-def test_two_threads(script, tmp_path):
+def test_two_threads(script, tmp_path, monkeypatch):
     process, folder = run_script(script, tmp_path, *SPECIAL["threads"].split())
     assert process.returncode == 0 and read_json(folder / "result.json")["args"]["torch_threads"] == 2, process.stderr
+    module, threads = importlib.import_module(script), set()
+    original = module.compute_loss
+    monkeypatch.setattr(module, "compute_loss", lambda *args: threads.add(torch.get_num_threads()) or original(*args))
+    main, args = arguments(script, run_dir=str(tmp_path / "inline"), torch_threads=2)
+    main(args)
+    assert threads == {2}
 
 
 @ALL_SCRIPTS
@@ -492,6 +499,64 @@ def test_gradients_of_both_networks_are_clipped(script, tmp_path):
     main(args)
     hook.remove()
     assert norms and max(norms) < 1.01e-3
+    assert min(norms) > 0.99e-3  # each apart: together the larger one would leave the other next to nothing
+
+
+def test_every_epoch_of_ppo_takes_every_step_once(tmp_path, monkeypatch):
+    """In minibatches, each with an update."""
+    module, seen = importlib.import_module("ppo_baseline"), []
+    original = module.compute_loss
+    monkeypatch.setattr(
+        module, "compute_loss", lambda agent, mb, args: seen.append(mb["actions"]) or original(agent, mb, args)
+    )
+    main, args = arguments("ppo_baseline", run_dir=str(tmp_path), minibatch_size=16, update_epochs=3, total_timesteps=64)
+    main(args)
+    (every,) = (read_pt(path)["replay"]["actions"].flatten() for path in tmp_path.glob("*/checkpoint.pt"))
+    assert [len(mb) for mb in seen] == [16] * 12 and len(every.unique()) == 64
+    for epoch in range(3):
+        assert torch.equal(torch.cat(seen[4 * epoch : 4 * epoch + 4]).flatten().sort().values, every.sort().values)
+
+
+@ALL_SCRIPTS
+def test_the_normaliser_has_seen_the_observations_that_were_acted_on(script, tmp_path):
+    main, args = arguments(script, run_dir=str(tmp_path), buffer_size=64, total_timesteps=64)
+    main(args)
+    (checkpoint,) = map(read_pt, tmp_path.glob("*/checkpoint.pt"))
+    torch.testing.assert_close(checkpoint["model"]["obs_mean"], checkpoint["replay"]["obs"].flatten(0, 1).mean(0))
+
+
+@ALL_SCRIPTS
+def test_both_step_sizes_warm_up(script, tmp_path):
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append([g["lr"] for g in optimizer.param_groups]))
+    extra = {"lr_schedule": "constant", "critic_lr_schedule": "constant", "learning_rate": 1e-4, "critic_learning_rate": 1e-3}
+    main, args = arguments(script, run_dir=str(tmp_path), lr_warmup=0.5, total_timesteps=256, buffer_size=64, **extra)
+    main(args)
+    hook.remove()
+    found = sorted({tuple(round(rate, 9) for rate in pair) for pair in rates})
+    assert found == [(0.0, 0.0), (5e-5, 5e-4), (1e-4, 1e-3)]
+
+
+@ALL_SCRIPTS
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(script, tmp_path, monkeypatch):
+    module, calls = importlib.import_module(script), []
+    original = module.compute_loss
+
+    def breaks(agent, mb, args):
+        loss, stats = original(agent, mb, args)
+        calls.append(loss)
+        return loss, stats | ({"losses/value_loss": stats["losses/value_loss"] * math.nan} if iteration() == 3 else {})
+
+    def iteration():
+        once = args.update_epochs if script == "ppo_baseline" else args.updates_per_iteration
+        return (len(calls) - 1) // once + 1
+
+    monkeypatch.setattr(module, "compute_loss", breaks)
+    main, args = arguments(script, run_dir=str(tmp_path), total_timesteps=256, checkpoint_every=1, buffer_size=64)
+    with pytest.raises(module.BadNumber, match="losses/value_loss is nan at step 192"):
+        main(args)
+    (checkpoint,) = map(read_pt, tmp_path.glob("*/checkpoint.pt"))
+    assert checkpoint["iteration"] == 2
 
 
 def test_epochs_of_ppo_are_shuffled(tmp_path, monkeypatch):

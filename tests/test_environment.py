@@ -573,6 +573,59 @@ def test_evaluation_of_mt10_reports_every_task():
     assert result["success_rate"] == 1.0
 
 
+class OneStep:
+    """An environment of MT10 that ends at once; the first three tasks succeed, and the fifth on its first goal."""
+
+    action_space, unwrapped = gym.spaces.Box(-1.0, 1.0, (4,)), property(lambda self: self)
+
+    def __init__(self, idx):
+        self.idx = idx
+
+    def get_wrapper_attr(self, name):
+        return {"toggle_sample_tasks_on_reset": lambda on: None, "tasks": range(50)}[name]
+
+    def set_task(self, goal):
+        self.goal = goal
+
+    def reset(self, seed):
+        return np.zeros(3), {}
+
+    def step(self, action):
+        success = float(self.idx < 3 or (self.idx, self.goal) == (4, 0))
+        return np.zeros(3), 0.0, True, False, {"return": 10.0 * self.idx + self.goal, "length": 1, "success": success}
+
+    def close(self):
+        pass
+
+
+def test_the_success_of_a_task_is_that_of_its_own_episodes(monkeypatch):
+    monkeypatch.setattr(gipo, "make_env", lambda args, idx, render_mode=None: lambda: OneStep(idx))
+    agent = SimpleNamespace(obs_mean=torch.zeros(1))
+    agent.get_action_and_logprob = lambda obs, deterministic: (torch.zeros(len(obs), 4), None, None)
+    result = gipo.evaluate(agent, gipo.Args(env_id="MT10", num_envs=10), 3)
+    expected = [1.0, 1.0, 1.0, 0.0, pytest.approx(1 / 3), 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert result["success_by_task"] == dict(zip(gipo.MT10, expected, strict=True))
+    assert result["returns"] == [10.0 * task + goal for task in range(10) for goal in range(3)]
+    assert result["success_rate"] == pytest.approx(10 / 30)
+
+
+@pytest.mark.parametrize("script", [gipo, ppo], ids=["gipo", "ppo"])
+def test_mt10_is_evaluated_on_few_goals_before_the_end(script, monkeypatch, tmp_path):
+    asked = []
+    result = {"success_rate": 0.0, "return_mean": 0.0, "episodes": 1, "returns": [0.0]}
+    monkeypatch.setattr(script, "evaluate", lambda agent, args, episodes, *_: asked.append(episodes) or result)
+    monkeypatch.setattr(script, "make_env", lambda args, idx, render_mode=None: make_pendulum(script, idx))
+    sizes = {"num_envs": 10, "num_steps": 4, "minibatch_size": 8, "buffer_size": 80, "hidden_size": 8, "overlap": False}
+    args = script.Args(env_id="MT10", run_dir=str(tmp_path), total_timesteps=80, eval_every=40, eval_episodes=7, **sizes)
+    script.main(args)
+    assert asked == [5, 7]
+
+
+def make_pendulum(script, idx):
+    """In the place of Meta-World's environments, which take seconds to build."""
+    return lambda: script.EpisodeRecorder(gym.make("Pendulum-v1"))
+
+
 def test_a_stopped_evaluation_of_mt10_builds_no_more_environments(monkeypatch):
     """The signal comes while the second task's are built."""
     stop_signals, built, make_env = [], [], gipo.make_env

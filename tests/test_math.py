@@ -255,7 +255,8 @@ def test_mean_of_weighted_ratios_stays_below_the_hoeffding_bound():
     for logratio, advantages in (worst_case, wide):
         tails = {}
         for method in ("gipo-gaussian", "none"):
-            objective, _, _ = surrogate(method, torch.tensor(logratio), torch.tensor(advantages))
+            sigma = {"sigma": 1.0} if method == "gipo-gaussian" else {}
+            objective, _, _ = surrogate(method, torch.tensor(logratio), torch.tensor(advantages), **sigma)
             means = objective.mean(1)
             for e in (0.5, 0.6, 0.8):
                 tails[method, e] = ((means - means.mean()).abs() >= e).double().mean().item()
@@ -263,6 +264,7 @@ def test_mean_of_weighted_ratios_stays_below_the_hoeffding_bound():
             limit = 2 * math.exp(-samples * e**2 / (2 * bound**2))
             assert limit < 0.5  # else the bound says nothing
             assert tails["gipo-gaussian", e] <= limit
+            assert tails["gipo-gaussian", 0.5] > 0 or logratio is wide[0]  # the worst case is one
             if logratio is wide[0]:
                 assert tails["none", e] > limit
 
@@ -827,7 +829,47 @@ def test_loss_against_its_parts(script, head, ratio, vtrace):
     for name, value in logged.items():
         assert stats[f"losses/{name}"].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert loss.item() == pytest.approx(total, rel=1e-4, abs=1e-6)
-    assert stats["gipo/logratio_std"].item() == pytest.approx(per_sample.std(), rel=1e-4)
+    rho = np.exp(per_sample)
+    trust = np.array([expected(method, x, advantage)[1] for x, advantage in zip(per_sample.flat, repeated.flat, strict=True)])
+    coefficient = trust * rho.flatten()
+    diagnostics = {
+        "losses/approx_kl": (rho - 1 - per_sample).mean(),
+        "losses/clipfrac": (abs(rho - 1) > 0.2).mean(),
+        "losses/explained_variance": 1 - (returns - data.values).var() / returns.var(),
+        "gipo/trust_mean": trust.mean(),
+        "gipo/trust_min": trust.min(),
+        "gipo/effective_sample_size": coefficient.mean() ** 2 / (coefficient**2).mean(),
+        "gipo/utilization": (coefficient > 1e-3).mean(),
+        "gipo/logratio_std": per_sample.std(),
+    }
+    assert stats.keys() == {f"losses/{name}" for name in logged} | diagnostics.keys()
+    for name, value in diagnostics.items():
+        assert stats[name].item() == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+@SCRIPTS
+def test_the_floor_of_the_advantages_is_relative_to_their_largest_spread(script):
+    """With a hundred times the spread before, a floor of a tenth makes the gradient a tenth, whatever the rewards' scale."""
+    agent, gradients = make_agent("gaussian"), []
+    args = script.Args(policy_head="gaussian", hidden_size=16, ent_coef=0.0, adv_std_floor=0.1)
+    mb = minibatch(script, agent)
+    _, _, _, spread = loss_and_gradient(script.compute_loss, agent, mb, args)
+    for peak in (spread, 100 * spread):
+        agent.zero_grad()
+        agent.adv_std_peak.copy_(peak)
+        script.compute_loss(agent, mb, args)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in agent.actor_parameters()]))
+    torch.testing.assert_close(10 * gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+    assert gradients[0].norm() > 1e-2
+
+
+def test_normalised_observations_are_cut_on_both_sides():
+    agent = make_agent("gaussian")
+    assert agent.normalize(torch.tensor([[-1e9, 0.0, 1e9]]).repeat(1, OBS_DIM)[:, :OBS_DIM]).unique().tolist() == [
+        -10.0,
+        0.0,
+        10.0,
+    ]
 
 
 @SCRIPTS

@@ -713,6 +713,53 @@ def test_a_process_that_ends_is_named(script, async_envs, register, tmp_path):
         script.main(args)
 
 
+class Ledger(Walk):
+    """Episodes of one step, of which the n-th pays n."""
+
+    length, paid = 1, 0
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        self.paid += 1
+        return obs, float(self.paid), *rest
+
+
+@SCRIPTS
+def test_logged_returns_are_those_of_the_environment(script, register, run):
+    """Not scaled, at the steps at which they ended; a run's own average is that of the last hundred episodes."""
+    folder = run(script, register(Ledger), total_timesteps=240, reward_scale=0.01)
+    scalars = read_scalars(folder)
+    assert sorted(scalars["charts/episodic_return"]) == [(2 * n, float(n)) for n in range(1, 121) for _ in range(2)]
+    assert {value for _, value in scalars["charts/episodic_length"]} == {1.0}
+    assert read_json(folder / "result.json")["train_return_mean"] == sum(range(71, 121)) / 50
+
+
+@SCRIPTS
+def test_stored_advantages_survive_a_resume(script, register, run):
+    """Without recomputation the replay's own advantages are what an update reads."""
+    env_id, flags = register(Walk), {"recompute_advantages": False, "checkpoint_every": 32}
+    whole, resumed = (run(script, env_id, stop_at=stop_at, **flags) for stop_at in (None, 4))
+    assert differences(state_of(whole), state_of(resumed)) == []
+
+
+@SCRIPTS
+def test_a_batch_that_scores_otherwise_than_the_actor_is_noticed(script, register, monkeypatch):
+    """The alarm gipo/log_ratio_max: the largest difference of a joint log-probability."""
+    collector = script.Collector(script.Args(env_id=register(Walk), **SIZES))
+    collector.reset()
+    weights = collector.agent.state_dict()
+    assert collector.collect(weights, 1)["log_ratio_max"] < 1e-4
+    original = script.Agent.get_action_and_logprob
+
+    def scored(self, obs, action=None, **kwargs):
+        out, logprob, entropy = original(self, obs, action, **kwargs)
+        return out, logprob + (0.25 if action is not None else 0.0), entropy
+
+    monkeypatch.setattr(script.Agent, "get_action_and_logprob", scored)
+    assert collector.collect(weights, 1)["log_ratio_max"] == pytest.approx(0.25, abs=1e-4)
+    collector.close()
+
+
 class Simulator(Walk):
     """It starts a program and ends it as one does, at leisure."""
 

@@ -357,5 +357,9 @@ def test_the_seed_decides(script, tmp_path):
     flags = [*PENDULUM, "--total-timesteps", "500", "--seed"]
     folders = [run_inline(script, tmp_path / name, [*flags, name[0]]) for name in ("1a", "1b", "2")]
     assert_equal_runs(folders[0], folders[1])
+    one, two = (read_pt(folder / "checkpoint.pt") for folder in folders[1:])
+    for part in ("generator", "collector"):  # minibatches and actions: each seed has its own draws
+        draws = [state[part]["generator"] if part == "collector" else state[part] for state in (one, two)]
+        assert not torch.equal(*draws)
     first, other = (read_pt(folder / "model.pt")["model"] for folder in folders[1:])
     assert any(name.startswith("/actor") for name in differences(first, other))
