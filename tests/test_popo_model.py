@@ -172,7 +172,6 @@ def test_kl_penalty_to_the_start_policy(model, tmp_path, monkeypatch):
     """It is 0 in the first update, positive later, and a large weight keeps the policy near the start."""
     monkeypatch.setattr(popo.TextCountdown, "rewards", some_reward)
     distances = []
-    start = Qwen2ForCausalLM.from_pretrained(model).state_dict()
     for weight in (1e-9, 10.0):
         run = tmp_path / str(weight)
         popo.main(arguments(model, run, kl_coef=weight, total_timesteps=120, eval_every=0, eval_episodes=0))
@@ -181,7 +180,6 @@ def test_kl_penalty_to_the_start_policy(model, tmp_path, monkeypatch):
         assert all(value >= 0 for value in kl) and kl[0] < kl[-1]
         distances.append(kl[-1])
     assert distances[1] < 0.5 * distances[0]
-    assert start
 
 
 def test_export(model, tmp_path, monkeypatch, capsys):

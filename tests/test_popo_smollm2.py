@@ -37,7 +37,7 @@ def test_two_updates_of_the_real_model(tmp_path, capsys, monkeypatch):
     scalars = read_scalars(folder)
     assert max(value for _, value in scalars["is/log_ratio_max_fresh"]) < 1e-3
     assert max(value for _, value in scalars["batch/frac_well_formed"]) > 0.3
-    assert bool(differences(start, trained)) == any(value > 0 for _, value in scalars["losses/grad_norm"])
+    assert differences(start, trained)  # if by the entropy bonus alone, where all answers to each prompt score alike
     out = capsys.readouterr().out
     assert "eval at 24 rollouts" in out and " to make " in out and "evaluation: 2 of 2 problems" in out
 

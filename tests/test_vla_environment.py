@@ -458,7 +458,7 @@ if __name__ == "__main__":
 
 @NOTHING_WITHOUT_ASSETS
 def test_errors_of_the_user_reach_the_user(envs, tmp_path):
-    """A worker's ValueError is raised in the main process; other errors restart it three times at most."""
+    """An error in a worker restarts it three times at most."""
     with pytest.raises(RuntimeError, match="3 times in a row"):
         envs.call(0, vla.LiberoEnv.reset, 0, 999)
     assert reset(envs, [0], [0])[0]["images"].std() > 10

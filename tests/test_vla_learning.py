@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import functools
 import json
-import math
 import socket
 import subprocess
 import sys
@@ -477,7 +476,6 @@ def test_bad_arguments_are_named(flags, words):
     args = dataclasses.replace(vla.Args(model="x/y", cuda=False), **flags)
     with pytest.raises(ValueError, match=words):
         vla.check_args(args)
-    assert math.isfinite(args.gamma)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
