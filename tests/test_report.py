@@ -1635,7 +1635,7 @@ def test_the_benchmark_page_says_what_version_2_says():
     by_task = {task.removesuffix("-v3"): f"{gap.mean():.2f}" for task, gap in zip(tasks, gaps(old, narrow), strict=True)}
     for task, gap in by_task.items():
         assert f"{gap} on {task}" in text
-    assert f"{percent(old)} and {percent(narrow)} % of the goals are reached" in text
+    assert f"GIPO has reached {percent(old)} % of the goals, the clip {percent(narrow)} %." in text
     growth = [a[:3] - b for a, b in zip(gaps(old, narrow), gaps(("5120", "gipo"), ("5120", "ppo-clip-0.2")), strict=True)]
     assert f"(seeds 4 to 6) it grows by {report.span(*report.gap_and_interval(growth))}." in text
     ppo, fresh, replayed = ("on-policy", "ppo"), ("512", "ppo-clip-0.2"), ("5120", "ppo-clip-0.2")
