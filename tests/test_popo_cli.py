@@ -304,9 +304,10 @@ def test_lag(method, tmp_path, monkeypatch):
         assert all({group["version"] for group in groups} <= {i - 2} for i, groups in enumerate(pushed))
 
 
-def test_resumed_with_a_lag(tmp_path, monkeypatch):
-    """The batches that wait are part of the checkpoint."""
-    flags = f"{TWO} --lag 4 --objective gipo"
+@pytest.mark.parametrize("more", ["--lag 4 --objective gipo", "--kl-coef 0.1"])
+def test_resumed_with_a_lag_or_a_reference(more, tmp_path, monkeypatch):
+    """The batches that wait are part of the checkpoint, and so is the start policy that the penalty keeps to."""
+    flags = f"{TWO} {more}"
     _, reference = run_inline(tmp_path / "reference", flags)
     original = popo.generate_groups
 
