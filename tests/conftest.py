@@ -25,7 +25,9 @@ TINY = "--num-envs 2 --num-steps 32 --buffer-size 256 --minibatch-size 64 --hidd
 
 # Files whose tests start scripts or the LIBERO simulator: `pytest -m "not slow"` leaves them out.
 SLOW = "cli cuda graphgpo_cli graphgpo_model graphgpo_smollm2 learning odd_environments ownership popo_cli popo_model"
-SLOW += " popo_smollm2 report resume vla_environment vla_faults vla_learning vla_policy vla_script vla_sharded wiring"
+SLOW += (
+    " popo_smollm2 report resume vla_environment vla_faults vla_learning vla_policy vla_script vla_sharded vla_wiring wiring"
+)
 SLOW = [f"test_{name}" for name in SLOW.split()]
 
 STARTED = []  # processes of start_command

@@ -262,6 +262,7 @@ def test_running_out_of_steps_is_a_failure_unless_told_otherwise(monkeypatch, bo
     assert outcome["terminations"].tolist() == [1, not bootstrap, 0, 0] and outcome["dones"].tolist() == [1, 1, 1, 0]
     assert outcome["executed"].tolist() == [8, 8, 0, 8] and simulators.ended.tolist() == [True, True, True, False]
     assert simulators.proprio[:, 0].tolist() == [1, 1, 0, 1]  # the replaced one keeps the last observation
+    assert outcome["rewards"].tolist() == [1, 0, 0, 0]
     assert [e["length"] for e in simulators.episodes] == [8, 8, 0, 8] and simulators.episodes[0]["return"] == 1.0
 
 
@@ -368,11 +369,13 @@ def test_rows_of_replaced_simulators_alone_in_a_piece():
 def test_a_simulator_stays_on_its_task():
     args, rng = SimpleNamespace(tasks=(0, 1, 2), task_sampling="uniform", train_init_states=40), np.random.default_rng(0)
     args.episodes_per_task = 4
-    failures, episode, tasks = {t: [] for t in range(3)}, {}, []
+    failures, episode, tasks, later = {t: [] for t in range(3)}, {}, [], set()
     for _ in range(400):
         task, state, repeat = vla.next_episode(episode, failures, args, rng)
         episode = {"task": task, "init_state": state, "repeat": repeat}
         tasks.append(task)
+        later |= {state} if repeat > 1 else set()
+    assert later == set(range(40))  # of training's initial states alone, and a new one each time
     blocks = np.reshape(tasks, (100, 4))
     assert (blocks == blocks[:, :1]).all() and set(blocks[:, 0]) == {0, 1, 2}
     args.episodes_per_task = 1
