@@ -1664,8 +1664,10 @@ def test_the_benchmark_page_says_what_version_2_says():
     assert f"differ by {more} only" in text
     words = f"textbook PPO {mean_of(ppo):.2f}, a clip of 0.2 in GIPO's setup {mean_of(fresh):.2f} on fresh data, "
     assert f"{words}{mean_of(replayed):.2f} with replay." in readme
-    assert f"By means GIPO has {plain[0]}, a clip of 0.2 {plain[2]}, " in readme
-    assert f"with returns {more} apart" in readme
+    assert f"So scaled GIPO has {middle[0]}, a clip of 0.2 {middle[2]}, with returns {more} apart." in readme
+    leads = dict(zip(tasks, gaps(old, narrow), strict=True))  # "all ten pairs on the first two tasks, and in four of ten"
+    first = [leads.pop(f"{name}-v3") for name in ("door-open", "button-press-topdown")]
+    assert (np.concatenate(first) > 0).all() and (np.concatenate([*leads.values()]) > 0).sum() == 4
 
 
 def test_the_benchmark_page_says_what_mujoco_gave():
