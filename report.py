@@ -1520,7 +1520,7 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             shown = [run for run in complete if run["regime"] in README_SIZES]
             counts = {regime: len({run["seed"] for run in shown if run["regime"] == regime}) for regime in README_SIZES}
             words_of = {regime: NUMBERS.get(count, str(count)).lower() for regime, count in counts.items() if count > 3}
-            more = [f", {count} with a replay of {int(regime):,}" for regime, count in words_of.items()]
+            more = [f" ({count} with a replay of {int(regime):,})" for regime, count in words_of.items()]
             words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps}
             words["seeds"] = f"{NUMBERS[len(README_SEEDS)].lower()} seeds each{''.join(more)}"
             link = f"[Per task, with diagnostics](results/benchmark-{name}.md)."

@@ -303,8 +303,10 @@ def test_two_threads(script, tmp_path, monkeypatch):
     module, threads = importlib.import_module(script), set()
     original = module.compute_loss
     monkeypatch.setattr(module, "compute_loss", lambda *args: threads.add(torch.get_num_threads()) or original(*args))
+    before = torch.get_num_threads()
     main, args = arguments(script, run_dir=str(tmp_path / "inline"), torch_threads=2)
     main(args)
+    torch.set_num_threads(before)
     assert threads == {2}
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import time
 import traceback
@@ -784,6 +785,24 @@ def test_programs_that_an_environment_starts_are_ended(script, async_envs, regis
     Simulator.folder.mkdir()
     folder = run(script, register(Simulator), async_envs=async_envs)
     assert (folder / "result.json").exists() and not [*Simulator.folder.iterdir()]
+
+
+@SCRIPTS
+def test_a_stopped_run_waits_for_its_simulators(script, register, run, tmp_path, monkeypatch):
+    """Its checkpoint is written; two seconds, as after an error, would be too short for their close()."""
+    monkeypatch.setattr(Simulator, "folder", tmp_path / "programs")
+    Simulator.folder.mkdir()
+    original, stopped = script.Agent.update_normalizer, []
+
+    def stop(self, obs):
+        if not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGTERM))
+        original(self, obs)
+
+    monkeypatch.setattr(script.Agent, "update_normalizer", stop)
+    with pytest.raises(SystemExit) as ended:
+        run(script, register(Simulator))
+    assert ended.value.code == 128 + signal.SIGTERM and not [*Simulator.folder.iterdir()]
 
 
 @SCRIPTS

@@ -1664,7 +1664,8 @@ def test_the_benchmark_page_says_what_version_2_says():
     assert f"differ by {more} only" in text
     words = f"textbook PPO {mean_of(ppo):.2f}, a clip of 0.2 in GIPO's setup {mean_of(fresh):.2f} on fresh data, "
     assert f"{words}{mean_of(replayed):.2f} with replay." in readme
-    assert f"So scaled GIPO has {middle[0]}, a clip of 0.2 {middle[2]}, with returns {more} apart." in readme
+    words = f"a clip of 0.5 has {middle[1]}, GIPO {middle[0]}, a clip of 0.2 {middle[2]}, with mean returns {more} apart."
+    assert words in readme
     leads = dict(zip(tasks, gaps(old, narrow), strict=True))  # "all ten pairs on the first two tasks, and in four of ten"
     first = [leads.pop(f"{name}-v3") for name in ("door-open", "button-press-topdown")]
     assert (np.concatenate(first) > 0).all() and (np.concatenate([*leads.values()]) > 0).sum() == 4
