@@ -1637,7 +1637,9 @@ def test_the_benchmark_page_says_what_version_2_says():
         assert f"{gap} on {task}" in text
     assert f"GIPO has reached {percent(old)} % of the goals, the clip {percent(narrow)} %." in text
     growth = [a[:3] - b for a, b in zip(gaps(old, narrow), gaps(("5120", "gipo"), ("5120", "ppo-clip-0.2")), strict=True)]
-    assert f"(seeds 4 to 6) it grows by {report.span(*report.gap_and_interval(growth))}." in text
+    young = report.mean_of_tasks(gaps(("5120", "gipo"), ("5120", "ppo-clip-0.2")))
+    every = f"; with the lead of all five seeds by about {report.mean_of_tasks(gaps(old, narrow)) - young:.2f}."
+    assert f"(seeds 4 to 6) it grows by {report.span(*report.gap_and_interval(growth))}{every}" in text
     ppo, fresh, replayed = ("on-policy", "ppo"), ("512", "ppo-clip-0.2"), ("5120", "ppo-clip-0.2")
     assert f"Textbook PPO's mean area is {mean_of(ppo):.2f}, and it reaches {percent(ppo)} % of the goals." in text
     assert f"has {mean_of(fresh):.2f}, and reaches {percent(fresh)} %." in text
