@@ -176,7 +176,7 @@ def test_a_missing_curve_is_missing(missing):
     gipo, clip = [row.strip("| ").split(" | ") for row in report.aggregate_table(runs).splitlines()[2:]]
     assert clip[4] == "0.10 [0.10, 0.10]" and gipo[3:6] == ["1.00 [1.00, 1.00]", "-", "10"]
     (row,) = [row.strip("| ").split(" | ") for row in report.same_replay_table(runs).splitlines()[2:]]
-    assert row[6] == "- against 0.10" and row[8] == "-" and row[9] == "1.00 [1.00, 1.00]"
+    assert row[6] == "- against 0.10" and row[7] == row[9] == "-" and row[8] == row[10] == "1.00 [1.00, 1.00]"
     figure = report.plot_curves(runs)
     figure.canvas.draw()
     words = figure._supylabel.get_window_extent()
@@ -1016,7 +1016,9 @@ def test_only_rows_with_the_same_tasks_are_compared():
     clip = [r | {"method": "ppo-clip-0.2"} for r in gipo]
     runs, scope = report.comparable([ppo[0], *gipo, *clip, part])
     assert runs == [ppo[0], gipo[0], clip[0], part] and scope == "Over the 1 tasks that every row has (reach):"
-    assert report.comparable([ppo[0], gipo[1]]) == ([], "Over the 0 tasks that every row has (none):")
+    runs, scope = report.comparable([ppo[0], gipo[1]])  # nothing in common: one of them stays
+    assert runs == [gipo[1]]
+    assert scope == "Over the 1 tasks that every row has (push); without the rows on other tasks (ppo on-policy):"
 
 
 def test_diagnostics_table_by_hand():
