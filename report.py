@@ -1428,11 +1428,11 @@ def compare(folders: list[Path]) -> None:
     notes = "\n".join(f"* {note}" for note in notes)
     parts = [comparison_table(runs), LEGEND] if runs else []
     text = "\n\n".join(part for part in [*parts, notes] if part)
-    print(text)
     if runs:
         file.write_text(f"{text}\n\n![training curves](compare.png)\n")
         draw(file.with_suffix(".png"), plot_comparison, runs)
-        print(f"\nwritten: {file}, {file.with_suffix('.png')}")
+        text += f"\n\nwritten: {file}, {file.with_suffix('.png')}"
+    print(text, flush=True)
 
 
 # -------------------- Report --------------------
@@ -1573,3 +1573,5 @@ if __name__ == "__main__":
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

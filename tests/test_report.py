@@ -844,6 +844,15 @@ def test_comparison_by_hand(tmp_path, capsys):
         assert box.height > 150 and figure.legends[0].get_window_extent().y0 > box.y1
 
 
+def test_a_reader_that_stops_reading_breaks_no_comparison(tmp_path):
+    """As `| head -1` does."""
+    finished_run(tmp_path, "gipo")
+    command = [sys.executable, str(ROOT / "report.py"), "--compare", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 0 and (tmp_path / "compare.png").exists()
+
+
 def test_runs_without_a_benchmark_are_compared(place, capsys):
     """--runs does it where there is nothing else to do; results/ and the README stay as they are."""
     plain = Path(place.runs).parent / "mine"
