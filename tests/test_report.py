@@ -1644,8 +1644,11 @@ def test_the_benchmark_page_says_what_version_2_says():
 
     old, narrow, wide = ("20000", "gipo"), ("20000", "ppo-clip-0.2"), ("20000", "ppo-clip-0.5")
     by_task = {task.removesuffix("-v3"): f"{gap.mean():.2f}" for task, gap in zip(tasks, gaps(old, narrow), strict=True)}
-    for task, gap in by_task.items():
-        assert f"{gap} on {task}" in text
+    words = "GIPO leads a clip of 0.2 by {door-open} on door-open and by {button-press-topdown} on button-press-topdown"
+    assert words.format(**by_task) in text
+    assert "On push and drawer-open it leads by {push} and {drawer-open}, in four of ten.".format(**by_task) in text
+    three, five = (np.mean([gap[:count].mean() for gap in gaps(old, narrow)]) for count in (3, 5))
+    assert f"that over a clip of 0.2 from {three:.2f} to {five:.2f}." in text
     assert f"GIPO has reached {percent(old)} % of the goals, the clip {percent(narrow)} %." in text
     growth = [a[:3] - b for a, b in zip(gaps(old, narrow), gaps(("5120", "gipo"), ("5120", "ppo-clip-0.2")), strict=True)]
     young = report.mean_of_tasks(gaps(("5120", "gipo"), ("5120", "ppo-clip-0.2")))
@@ -1671,13 +1674,12 @@ def test_the_benchmark_page_says_what_version_2_says():
     scaled = [[(x - a) / (b - a) for x, a, b in zip(row, low, high, strict=True)] for row in returns]
     both = report.mean_of_tasks, report.interquartile_mean
     plain, middle = ([f"{round(statistic(row), 2) + 0.0:.2f}" for row in scaled] for statistic in both)
-    assert "have {} (GIPO), {} (clip of 0.5) and {} (clip of 0.2) by means".format(*plain) in text
-    assert "and {}, {} and {} by interquartile means".format(*middle) in text
+    assert f"as in the paper | {' | '.join(middle)} |\n| mean | {' | '.join(plain)} |" in text
     more = f"{100 * (means[0].mean() / means[2].mean() - 1):.0f} %"
     assert f"differ by {more} only" in text
-    words = f"textbook PPO {mean_of(ppo):.2f}, a clip of 0.2 in GIPO's setup {mean_of(fresh):.2f} on fresh data, "
-    assert f"{words}{mean_of(replayed):.2f} with replay." in readme
-    words = f"a clip of 0.5 has {middle[1]}, GIPO {middle[0]}, a clip of 0.2 {middle[2]}, with mean returns {more} apart."
+    words = f"Textbook PPO's area is {mean_of(ppo):.2f}; with GIPO's setup it is {mean_of(fresh):.2f} on fresh data. "
+    assert f"{words}Replay makes it {mean_of(replayed):.2f}." in readme
+    words = f"So scaled GIPO has {middle[0]}, a clip of 0.2 {middle[2]}; their mean returns are {more} apart."
     assert words in readme
     leads = dict(zip(tasks, gaps(old, narrow), strict=True))  # "all ten pairs on the first two tasks, and in four of ten"
     first = [leads.pop(f"{name}-v3") for name in ("door-open", "button-press-topdown")]
