@@ -34,6 +34,8 @@ import tyro
 LIBERO_REGIMES = ("fresh", "recent", "stale")  # its buffer sizes
 TUNING_SEEDS = range(1, 4)  # settings were chosen on them: they have a table of their own
 README_TASKS = "button-press-topdown door-open drawer-close drawer-open push reach window-close window-open".split()
+PAPER_TASKS = "assembly basketball bin-picking box-close button-press button-press-topdown button-press-topdown-wall".split()
+PAPER_TASKS += "button-press-wall coffee-button coffee-pull".split()
 README_SEEDS = (4, 5, 6)  # its rows have all of these seeds, and perhaps more
 README_SIZES = ("on-policy", "5120", "20000")  # more columns would not fit
 README_ROWS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5")  # a task is in its table once these have it, at the default replay size
@@ -741,19 +743,58 @@ def readme_table(runs: list[dict]) -> str:
 
 
 def lead_table(runs: list[dict]) -> str:
-    """GIPO against every clip on the same replay, over the tasks and seeds that both have: mean areas and their gap."""
+    """GIPO against every method on the same replay that has its tasks with README_SEEDS, over the tasks and seeds that both
+    have: mean areas and their gap."""
     rows = ["| replay | against | runs of each | GIPO's area | the other's | gap | GIPO's is larger in |", "|---" * 7 + "|"]
     table = cells(runs)
-    for size, clip in [cell for cell in table if cell[1].startswith("ppo-clip-") and (cell[0], "gipo") in table]:
-        pair = matched(table[size, "gipo"], table[size, clip])
+    for (size, other), tasks in table.items():
+        own = table.get((size, "gipo"), {})
+        whole = all({run["seed"] for run in tasks.get(task, [])} >= set(README_SEEDS) for task in own)
+        if not own or not whole or other == "gipo" or is_variant({"method": other}):
+            continue
+        pair = matched(own, tasks)
         areas = [values(cell, list(cell), SCORES["area"]) for cell in pair]
         gaps = [x - y for x, y in zip(*areas, strict=True)]
         (gap, (low, high)), count = gap_and_interval(gaps), sum(map(len, gaps))
         shown = span(gap, (low, high))
-        row = [f"{int(size):,}", f"clip of {clip.removeprefix('ppo-clip-')}", f"{count}"]
-        row += [number(mean_of_tasks(area)) for area in areas] + [f"**{shown}**" if low > 0 or high < 0 else shown]
-        rows.append("| " + " | ".join([*row, f"{sum((task > 0).sum() for task in gaps)} of {count}"]) + " |")
+        name = {"none": "no weight", "sapo": "SAPO"}.get(other, other.replace("ppo-clip-", "clip of "))
+        row = [f"{int(size):,}", name, f"{count}", *(number(mean_of_tasks(area)) for area in areas)]
+        row += [f"**{shown}**" if low > 0 or high < 0 else shown, f"{sum((task > 0).sum() for task in gaps)} of {count}"]
+        rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
+
+
+def paper_score(rows: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    """The rows' returns on the paper's scale: of each task the worst row's mean becomes 0 and the best row's 1.
+
+    `rows` has per method one array per task. A task on which all means are equal is left out.
+    """
+    tasks = [task for task in zip(*rows, strict=True) if np.ptp([scores.mean() for scores in task]) > 0]
+    ends = [(min(means), max(means)) for means in ([scores.mean() for scores in task] for task in tasks)]
+    scaled = [[(scores - low) / (high - low) for scores in task] for task, (low, high) in zip(tasks, ends, strict=True)]
+    return [list(row) for row in zip(*scaled, strict=True)]
+
+
+def paper_table(runs: list[dict]) -> str:
+    """GIPO and both clips with 20,000 steps of replay on the paper's tasks: success at the end, and the paper's measure, the
+    return of the last 100 training episodes. One run each, with the first seed; empty unless every task has all three."""
+    wanted = [f"{name}-v3" for name in PAPER_TASKS]
+    table = cells([run for run in runs if run["env_id"] in wanted and run["seed"] == README_SEEDS[0]])
+    rows = [table.get(("20000", method), {}) for method in README_ROWS]
+    if not all(set(row) == set(wanted) for row in rows):
+        return ""
+    success = [values(row, wanted, SCORES["success"]) for row in rows]
+    returns = [values(row, wanted, lambda run: run["train_return_mean"]) for row in rows]
+    score = [f"{interquartile_mean(row) + 0.0:.2f}" for row in paper_score(returns)]
+    names = [method.replace("ppo-clip-", "clip of ").replace("gipo", "GIPO") for method in README_ROWS]
+    lines = ["| task | " + " | ".join([*(f"success: {names[0]}", *names[1:]), *(f"return: {names[0]}", *names[1:])]) + " |"]
+    lines.append("|---" * (1 + 2 * len(rows)) + "|")
+    for i, task in enumerate(PAPER_TASKS):
+        cells_of_task = [f"{row[i].mean():.2f}" for row in success] + [f"{row[i].mean():,.0f}" for row in returns]
+        lines.append(f"| {task} | " + " | ".join(cells_of_task) + " |")
+    means = [f"{mean_of_tasks(row):.2f}" for row in success] + [f"{mean_of_tasks(row):,.0f}" for row in returns]
+    lines += ["| mean | " + " | ".join(means) + " |", "| the paper's score | | | | " + " | ".join(score) + " |"]
+    return "\n".join(lines)
 
 
 def task_table(runs: list[dict]) -> str:
@@ -1455,7 +1496,7 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
     for folder, text in (("graphgpo_sokoban", graphgpo_report(args, new)), ("vla_tiny", vla_report(args, new))):
         if text:
             write(results / folder / "tables.md", text)
-    readme_block = lead_block = ""
+    readme_block = lead_block = paper_block = ""
     for (steps, version), runs in sorted(groups.items()):
         for (regime, method), tasks in cells(runs).items():
             refuse_mixture(f"{method} {regime}, {steps:,} steps", [run for found in tasks.values() for run in found])
@@ -1526,11 +1567,18 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             link = f"[Per task, with diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
             readme_block = "\n\n".join([text, readme_table(shown), link]) + "\n"
-            lead_block = lead_table(complete) + "\n"
+            of_all_methods = [run for run in main if run["env_id"] in {one["env_id"] for one in complete}]
+            lead_block = lead_table(of_all_methods) + "\n"
+            paper_block = paper_table(known) + "\n"
     write_popo_report(args, write, new)
     pattern = re.compile(r"(<!-- benchmark -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
-    for file, block in ((Path(args.readme), readme_block), (Path(args.readme).with_name("docs") / "benchmark.md", lead_block)):
-        if Path(args.readme).exists() and file.exists() and block:
+    docs = Path(args.readme).with_name("docs")
+    for file, block in (
+        (Path(args.readme), readme_block),
+        (docs / "benchmark.md", lead_block),
+        (docs / "paper.md", paper_block),
+    ):
+        if Path(args.readme).exists() and file.exists() and block.strip():
             write(file, pattern.sub(lambda match, block=block: match[1] + block + match[2], file.read_text()))
     return changed
 

@@ -475,15 +475,49 @@ def test_readme_table_by_hand():
 
 
 def test_lead_table_by_hand():
-    """Two tasks, two seeds: areas 0.3, 0.3 against 0.1, 0.2, and 0.2, 0.28 against 0.1, 0.2: gaps of 0.2, 0.1, 0.1, 0.08."""
-    runs = [run("gipo", "5120", seed, 1, 1, 0.6) for seed in (4, 5)]
-    runs += [run("gipo", "5120", 4, 1, 1, 0.4, "push-v3"), run("gipo", "5120", 5, 1, 1, 0.56, "push-v3")]
-    for task in ("reach-v3", "push-v3"):
-        runs += [run("ppo-clip-0.2", "5120", 4, 1, 1, 0.2, task), run("ppo-clip-0.2", "5120", 5, 1, 1, 0.4, task)]
+    """Two tasks, three seeds: areas 0.3, 0.3, 0.3 and 0.2, 0.28, 0.24 against 0.1, 0.2, 0.15 on both."""
+    levels = {"reach-v3": (0.6, 0.6, 0.6), "push-v3": (0.4, 0.56, 0.48)}  # twice the areas
+    runs = [run("gipo", "5120", seed, 1, 1, levels[task][seed - 4], task) for task in levels for seed in (4, 5, 6)]
+    for task in levels:
+        clips = [run("ppo-clip-0.2", "5120", seed, 1, 1, (0.2, 0.4, 0.3)[seed - 4], task) for seed in (4, 5, 6)]
+        # SAPO lacks the last seed, and a variant is no method of the benchmark's own: no rows.
+        none = [run("none", "5120", seed, 1, 1, 1.0, task) for seed in (4, 5, 6)]
+        runs += [*clips, *none, *(one | {"method": "sapo"} for one in none[:2])]
+        runs += [one | {"method": "gipo-sigma-0.5"} for one in clips]
     runs += [run("ppo-clip-0.5", "20000", 4, 1, 1, 0.2), run("ppo", "on-policy", 4, 1, 1, 0.2)]  # without a partner
     _, _, *rows = report.lead_table(runs).splitlines()
-    # Pooled variance (0.005 + 0.0002) / 2, t(2) = 4.303: 0.12, and 4.303 * sqrt(0.0026 * (1/2 + 1/2)) / 2 to either side.
-    assert rows == ["| 5,120 | clip of 0.2 | 4 | 0.27 | 0.15 | **0.12 [0.01, 0.23]** | 4 of 4 |"]
+    # Gaps 0.2, 0.1, 0.15 and 0.1, 0.08, 0.09: pooled variance (0.005 + 0.0002) / 4, t(4) = 2.776: 0.12, and
+    # 2.776 * sqrt(0.0013 * (1/3 + 1/3)) / 2 to either side. Against 0.5 throughout: -0.2 and -0.3, -0.22, -0.26.
+    # Their pooled variance is (0 + 0.0032) / 4: 2.776 * sqrt(0.0008 * 2/3) / 2 = 0.03.
+    assert rows == [
+        "| 5,120 | clip of 0.2 | 6 | 0.27 | 0.15 | **0.12 [0.08, 0.16]** | 6 of 6 |",
+        "| 5,120 | no weight | 6 | 0.27 | 0.50 | **-0.23 [-0.26, -0.20]** | 0 of 6 |",
+    ]
+
+
+def test_paper_score_by_hand():
+    """A task's worst mean has 0 and its best 1, single runs lie beyond; a task on which all are equal is left out."""
+    gipo, clip = [np.array([4.0, 8.0]), np.array([1.0]), np.array([3.0])], [np.array([2.0]), np.array([1.0]), np.array([5.0])]
+    best, worst = report.paper_score([gipo, clip])
+    assert [scores.tolist() for scores in best] == [[0.5, 1.5], [0.0]]
+    assert [scores.tolist() for scores in worst] == [[0.0], [1.0]]
+
+
+def test_paper_table_by_hand():
+    """Ten tasks, one seed; nothing before every task has all three rows."""
+    runs = []
+    for i, task in enumerate(report.PAPER_TASKS):
+        for method, success, level in (("gipo", 1.0, 100 + i), ("ppo-clip-0.2", 0.5, 0), ("ppo-clip-0.5", 0.25, 200)):
+            runs.append(run(method, "20000", 4, success, 1, 1.0, f"{task}-v3") | {"train_return_mean": level})
+    others = [run("gipo", "20000", 5, 0.0, 1, 1.0, "assembly-v3"), run("gipo", "5120", 4, 0.0, 1, 1.0, "assembly-v3")]
+    others = [one | {"train_return_mean": 9} for one in others] + [run("gipo", "20000", 4, 0.0, 1, 1.0, "push-v3")]
+    assert report.paper_table(runs[1:] + others) == ""
+    header, _, first, *middle, means, score = report.paper_table(runs + others).splitlines()
+    assert header == "| task | success: GIPO | clip of 0.2 | clip of 0.5 | return: GIPO | clip of 0.2 | clip of 0.5 |"
+    assert first == "| assembly | 1.00 | 0.50 | 0.25 | 100 | 0 | 200 |" and len(middle) == 9
+    assert means == "| mean | 1.00 | 0.50 | 0.25 | 104 | 0 | 200 |"
+    # Scores 0.500, 0.505, ... 0.545 of GIPO: the middle six have the mean 0.5225.
+    assert score == "| the paper's score | | | | 0.52 | 0.00 | 1.00 |"
 
 
 def test_readme_shows_complete_rows_only():
@@ -1250,6 +1284,9 @@ def test_runs_of_the_other_suites(checkout, suite, runs, seeds):
     lines = [line.split() for line in commands(suite, cwd=checkout)]
     assert len(lines) == runs and len({tuple(line) for line in lines}) == runs
     assert {int(line[line.index("--seed") + 1]) for line in lines} == seeds
+    if suite == "authors":  # what report.paper_table wants
+        cells = {(line[line.index("--env-id") + 1], line[line.index("--exp-name") + 1]) for line in lines}
+        assert cells == {(f"{task}-v3", f"{row}_20000") for task in report.PAPER_TASKS for row in report.README_ROWS}
     if suite == "tune":
         names = {line[line.index("--exp-name") + 1] for line in lines}
         assert names == {f"{name}_5120" for of, name, _ in table_of_methods() if of == "core" and name[:4] in ("gipo", "ppo-")}
