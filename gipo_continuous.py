@@ -56,6 +56,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -770,6 +771,7 @@ def policy_objective(logratio, advantages, args):
         tau = torch.where(advantages > 0, args.sapo_tau_pos, args.sapo_tau_neg)  # GIPO: its published baselines, by flag
         gate = torch.sigmoid(tau * (torch.exp(logratio.clamp(max=MAX_LOG_COEF)) - 1.0))
         return 4.0 / tau * gate * advantages, (4.0 * gate * (1.0 - gate)).detach()
+    assert args.trust_weight in ("gipo", "none"), f"--trust-weight {args.trust_weight} has no lines here"
     log_trust = torch.zeros_like(logratio)
     if args.trust_weight == "gipo":
         log_trust = gipo_log_weight(logratio, advantages, args.sigma, args.sigma * args.sigma_neg_ratio, args.kernel)
@@ -1332,7 +1334,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         line = f"eval at {global_step:,}: return {evaluation['return_mean']:.1f}"
         if evaluation["success_rate"] is not None:
             writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
-            line += f", success {evaluation['success_rate']:.0%} of {evaluation['episodes']} goals"
+            what = "goals" if args.env_id in [*META_WORLD, "MT10"] else "episodes"
+            line += f", success {evaluation['success_rate']:.0%} of {evaluation['episodes']} {what}"
         for task, success in evaluation.get("success_by_task", {}).items():
             writer.add_scalar(f"eval/success_rate/{task}", success, global_step)
         say(line)
@@ -1405,6 +1408,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         sps = global_step / seconds["training"]
         scalars |= {"charts/SPS": sps, "charts/learning_rate": actor_group["lr"]}
         scalars |= {"gipo/log_ratio_max": rollout["log_ratio_max"]}
+        if rollout["log_ratio_max"] > 0.01:
+            text = "gipo/log_ratio_max is above 0.01: with equal weights acting and learning give other log-probabilities."
+            warnings.warn(f"{text} Has Agent a state, dropout or batch statistics?", stacklevel=1)  # shown once
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
         for name, value in scalars.items():
             if not math.isfinite(value):

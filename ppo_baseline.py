@@ -52,6 +52,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -1314,7 +1315,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         line = f"eval at {global_step:,}: return {evaluation['return_mean']:.1f}"
         if evaluation["success_rate"] is not None:
             writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
-            line += f", success {evaluation['success_rate']:.0%} of {evaluation['episodes']} goals"
+            what = "goals" if args.env_id in [*META_WORLD, "MT10"] else "episodes"
+            line += f", success {evaluation['success_rate']:.0%} of {evaluation['episodes']} {what}"
         for task, success in evaluation.get("success_by_task", {}).items():
             writer.add_scalar(f"eval/success_rate/{task}", success, global_step)
         say(line)
@@ -1391,6 +1393,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         sps = global_step / seconds["training"]
         scalars |= {"charts/SPS": sps, "charts/learning_rate": actor_group["lr"]}
         scalars |= {"gipo/log_ratio_max": rollout["log_ratio_max"]}
+        if rollout["log_ratio_max"] > 0.01:
+            text = "gipo/log_ratio_max is above 0.01: with equal weights acting and learning give other log-probabilities."
+            warnings.warn(f"{text} Has Agent a state, dropout or batch statistics?", stacklevel=1)  # shown once
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
         for name, value in scalars.items():
             if not math.isfinite(value):

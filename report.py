@@ -560,8 +560,7 @@ README_TABLE = "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Succ
 README_TABLE += "reached by the final policy. *Area*: mean success over all of training, from 0 to 1, larger where a task is "
 README_TABLE += "learned earlier; in brackets its 95 % interval, too narrow with so few seeds. `ppo-clip-0.2`: PPO with that "
 README_TABLE += "clip on the same replay; `ppo`: textbook PPO."
-DIAGNOSTICS = "Median minutes of a run, on one core beside other runs (they depend on the machine and its load); diagnostics, "
-DIAGNOSTICS += "mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
+DIAGNOSTICS = "Diagnostics, mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
 BY_TASK = (
     "Mean success of the deterministic policy at the end (mean return), by task. Without a success flag: mean return, and "
 )
@@ -824,12 +823,11 @@ def task_table(runs: list[dict]) -> str:
 
 
 def diagnostics_table(runs: list[dict]) -> str:
-    """One row per replay size and method: median minutes of a run, and diagnostics, means over the first and last fifth."""
+    """One row per replay size and method: diagnostics, means over the first and last fifth."""
     shown = [name for name in CURVES if name not in ("return", "success")]
-    rows = ["| replay | method | minutes | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 3) + "|"]
+    rows = ["| replay | method | " + " | ".join(shown).replace("_", " ") + " |\n" + "|---" * (len(shown) + 2) + "|"]
     for (regime, method), tasks in cells(runs).items():
-        minutes = np.median([run["wall_seconds"] / 60 for group in tasks.values() for run in group])
-        row = [regime, method, f"{minutes:.1f}"]
+        row = [regime, method]
         for name in shown:
             curves = [run["curves"].get(name, []) for group in tasks.values() for run in group]
             fifths = [[v for curve in curves for v in curve[part] if v is not None] for part in (slice(6), slice(-6, None))]
@@ -1337,12 +1335,12 @@ COLUMNS = {  # of the table of --compare: what it shows of a run
     "success": lambda run: run["eval_success_rate"],
     "return": lambda run: run["eval_return_mean"],
     "training return": lambda run: run["train_return_mean"],
-    "area, success": lambda run: mean_from_start(run, "success"),
+    "area, success": lambda run: area_under_curve(run, "success"),
     "area, return": lambda run: mean_from_start(run, "return"),
     "steps/s": lambda run: run["sps"],
 }
 LEGEND = "Mean [lowest, highest] over the seeds. success, return: of the final evaluation; training return: of the last 100 "
-LEGEND += "episodes; area: mean of the training curve, from the first finished episode on."
+LEGEND += "episodes; area: mean of the training curve. Before the first finished episode success is 0; returns begin with it."
 
 
 def mean_from_start(run: dict, name: str) -> float:
@@ -1567,8 +1565,8 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             link = f"[Per task, with diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
             readme_block = "\n\n".join([text, readme_table(shown), link]) + "\n"
-            of_all_methods = [run for run in main if run["env_id"] in {one["env_id"] for one in complete}]
-            lead_block = lead_table(of_all_methods) + "\n"
+            own_cells = {(run["regime"], run["env_id"], run["seed"]) for run in complete}  # other methods may lack some
+            lead_block = lead_table([r for r in main if (r["regime"], r["env_id"], r["seed"]) in own_cells]) + "\n"
             paper_block = paper_table(known) + "\n"
     write_popo_report(args, write, new)
     pattern = re.compile(r"(<!-- benchmark -->\n).*?(<!-- /benchmark -->)", re.DOTALL)

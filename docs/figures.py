@@ -41,12 +41,12 @@ IMAGES = Path(__file__).resolve().parent / "images"
 RUNS = IMAGES.parent.parent / "results" / "runs" / "300000-v2"
 REPLAY = 20_000  # steps
 TASKS = ("button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "push-v3")
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#666666"  # of Okabe and Ito, 2008; also apart in grey
+BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # of Okabe and Ito, 2008; also apart in grey
 
 
 METHODS = {  # of the benchmark -> label and style of its line
     "gipo": ("GIPO", {"color": BLUE, "linestyle": "-", "linewidth": 2.2}),
-    "ppo-clip-0.5": ("PPO, clip 0.5", {"color": RED, "linestyle": "-."}),
+    "ppo-clip-0.5": ("PPO, clip 0.5", {"color": GREEN, "linestyle": "-."}),
     "ppo-clip-0.2": ("PPO, clip 0.2", {"color": RED, "linestyle": "--"}),
 }
 
@@ -94,7 +94,7 @@ def draw_weight() -> None:
         for name, script, flags, style in (
             ("no weight", gipo, "--trust-weight none", {"color": GREY, "linestyle": ":"}),
             ("PPO, clip 0.2", ppo, "--clip-coef 0.2", {"color": RED, "linestyle": "--"}),
-            ("PPO, clip 0.5", ppo, "--clip-coef 0.5", {"color": RED, "linestyle": "-."}),
+            ("PPO, clip 0.5", ppo, "--clip-coef 0.5", {"color": GREEN, "linestyle": "-."}),
             ("GIPO, sigma 0.2", gipo, "--sigma 0.2", {"color": BLUE, "linestyle": "-", "linewidth": 2.4}),
         ):
             axis.plot(logratio, coefficient(script, flags, logratio, advantage), label=name, **style)

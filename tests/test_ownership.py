@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -563,6 +564,25 @@ def test_an_encoder_that_a_fork_adds_is_trained(script, tmp_path, monkeypatch):
     assert change.min() > 1e-6 and change.max() > 1e-4
     moments = [state["exp_avg"].shape for state in checkpoint["optimizer"]["state"].values()]
     assert moments.count((3, 3)) == 1  # Pendulum's three numbers, and no other layer has this shape
+
+
+@ALL_SCRIPTS
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_acting_and_learning_that_differ_are_reported(script, rate, tmp_path, monkeypatch):
+    """Dropout, as a state that is not reset would, gives the same weights two log-probabilities."""
+    module, args = code_args(script, tmp_path)
+
+    class Fork(module.Agent):
+        def normalize(self, obs):
+            return torch.nn.functional.dropout(super().normalize(obs) + 1.0, rate)
+
+    monkeypatch.setattr(module, "Agent", Fork)
+    args.overlap = False
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        module.main(args)
+    shown = [str(one.message) for one in caught if "gipo/log_ratio_max" in str(one.message)]
+    assert len(shown) == (rate > 0)  # once, in many iterations
 
 
 # -------------------- Terminals --------------------

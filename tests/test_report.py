@@ -284,15 +284,17 @@ def test_rows_of_tuning_and_diagnostics_are_averaged_over_equal_tasks(tmp_path):
     folder.mkdir(parents=True)
     args = report.Args(results=str(tmp_path), readme="none")
     for seed in (1, 4):  # of tuning, and of the tables
-        easy = sample(seed=seed, eval_success_rate=1.0, wall_seconds=60)
-        hard = sample(seed=seed, eval_success_rate=0.0, wall_seconds=600) | {"env_id": "push-v3"}
-        other = sample("sapo_20000", seed=seed, eval_success_rate=0.5, wall_seconds=60)
+        easy = sample(seed=seed, eval_success_rate=1.0)
+        easy["curves"]["utilization"] = [0.75] * 30
+        hard = easy | {"env_id": "push-v3", "eval_success_rate": 0.0}
+        hard["curves"] = easy["curves"] | {"utilization": [0.25] * 30}
+        other = sample("sapo_20000", seed=seed, eval_success_rate=0.5)
         for name, one in (("easy", easy), ("hard", hard), ("other", other)):
             (folder / f"{name}{seed}.json").write_text(json.dumps(one))
     report.write_report(args)
     text = (tmp_path / "benchmark-300000-v1.md").read_text()
     tuning, diagnostics = (text.split(before)[1] for before in (report.TUNING, report.DIAGNOSTICS))
-    for part, row in ((tuning, "| 20000 | gipo | 1 | 1.00 |"), (diagnostics, "| 20000 | gipo | 1.0 |")):
+    for part, row in ((tuning, "| 20000 | gipo | 1 | 1.00 |"), (diagnostics, "| 20000 | gipo | 0.75 / 0.75 |")):
         assert part.startswith(" Over the 1 tasks that every row has (reach):") and row in part
     (folder / "other1.json").write_text(json.dumps(sample("sapo_20000", seed=1) | {"env_id": "door-open-v3"}))
     report.write_report(args)
@@ -854,10 +856,11 @@ def test_comparison_by_hand(tmp_path, capsys):
     assert rows[0][:8] == ["task", "run", "seeds", "steps", "success", "return", "training return", "area, success"]
     assert rows[0][8:] == ["area, return", "steps/s"]
     assert rows[2] == ["Pendulum-v1", "mykernel", "1", "512", "-", "100", "10", "-", "1", "1,000"]
-    # On the grid of 30 stretches the points 1/8 ... 8/8 fill 4, 4, 3, 4, 4, 4, 3, 1 of those from the fourth on: 110/8 of 27.
-    expected = ["reach-v3", "gipo", "1, 2", "512", "0.375 [0.25, 0.5]", "150 [100, 200]", "15 [10, 20]", "0.509"]
+    # On the grid of 30 stretches the points 1/8 ... 8/8 fill 4, 4, 3, 4, 4, 4, 3, 1 of those from the fourth on: 110/8 of 30,
+    # success being 0 before.
+    expected = ["reach-v3", "gipo", "1, 2", "512", "0.375 [0.25, 0.5]", "150 [100, 200]", "15 [10, 20]", "0.458"]
     assert rows[3] == [*expected, "1.5 [1, 2]", "1,500 [1,000, 2,000]"]
-    assert rows[4] == ["reach-v3", "mykernel", "1", "512", "0.25", "100", "10", "0.509", "1", "1,000"] and len(rows) == 5
+    assert rows[4] == ["reach-v3", "mykernel", "1", "512", "0.25", "100", "10", "0.458", "1", "1,000"] and len(rows) == 5
     assert lines[-1] == f"written: {tmp_path / 'compare.md'}, {tmp_path / 'compare.png'}"
     text = (tmp_path / "compare.md").read_text()
     assert "| mykernel" in text and "![training curves](compare.png)" in text
@@ -1069,11 +1072,9 @@ def test_diagnostics_table_by_hand():
     runs = [run("gipo", "20000", seed, 1.0, 1, 1.0) for seed in (1, 2)] + [run("ppo", "on-policy", 1, 1.0, 1, 1.0)]
     runs[0]["curves"]["entropy"] = [None, 20.0, 20.0, 20.0, 20.0, 20.0] + [99.0] * 18 + [6.0] * 6
     runs[1]["curves"]["entropy"] = [10.0] * 6 + [99.0] * 18 + [8.0] * 6
-    runs[1]["wall_seconds"] = 180.0
     header, _, ppo, gipo = [[cell.strip() for cell in line.split("|")] for line in report.diagnostics_table(runs).splitlines()]
     column = header.index("entropy")
     assert gipo[column] == f"{(5 * 20 + 6 * 10) / 11:.2g} / 7" and ppo[column] == "-"
-    assert gipo[header.index("minutes")] == "2.5" and ppo[header.index("minutes")] == "2.0"
 
 
 # -------------------- benchmark.sh --------------------
