@@ -346,12 +346,13 @@ class Lucky(Walk):
 
 @SCRIPTS
 @OVERLAP
-def test_a_missing_success_is_a_failure_where_others_are_reported(script, overlap, register, run):
+def test_a_missing_success_is_a_failure_where_others_are_reported(script, overlap, register, run, capsys):
     """24 episodes of training, the fourth, eighth, ... lucky; 8 of evaluation, two of them lucky."""
     sizes = {"num_envs": 1, "num_steps": 20, "buffer_size": 120, "minibatch_size": 20, "total_timesteps": 120}
     folder = run(script, register(Lucky), overlap=overlap, **sizes | {"eval_episodes": 8})
     result, scalars = read_json(folder / "result.json"), read_scalars(folder)
     assert result["train_success_rate"] == result["eval_success_rate"] == 0.25
+    assert ", success 25% of 8 episodes\n" in capsys.readouterr().out
     assert [value for _, value in scalars["eval/success_rate"]] == [0.25]
     logged = scalars["charts/episodic_success"]  # nothing is known before the first success
     assert [value for _, value in logged] == [1.0, *[0.0, 0.0, 0.0, 1.0] * 5]
