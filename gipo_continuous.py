@@ -260,8 +260,9 @@ class EpisodeRecorder(gym.Wrapper):
         reward, terminated, truncated = scalar(reward), bool(terminated), bool(truncated)
         self.episode_return += reward
         success = info.get("success", info.get("is_success"))  # Meta-World's name, Gymnasium-Robotics' name
-        if success is not None:  # one successful step makes a successful episode, as Meta-World defines it
-            self.success = max(scalar(success), 0.0 if math.isnan(self.success) else self.success)
+        if success is not None and not math.isnan(success := scalar(success)):
+            # One successful step makes a successful episode, as Meta-World defines it.
+            self.success = max(success, 0.0 if math.isnan(self.success) else self.success)
         if not (terminated or truncated):
             return obs, reward, terminated, truncated, {}
         last_info = {"return": self.episode_return, "length": len(self.actions), "success": self.success}
@@ -270,6 +271,13 @@ class EpisodeRecorder(gym.Wrapper):
     def snapshot(self) -> dict:
         """What rebuilds the current episode, as tensors and plain types."""
         return {"generator": self.generator, "actions": torch.tensor(np.array(self.actions))}
+
+    def close(self) -> None:
+        """No run is lost because an environment cannot be closed."""
+        try:
+            super().close()
+        except Exception as error:
+            print(f"warning: close() of an environment: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def success_rate(successes) -> float | None:
@@ -361,7 +369,7 @@ def make_env(args, idx: int, render_mode: str | None = None):
             if args.env_id == "MT10":
                 env = OneHotWrapper(env, idx % len(MT10), len(MT10))
             return EpisodeRecorder(RandomTaskSelectWrapper(env, goals))
-        if env.spec.max_episode_steps is None:
+        if env.spec is None or env.spec.max_episode_steps is None:  # no spec: of arguments that cannot be copied
             env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
         check_spaces(args, env.observation_space, env.action_space)
         if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
@@ -374,8 +382,10 @@ def make_env(args, idx: int, render_mode: str | None = None):
 
 def to_env_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
     """Map policy actions to the Box: clip to [-1, 1], then affinely onto [low, high], which rounding must not overstep."""
-    action = space.low + (np.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (space.high - space.low)
-    return np.clip(action, space.low, space.high).astype(space.dtype)
+    kind = np.promote_types(space.dtype, np.float32)  # the width of a Box of float16 may be more than float16 holds
+    low, high = space.low.astype(kind), space.high.astype(kind)
+    action = low + (np.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
+    return np.clip(action, low, high).astype(space.dtype)
 
 
 # -------------------- Agent --------------------
@@ -997,7 +1007,8 @@ def lock_folder(run_folder: Path):
 
 def refuse_existing(run_folder: Path, args) -> None:
     """ArgumentError if a new run would end up in the folder of another."""
-    exists = os.path.isdir(run_folder) and any(path.name != ".lock" for path in run_folder.iterdir())
+    left = {path.name for path in run_folder.iterdir()} if os.path.isdir(run_folder) else set()
+    exists = left - {".lock", "args.tmp"}  # what a start on a full disk leaves
     if exists and not (args.resume or args.overwrite):
         raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
 
@@ -1164,14 +1175,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def evaluate_saved_model(args) -> dict:
     """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
     check_args(args)
+    _, weights = saved_run(args)
+    video_dir = Path(args.evaluate).absolute().parent / "videos" if args.capture_video else None
     if args.capture_video:
         check_video(args)
     torch.set_num_threads(args.torch_threads)
-    _, weights = saved_run(args)
     with contextlib.closing(make_env(args, 0)()) as env:
         agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
     load_weights(agent, weights, args.evaluate)
-    result = evaluate(agent, args, args.eval_episodes, Path(args.evaluate).parent / "videos" if args.capture_video else None)
+    result = evaluate(agent, args, args.eval_episodes, video_dir)
     say(json.dumps({key: value for key, value in result.items() if key != "returns"}, indent=2))
     return result
 
@@ -1184,20 +1196,21 @@ def main(args: Args) -> dict:
     """
     if args.evaluate is not None:
         return evaluate_saved_model(args)
-    started = time.time()
+    started, shown = time.time(), run_folder_of(args)
+    folder = shown.absolute()
     with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
         try:
             return train(args, at_exit)
         except ArgumentError:
             raise
         except Exception as error:
-            checkpoint = run_folder_of(args) / "checkpoint.pt"
+            checkpoint = folder / "checkpoint.pt"
             ours = checkpoint.exists() and (args.resume or checkpoint.stat().st_mtime >= started)  # not one to overwrite
-            last_good = f"last good checkpoint: {checkpoint if ours else 'none yet'}"
+            last_good = f"last good checkpoint: {shown / checkpoint.name if ours else 'none yet'}"
             if isinstance(error, BadNumber):
                 raise BadNumber(f"{error}; {last_good}") from error
             if ours:
-                error.add_note(f"{last_good}; --resume {checkpoint.parent} continues from it")
+                error.add_note(f"{last_good}; --resume {shown} continues from it")
             raise
 
 
@@ -1205,12 +1218,14 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     """What main() does."""
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
-    run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
+    shown, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
+    run_folder = shown.absolute()  # for an environment may change the working directory
     check_args(args)
-    refuse_existing(run_folder, args)
+    refuse_existing(shown, args)
     if args.resume and (run_folder / "result.json").exists():
-        say(f"{run_folder} is finished already: nothing to resume")
+        say(f"{shown} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
+    this_script, (_, wandb_id) = ["python", os.path.relpath(__file__)], saved_run(args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     own_process = args.overlap and cores > 1 and not multiprocessing.current_process().daemon  # which may have no children
     collector = Worker(Collector, args, own_process=own_process)
@@ -1255,7 +1270,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
     checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
     config = vars(args) | {"resume": False, "overwrite": False}
-    _, wandb_id = saved_run(args)
     if args.track:
         import wandb
 
@@ -1309,8 +1323,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             signal.signal(signum, ask_to_stop)
     start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
     at_exit.push(lambda kind, *_: say("") if tty and kind and issubclass(kind, Exception) else None)  # ends the progress line
-    this_script = ["python", os.path.relpath(__file__)]
-    say(f"{run_folder}: {num_iterations * rollout_size:,} steps of {args.env_id}, from step {global_step:,}")
+    say(f"{shown}: {num_iterations * rollout_size:,} steps of {args.env_id}, from step {global_step:,}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
         return every > 0 and global_step // every > (global_step - rollout_size) // every
@@ -1454,7 +1467,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         evaluation = evaluation_phase()
 
     if stop_signals:
-        how = shlex.join([*this_script, "--resume", str(run_folder)])
+        how = shlex.join([*this_script, "--resume", str(shown)])
         say(f"\nstopped at step {global_step:,}; continue with: {how}")
         collector.close(timeout=60.0)  # simulators may take their time
         sys.exit(128 + stop_signals[0])
@@ -1480,10 +1493,10 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
     shares += " of the time" + (", in two processes" if own_process else "")
-    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})\nfiles:  {run_folder}")
-    say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
+    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})\nfiles:  {shown}")
+    say("curves: " + shlex.join(["tensorboard", "--logdir", str(shown.parent)]))
     if args.eval_episodes:
-        model = str(run_folder / "best_model.pt")
+        model = str(shown / "best_model.pt")
         say("watch:  " + shlex.join([*this_script, "--evaluate", model, "--eval-episodes", "1", "--capture-video"]))
     return result
 

@@ -1031,7 +1031,8 @@ def lock_folder(run_folder: Path):
 
 def refuse_existing(run_folder: Path, args) -> None:
     """ArgumentError if a new run would end up in the folder of another."""
-    exists = os.path.isdir(run_folder) and any(path.name != ".lock" for path in run_folder.iterdir())
+    left = {path.name for path in run_folder.iterdir()} if os.path.isdir(run_folder) else set()
+    exists = left - {".lock", "args.tmp"}  # what a start on a full disk leaves
     if exists and not (args.resume or args.overwrite):
         raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
 

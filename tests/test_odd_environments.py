@@ -8,9 +8,11 @@ import random
 import re
 import signal
 import subprocess
+import threading
 import time
 import traceback
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -357,6 +359,126 @@ def test_a_missing_success_is_a_failure_where_others_are_reported(script, overla
     logged = scalars["charts/episodic_success"]  # nothing is known before the first success
     assert [value for _, value in logged] == [1.0, *[0.0, 0.0, 0.0, 1.0] * 5]
     assert [step for step, _ in logged] == list(range(20, 121, 5))
+
+
+# -------------------- Habits --------------------
+@SCRIPTS
+@pytest.mark.parametrize(
+    ("reported", "expected"),
+    [((math.nan, 1, math.nan), 1.0), ((1, 0, math.nan), 1.0), ((0, math.nan, 0), 0.0), ((math.nan,) * 3, math.nan)],
+)
+def test_a_success_stays_whatever_follows(script, reported, expected):
+    """nan is no report."""
+
+    class Reports(Walk):
+        def step(self, action):
+            return *super().step(action)[:4], {"success": reported[self.steps - 1]}
+
+    env = script.EpisodeRecorder(Reports(length=3))
+    env.reset(seed=0)
+    *_, (*_, info) = [env.step(np.zeros(1, np.float32)) for _ in reported]
+    assert info["success"] == pytest.approx(expected, nan_ok=True)
+
+
+class Moves(Walk):
+    """Works in a folder of its own, as if its assets lay there."""
+
+    place = None
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        os.chdir(self.place)
+
+
+@SCRIPTS
+@OVERLAP
+def test_an_environment_that_changes_the_working_directory(script, overlap, register, tmp_path, monkeypatch, capsys):
+    """The files lie where the run began; so does a stopped one, which can be resumed and evaluated from there."""
+    monkeypatch.setattr(Moves, "place", tmp_path / "assets")
+    Moves.place.mkdir()
+    monkeypatch.chdir(tmp_path)
+    update = script.Agent.update_normalizer
+    sizes = SIZES | {"eval_episodes": 2, "eval_every": 32}
+    args = script.Args(env_id=register(Moves), run_dir="runs", overlap=overlap, **sizes)
+
+    def fail(self, obs):
+        update(self, obs)
+        if self.obs_count >= 64:
+            raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug") as caught:
+        patch.setattr(script.Agent, "update_normalizer", fail)
+        script.main(args)
+    folder = script.run_folder_of(args)
+    assert caught.value.__notes__ == [f"last good checkpoint: {folder / 'checkpoint.pt'}; --resume {folder} continues from it"]
+    os.chdir(tmp_path)
+    script.main(dataclasses.replace(args, resume=True))
+    assert f"\nfiles:  {folder}\n" in capsys.readouterr().out
+    files = {path.name for path in (tmp_path / folder).iterdir()}
+    assert not [*Moves.place.iterdir()] and {"result.json", "best_model.pt"} <= files
+    os.chdir(tmp_path)
+    assert script.main(script.parse_args(["--evaluate", str(folder / "model.pt")]))["episodes"] == 2
+
+
+class Stuck(Walk):
+    def close(self):
+        raise RuntimeError("viewer already closed")
+
+
+@SCRIPTS
+@pytest.mark.parametrize("flags", [{}, {"overlap": False}, {"async_envs": True}], ids=["overlap", "inline", "async"])
+def test_an_environment_that_cannot_be_closed(script, flags, register, run, capfd):
+    """Its run is finished all the same."""
+    folder = run(script, register(Stuck), **flags | {"eval_episodes": 2, "eval_every": 32})
+    assert read_json(folder / "result.json")["eval_episodes"] == 2
+    errors = capfd.readouterr().err
+    assert "warning: close() of an environment: RuntimeError: viewer already closed" in errors and "Traceback" not in errors
+
+
+@SCRIPTS
+def test_an_environment_without_a_spec(script, register, run):
+    """Gymnasium has none of arguments that cannot be copied; the time limit that it was registered with holds."""
+
+    class Factory:
+        def __init__(self):
+            self.own_lock = threading.Lock()
+
+        def make(self, render_mode=None):
+            return Walk(length=100)
+
+    folder = run(script, register(Factory().make, max_episode_steps=5), eval_episodes=1)
+    assert {value for _, value in read_scalars(folder)["charts/episodic_length"]} == {5}
+
+
+@SCRIPTS
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [(np.float16, -3e4, 6e4), (np.float32, -2.0, 4.0), (np.float64, 1e9, 1e9 + 1)],
+)
+def test_actions_reach_every_part_of_the_box(script, kind, low, high):
+    """Affinely, in its own type: the width of a Box may be more than its type holds."""
+    space = spaces.Box(low, high, (1,), kind)
+    actions = script.to_env_action(np.array([[-2.0], [-1.0], [0.0], [0.5], [1.0]], np.float32), space)
+    assert actions.dtype == kind
+    np.testing.assert_array_equal(
+        actions[:, 0], [low, low, *(kind(low + share * (high - low)) for share in (0.5, 0.75)), high]
+    )
+
+
+@SCRIPTS
+def test_a_start_on_a_full_disk_leaves_nothing_in_the_way(script, register, tmp_path, monkeypatch):
+    """It dies as it writes its first file; the same command starts anew."""
+    args = script.Args(env_id=register(Walk), run_dir=str(tmp_path), **SIZES)
+
+    def full(self, text):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "write_text", full)
+        script.main(args)
+    assert {path.name for path in script.run_folder_of(args).iterdir()} == {".lock", "args.tmp"}
+    assert script.main(args)["total_timesteps"] == 96
 
 
 # -------------------- Spaces --------------------
