@@ -243,7 +243,7 @@ except OSError: pass # a file system without locks' 2>/dev/null || code=$?
     elif [ $code -ne 0 ]; then
         outcome="FAILED: $folder.lock cannot be locked"
     else
-        [ -z "$(ls "$folder" 2>/dev/null)" ] || resume="--resume" # a lone .lock is no run yet
+        [ ! -e "$folder/args.json" ] || resume="--resume"
         eval "OMP_NUM_THREADS=1 $1 $resume" >>"$folder.log" 2>&1 || code=$? # quotes in a flag as in the printed command
         case $code in
             0) sed -n 's/^model name[^:]*: //p;T;q' /proc/cpuinfo >"$folder/machine" 2>/dev/null || true ;; # for report.py

@@ -186,7 +186,8 @@ def read_scalars(folder: Path, last: int) -> dict[str, list[tuple[int, float]]]:
     end = max((points[-1][0] for points in scalars.values()), default=0)
     for tag in {"charts/SPS", "losses/entropy"} & scalars.keys():  # once an iteration
         if any(step >= later for (step, _), (later, _) in itertools.pairwise(scalars[tag])):
-            raise ReportError(f"{folder}: its TensorBoard files are those of two runs: move it away or run it again")
+            why = "its TensorBoard files are those of two runs, or of a clock that went back before a resume"
+            raise ReportError(f"{folder}: {why}: move it away or run it again")
     if end < last:
         raise ReportError(f"{folder}: its TensorBoard files end at step {end:,} of {last:,}: move it away or run it again")
     return scalars
@@ -400,13 +401,18 @@ def interquartile_mean(scores):
     """Mean of the middle half of all scores, `scores` being one array per task, its seeds along the last axis.
 
     As in `rliable`, a quarter is cut from either side in whole scores, rounded down: 7 of 30.
-    Every task counts the same: where some have more runs, all are repeated up to the least common multiple.
+    Every task counts the same: where some have more runs, each run stands for copies, up to the least common multiple.
     """
     tasks = [np.asarray(task) for task in scores]
-    count = math.lcm(*(task.shape[-1] for task in tasks))
-    pooled = np.concatenate([np.repeat(task, count // task.shape[-1], axis=-1) for task in tasks], axis=-1)
-    low, high = pooled.shape[-1] // 4, pooled.shape[-1] - pooled.shape[-1] // 4
-    return np.partition(pooled, (low, high - 1), axis=-1)[..., low:high].mean(-1) + 0 * pooled.sum(-1)  # NaN if any score is
+    counts = [task.shape[-1] for task in tasks]
+    copies = np.repeat([math.lcm(*counts) // count for count in counts], counts)  # that each score stands for
+    pooled = np.concatenate(tasks, axis=-1)
+    order = pooled.argsort(-1)
+    pooled, copies = np.take_along_axis(pooled, order, -1), copies[order]
+    ends, total = copies.cumsum(-1), copies.sum(-1).max()
+    low, high = total // 4, total - total // 4
+    kept = np.clip(np.minimum(ends, high) - np.maximum(ends - copies, low), 0, None)
+    return (kept * pooled).sum(-1) / (high - low)  # NaN if any score is
 
 
 def bootstrap_interval(scores: list[np.ndarray], statistic, repetitions: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -519,6 +525,21 @@ def labelled(runs: dict[Path, dict], names=("on-policy",)) -> list[dict]:
         if not method_and_regime(run["exp_name"], names):
             raise ReportError(f"{file}: exp_name {run['exp_name']} is not METHOD_REGIME, as in gipo_5120: move it away")
     return [run | method_and_regime(run["exp_name"], names) for run in runs.values()]
+
+
+def with_failures(runs: list[dict]) -> list[dict]:
+    """The runs, where those without a success rate have failed if another run of their task has one: some environments report
+    success only where there is one."""
+    tasks = {run["env_id"] for run in runs if run["eval_success_rate"] is not None or has_curve(run, "success")}
+    completed = []
+    for run in runs:
+        if run["env_id"] in tasks and run["eval_success_rate"] is None and run["eval_return_mean"] is not None:
+            run = run | {"eval_success_rate": 0.0}
+        if run["env_id"] in tasks and has_curve(run, "return") and not has_curve(run, "success"):
+            curve = [None if value is None else 0.0 for value in run["curves"]["return"]]
+            run = run | {"curves": run["curves"] | {"success": curve}}
+        completed.append(run)
+    return completed
 
 
 def cells(runs: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
@@ -1382,9 +1403,10 @@ def read_runs(folders: list[Path]) -> tuple[dict[tuple[str, str], list[dict]], l
         other, _ = found[run["env_id"], name].setdefault(run["seed"], (path, run))
         if other != path:
             raise ReportError(f"{other} and {path} hold runs of one task, name and seed: move one of them away")
+    completed = iter(with_failures([run for _, by_seed in sorted(found.items()) for _, (_, run) in sorted(by_seed.items())]))
     runs = {}
     for (task, name), by_seed in sorted(found.items()):
-        group = [run for _, (_, run) in sorted(by_seed.items())]
+        group = [next(completed) for _ in by_seed]
         settings = [setting(run) for run in group]
         different = [f"{key} ({', '.join(str(one.get(key)) for one in settings)})" for key in differences(settings)]
         if different:
@@ -1467,11 +1489,15 @@ def compare(folders: list[Path]) -> None:
     notes = "\n".join(f"* {note}" for note in notes)
     parts = [comparison_table(runs), LEGEND] if runs else []
     text = "\n\n".join(part for part in [*parts, notes] if part)
-    if runs:
-        file.write_text(f"{text}\n\n![training curves](compare.png)\n")
-        draw(file.with_suffix(".png"), plot_comparison, runs)
-        text += f"\n\nwritten: {file}, {file.with_suffix('.png')}"
-    print(text, flush=True)
+    try:
+        if runs:
+            file.write_text(f"{text}\n\n![training curves](compare.png)\n")
+            draw(file.with_suffix(".png"), plot_comparison, runs)
+            text += f"\n\nwritten: {file}, {file.with_suffix('.png')}"
+    except OSError as error:
+        raise ReportError(f"{file} and its plot cannot be written: {error.strerror}") from error
+    finally:
+        print(text, flush=True)
 
 
 # -------------------- Report --------------------
@@ -1496,6 +1522,7 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             write(results / folder / "tables.md", text)
     readme_block = lead_block = paper_block = ""
     for (steps, version), runs in sorted(groups.items()):
+        runs = with_failures(runs)
         for (regime, method), tasks in cells(runs).items():
             refuse_mixture(f"{method} {regime}, {steps:,} steps", [run for found in tasks.values() for run in found])
         name = f"{steps}-v{version}"

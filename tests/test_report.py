@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,15 @@ def test_tasks_with_more_runs_count_no_more():
     """Two runs of an easy task and three of a hard one weigh the same: six of each, three cut from either side."""
     assert report.interquartile_mean([[1.0, 0.8], [0.0, 0.2, 0.4]]) == pytest.approx((0.2 + 0.4 * 2 + 0.8 * 3) / 6)
     assert report.interquartile_mean([[1.0, 1.0, 1.0], [0.0]]) == pytest.approx(0.5)
+    # Numbers of seeds with a least common multiple of 180,180: that many copies of every task would be 9 GB.
+    scores = [np.random.default_rng(0).random(count) for count in (7, 9, 10, 11, 12, 13)]
+    pooled = np.sort(np.concatenate([np.repeat(task, 180_180 // len(task)) for task in scores]))
+    middle = pooled[len(pooled) // 4 : -(len(pooled) // 4)].mean()
+    assert report.interquartile_mean(scores) == pytest.approx(middle, abs=1e-12)
+    tracemalloc.start()
+    low, high = report.bootstrap_interval(scores, report.interquartile_mean, repetitions=1000)
+    assert tracemalloc.get_traced_memory()[1] < 20e6 and low < middle < high
+    tracemalloc.stop()
 
 
 def test_probability_of_improvement():
@@ -918,6 +928,43 @@ def test_one_unfinished_run_that_cannot_be_read_stops_no_comparison(tmp_path, ca
     assert any(line.startswith(f"* unfinished: {folder}: its TensorBoard files are those of two runs") for line in lines)
 
 
+def test_a_comparison_that_cannot_be_written_is_shown(tmp_path, capsys, monkeypatch):
+    """Of somebody else's folder, or on a full disk."""
+    finished_run(tmp_path, "gipo")
+
+    def refuse(self, text):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(report.ReportError, match=r"compare\.md and its plot cannot be written: Permission denied$"):
+        report.main(report.Args(compare=(str(tmp_path),)))
+    assert "| reach-v3 | gipo" in capsys.readouterr().out
+
+
+def test_runs_without_a_success_are_failures_where_others_report_it(tmp_path, capsys):
+    """An environment that says is_success only when it is true: a seed that never got there has no rate and no curve."""
+    for seed in (1, 2, 3):
+        folder = finished_run(tmp_path, "gipo", seed, env_id="Mine-v0")
+        result = read_json(folder / "result.json")
+        result["eval_success_rate"] = 1.0 if seed == 2 else None
+        (folder / "result.json").write_text(json.dumps(result))
+    finished_run(tmp_path, "gipo", env_id="Pendulum-v1")
+    rows, _ = compared(capsys, tmp_path)
+    assert [row[4] for row in rows[2:]] == ["0.333 [0, 1]", "-"]
+    one = {"env_id": "Mine-v0", "eval_success_rate": None, "eval_return_mean": 5.0}
+    curves = {"return": [None, 1.0, 2.0], "success": [None] * 3}
+    failed, not_evaluated, solved, _ = report.with_failures(
+        [
+            one | {"curves": curves},
+            one | {"curves": curves, "eval_return_mean": None},
+            one | {"curves": curves | {"success": [None, 0.5, 1.0]}},
+            one | {"curves": curves, "env_id": "Pendulum-v1"},
+        ]
+    )
+    assert failed["eval_success_rate"] == 0.0 and failed["curves"]["success"] == [None, 0.0, 0.0]
+    assert not_evaluated["eval_success_rate"] is None and solved["curves"]["success"] == [None, 0.5, 1.0]
+
+
 def test_runs_with_other_arguments_are_not_averaged(tmp_path, capsys):
     finished_run(tmp_path, "gipo", 1)
     finished_run(tmp_path, "gipo", 2, gamma=0.5)
@@ -1469,9 +1516,11 @@ def test_a_method_with_arguments_of_the_environment(checkout):
     text = script.read_text()
     script.write_text(text.replace("core      sapo ", line + "core      sapo ", 1))
     flags = ["--tasks", "Pendulum-v1", "--seeds", "4", "--methods", "moon", "--regimes", "512", "--steps", "512"]
+    folder = checkout / "runs" / "benchmark-512" / "Pendulum-v1__moon_512__4"
+    folder.mkdir(parents=True)
+    (folder / "args.tmp").touch()  # of a start on a full disk, which is no run to resume
     process = benchmark("main", *flags, cwd=checkout)
     assert process.returncode == 0, process.stdout + process.stderr
-    folder = checkout / "runs" / "benchmark-512" / "Pendulum-v1__moon_512__4"
     assert read_json(folder / "result.json")["args"]["env_kwargs"] == '{"g":1.6}'
     assert (folder / "machine").read_text().strip() == report.machine_of(folder) == report.cpu_name()
     (folder / "machine").write_text("a node of the cluster")
