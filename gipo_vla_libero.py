@@ -1690,7 +1690,10 @@ def libero_root() -> Path:
 
 
 def version_warning() -> str | None:
-    """One line if the simulator is not the tested one: another version draws other pictures without a word."""
+    """One line if the simulator is not the tested one: another version draws and moves otherwise without a word.
+
+    Pictures were compared here; what MuJoCo 3.4.0 changes is from RLinf's issue 1460, and can be seen in a reset.
+    """
     try:
         found = {name: importlib.metadata.version(name) for name in TESTED_VERSIONS}
     except importlib.metadata.PackageNotFoundError as error:
@@ -1701,9 +1704,9 @@ def version_warning() -> str | None:
         return None
     pins = " ".join(f"{name}=={version}" for name, version in TESTED_VERSIONS.items())
     return (
-        f"warning: {', '.join(others)}: pictures may differ from those a policy was trained on. From MuJoCo 3.3.0 to 3.3.7 "
-        "the first task of libero_object changes by 36 grey levels on average, of libero_spatial and libero_goal by 0.1, of "
-        f"libero_10 and libero_90 not at all. pip install --no-deps {pins}"
+        f"warning: {', '.join(others)}: pictures and physics may differ from those a policy was trained on. From MuJoCo 3.4.0 "
+        "on, the bowl of libero_spatial's task 5 slides off its ramekin before the first step. From 3.3.0 to 3.3.7 the first "
+        f"task of libero_object changes by 36 grey levels on average. pip install --no-deps {pins}"
     )
 
 
@@ -2131,10 +2134,10 @@ def stored_tensors(folder: Path):
 
 
 def is_unused(key: str, config: PolicyConfig) -> bool:
-    """Tensors of every checkpoint that never enter the forward pass: last block, final norm and pooling of the towers."""
+    """Tensors that never enter the forward pass: last block, final norm and pooling of the towers, and RLinf's value head."""
     unused = rf"featurizer\.blocks\.{config.dino.depth - 1}|fused_featurizer\.blocks\.{config.siglip.depth - 1}"
     unused += r"|(fused_)?featurizer\.(norm|attn_pool)"
-    return re.match(rf"vision_backbone\.({unused})\.|.*rotary_emb\.inv_freq", key) is not None
+    return re.match(rf"vision_backbone\.({unused})\.|.*rotary_emb\.inv_freq|value_head\.", key) is not None
 
 
 def action_rows(key: str, config: PolicyConfig) -> slice:

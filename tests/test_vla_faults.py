@@ -402,7 +402,9 @@ def test_another_simulator_is_said_in_one_line(monkeypatch):
     found = vla.TESTED_VERSIONS | {"mujoco": "3.3.7"}
     monkeypatch.setattr(vla.importlib.metadata, "version", lambda name: found[name])
     line = vla.version_warning()
-    assert "\n" not in line and all(word in line for word in ("mujoco 3.3.7", "3.3.0", "libero_object", "36 grey levels"))
+    assert "\n" not in line and all(
+        word in line for word in ("mujoco 3.3.7", "3.3.0", "libero_object", "36 grey levels", "3.4.0")
+    )
 
 
 def test_another_libero_is_named(monkeypatch):
