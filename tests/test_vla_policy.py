@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -846,18 +847,16 @@ def test_keys_must_match(weights, tmp_path, change, message):
         vla.load_policy(write_checkpoint(tmp_path / "x", weights, change), make_args(), "cpu")
 
 
-def test_the_value_head_of_another_algorithm_is_left_out(weights, tmp_path):
+def test_the_value_head_of_another_algorithm_is_left_out(weights, tmp_path, capsys):
     """RLinf writes one into the checkpoints of its PPO."""
 
     def add_head(weights):
         weights["value_head.mlp.0.weight"] = torch.zeros(3)
 
-    loaded = [
-        vla.load_policy(write_checkpoint(tmp_path / name, weights, change), make_args(), "cpu")[0]
-        for name, change in (("with", add_head), ("without", lambda weights: None))
-    ]
-    for key, value in loaded[1].state_dict().items():
-        assert torch.equal(loaded[0].state_dict()[key], value)
+    for name, change in (("with", add_head), ("without", lambda weights: None)):
+        vla.load_policy(write_checkpoint(tmp_path / name, weights, change), make_args(), "cpu")
+    counts = re.findall(r"(\d+) tensors loaded, (\d+) unused ones left out, 0 missing", capsys.readouterr().out)
+    assert [tuple(map(int, count)) for count in counts] == [(87, 44), (87, 43)]
 
 
 def test_folders_that_cannot_be_used(weights, tmp_path, monkeypatch):
