@@ -2,7 +2,7 @@
 # Side-by-side benchmark: GIPO, PPO and the published baselines on Meta-World, many runs at a time, resumable.
 #
 #   ./benchmark.sh quick        GIPO, PPO's clip on the same replay (0.2 and 0.5) and textbook PPO: 2 tasks, 1 seed (a quarter of an hour on 2 cores)
-#   ./benchmark.sh main         eight Meta-World tasks, six methods, replay of 5,120 and 20,000 steps, three seeds (about 13 hours on 2 cores)
+#   ./benchmark.sh main         eight Meta-World tasks, six methods, replay of 5,120 and 20,000 steps, three seeds (about 15 hours on 2 cores)
 #   ./benchmark.sh age          five of the tasks with replay of 100,000 and of 512 steps (about 6 hours)
 #   ./benchmark.sh authors      the ten tasks of the GIPO authors' own experiments, replay of 20,000 steps, one seed
 #   ./benchmark.sh tune         clip and step size of PPO, sigma and step size of GIPO, on two tasks and the seeds 1 and 2
