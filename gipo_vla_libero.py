@@ -92,7 +92,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every capture_video track wandb_project render base".split()
 MACHINE_ARGS += "env_timeout env_start_timeout demo_timeout cuda micro_batch gradient_checkpointing torch_compile".split()
-MACHINE_ARGS += ["torch_threads"]
+MACHINE_ARGS += ["torch_threads", "model", "revision"]  # the frozen weights that they name are compared, and may have moved
 # What a policy was trained with: saved beside it, and refused if flags say otherwise.
 INTERFACE_ARGS = "num_images use_proprio append_stop preprocess jpeg center_crop camera_size reflections".split()
 INTERFACE_ARGS += "noop_steps noop_gripper temperature dtype".split()
@@ -569,6 +569,7 @@ def train(args: Args, at_exit) -> dict:
         self_check(agent, few_inputs, args.temperature)
 
     config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
+    config_json["model"] = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model  # found from anywhere
     writer = open_run(run_folder, args, config_json, progress.global_step, at_exit) if rank == 0 else None
     last_print, tty = time.time(), sys.stdout and sys.stdout.isatty()
     start_time = time.time() - seconds["wall"]
@@ -600,7 +601,8 @@ def train(args: Args, at_exit) -> dict:
                         writer.add_scalar(f"eval/{name}", evaluation[name], step)
                     say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, args.tasks, step == 0)}")
                 if args.capture_video:
-                    record_videos(agent, interface, args, run_folder / "videos" / str(step))
+                    with torch.random.fork_rng([device] if args.cuda else []):  # a run with films equals one without
+                        record_videos(agent, interface, args, run_folder / "videos" / str(step))
         if finished and not args.eval_episodes and rank == 0:
             save_policy(run_folder / "model", agent, tokenizer, norm_stats, args)
         if finished or (stop and saved):
@@ -808,9 +810,10 @@ def make_replay(args, config) -> dict[str, torch.Tensor]:
     """An empty buffer of whole segments, time first: rb[key][:, j] is one simulator's part of one rollout, (T, S, ...)."""
     num_segments = max(args.buffer_size // (args.num_envs * args.num_steps * config.chunk), 1) * args.num_envs
     rows, rows_and_last, size = (args.num_steps, num_segments), (args.num_steps + 1, num_segments), config.image_size
-    gigabytes = 1e-9 * math.prod(rows_and_last) * args.num_images * size**2 * 3
-    if gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
-        raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: lower it")
+    gigabytes = 1e-9 * math.prod(rows_and_last) * args.num_images * size**2 * 3 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 2 * gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
+        needs = f"needs {gigabytes:.0f} GB on this machine, and as much again while it is saved"
+        raise ArgumentError(f"--buffer-size {args.buffer_size} {needs}, of {memory:.0f}: lower it")
     return {
         "images": torch.zeros(*rows_and_last, args.num_images, size, size, 3, dtype=torch.uint8),
         "proprio": torch.zeros(*rows_and_last, 8),
@@ -1958,13 +1961,16 @@ class VectorEnv:
         self.connections[i], theirs = context.Pipe()
         with socket.socket(fileno=os.dup(self.connections[i].fileno())) as pipe:  # a worker may freeze amid an answer
             pipe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", max(1, int(self.args.env_timeout)), 0))
-        self.processes[i] = context.Process(target=env_worker, args=(theirs, self.args, self.variables), daemon=True)
+        process = context.Process(target=env_worker, args=(theirs, self.args, self.variables), daemon=True)
         resource_tracker.ensure_running()  # it unblocks the signals when it starts
         # A process keeps the signals blocked that were so at its start: Ctrl-C and SIGTERM are for the main process, which
         # writes a checkpoint first.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        self.processes[i].start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            process.start()  # fails where memory or file descriptors are short
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.processes[i] = process
         theirs.close()
         self._enter(i, "start")
 
@@ -2015,7 +2021,7 @@ class VectorEnv:
             self.close()
             raise content
         reason = str(content).strip()
-        print(f"warning: simulator {i} is started anew: {reason}", flush=True)
+        say(f"warning: simulator {i} is started anew: {reason}", everywhere=True)
         self._kill(i)
         self._start(i)
         return reason
@@ -2458,7 +2464,7 @@ def memory_plan(config: PolicyConfig, args, micro_batch: int, world: int = 1) ->
     prepare_training(agent, args)
     trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     cut = 0  # weights that are sharded
-    if args.train == "full" and world > 1:
+    if args.train == "full" and world > 1 and not args.evaluate:
         cut = sum(p.numel() for part in layers_to_shard(agent) for p in part.parameters() if p.requires_grad)
     parts = {"weights": sum(p.nbytes for p in agent.parameters()) - 4 * cut + 4 * cut / world}
     if not args.evaluate:
@@ -2584,14 +2590,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.resume is True and args.model and os.path.isdir(args.model):  # the suite in the folder's name may be the policy's
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
     if args.resume and not args.overwrite:
-        resumed = tyro.cli(Args, args=argv, default=saved_args(run_folder_of(args)))
-        return dataclasses.replace(resumed, resume=str(run_folder_of(args)))
+        saved = saved_args(run_folder_of(args))
+        return dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume)
     if args.evaluate or args.model:
         check_args(args)  # before a download
         saved = saved_interface(args)
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved))
-        if args.suite != saved.get("suite", args.suite):  # whose numbers of tasks mean nothing here
-            args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved | {"tasks": default.tasks}))
+        if args.suite != saved.get("suite", args.suite):  # whose numbers of tasks and statistics mean nothing here
+            saved |= {name: getattr(default, name) for name in ("tasks", "unnorm_key")}
+            args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved))
         return args
     return args
 
@@ -2607,6 +2614,8 @@ def check_args(args) -> None:
     positive += " checkpoint_every lora_rank lora_alpha env_start_timeout demo_timeout"
     limits |= dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
     limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
+    limits["num_steps"] = (2, 1e12, "2 or more")  # of one chunk per rollout none would be left where all episodes end
+    limits |= dict.fromkeys("env_timeout env_start_timeout demo_timeout".split(), (1e-12, 1e6, "positive, at most 1e6"))
     limits |= {"noop_gripper": (-1, 1, "between -1 and 1"), "train_init_states": (1, 50, "between 1 and 50, a task's number")}
     least = 1 if args.evaluate else 0
     limits["eval_episodes"] = (least, 50, f"between {least} and 50: a task has 50 initial states")
@@ -2628,6 +2637,8 @@ def check_args(args) -> None:
     number = len(task_names(args.suite))
     if wrong := set(args.tasks) - set(range(number)):
         raise ArgumentError(f"--tasks {wrong.pop()} must be below {number}, the number of tasks of {args.suite}")
+    if len(set(args.tasks)) < len(args.tasks):
+        raise ArgumentError(f"--tasks {' '.join(map(str, args.tasks))} names a task twice: name each once")
     if args.evaluate == "" or (args.preset == "none" and not (args.model or args.evaluate)):
         raise ArgumentError("--model is missing: name a checkpoint folder or hub id, or start small with --preset tiny")
     if args.revision and (not (args.model or args.evaluate) or os.path.isdir(args.evaluate or args.model)):
@@ -2664,6 +2675,7 @@ def stored_args(path: Path, names) -> dict:
 
 def saved_args(path: Path) -> Args:
     """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
+    path = path if path.name not in ("", "..") else path.resolve()  # of `--resume .`, whose parent is no `.`
     file = path / "args.json"
     if not path.is_dir():
         raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
@@ -2733,9 +2745,9 @@ def load_checkpoint(path: Path) -> dict:
         raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print, on the first process only; once nobody reads it any more (`| head`), go on without."""
-    if ranks()[0]:
+def say(text: str, end: str = "\n", everywhere: bool = False) -> None:
+    """Print, on the first process only if not `everywhere`; once nobody reads it any more (`| head`), go on without."""
+    if ranks()[0] and not everywhere:
         return
     try:
         print(text, end=end, flush=True)
@@ -2842,11 +2854,12 @@ def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, s
         "episodes": simulators.snapshot(),
         "rng": torch.get_rng_state(),
         "numpy_rng": rng.bit_generator.state,
-        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda_rng": torch.cuda.get_rng_state() if simulators.args.cuda else None,
     }
     save_checkpoint(folder / f"process-{rank}.pt", own)
     with as_shards(agent), warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process writes alone
-        dcp.save(training_state(agent, optimizer), checkpoint_id=folder / "weights", no_dist=not dist.is_initialized())
+        with plain_errors():
+            dcp.save(training_state(agent, optimizer), checkpoint_id=folder / "weights", no_dist=not dist.is_initialized())
     if dist.is_initialized():
         dist.barrier()
     if rank == 0:
@@ -2899,6 +2912,15 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
         simulators.wait([i])
 
 
+@contextlib.contextmanager
+def plain_errors():
+    """PyTorch's CheckpointException, a BaseException that passes every `except Exception`, as an OSError."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        raise OSError(" ".join(str(error).split())) from error
+
+
 def frozen_fingerprint(agent: Agent) -> int:
     """A number that other frozen weights than these would hardly have: of the first thousand values of each."""
     frozen = [p.detach().flatten()[:1000].float().cpu().numpy() for p in agent.parameters() if not p.requires_grad]
@@ -2925,7 +2947,8 @@ def load_training_state(folder: Path, agent: Agent, optimizer) -> None:
         if state.keys() != stored.keys():
             raise ArgumentError(f"{folder} trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process reads alone
-            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            with plain_errors():
+                dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 # -------------------- Evaluation --------------------
@@ -2948,9 +2971,9 @@ def evaluate_saved_policy(args, at_exit) -> dict:
     at_exit.callback(simulators.close)
     result = evaluate(agent, args, interface, simulators, stop_signals)
     result |= {"settings": settings_of(args, norm_stats), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M")}
-    if stop_signals:  # failures take longer, so the episodes so far are the better ones
+    if any_rank(bool(stop_signals)):  # failures take longer, so the episodes so far are the better ones
         say(f"stopped after {result['episodes']} episodes: nothing is kept of them")
-        sys.exit(128 + stop_signals[0])
+        sys.exit(128 + [*stop_signals, signal.SIGTERM][0])
     if args.capture_video:
         record_videos(agent, interface, args, folder / "videos")
     if rank == 0:
@@ -3167,7 +3190,8 @@ def clone(agent, demos: dict, interface, args, path: Path) -> None:
     known = torch.as_tensor(targets < demos["ends"][:, None])  # a chunk may reach beyond the end of its episode
     targets = np.minimum(targets, demos["ends"][:, None] - 1)
     tokens = value_to_token(normalize(torch.as_tensor(demos["actions"]), interface.stats))[targets]  # (M, chunk, 7)
-    images = resize_images(demos["images"], agent.config, args)
+    parts = np.array_split(demos["images"], math.ceil(len(demos["images"]) / 500))  # in between it takes nine times as much
+    images = torch.cat([resize_images(part, agent.config, args) for part in parts])
     proprio, tasks = torch.as_tensor(demos["proprio"]).float(), torch.as_tensor(demos["tasks"]).long()
     parameters = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.clone_learning_rate, weight_decay=0.01)
@@ -3199,7 +3223,6 @@ def clone(agent, demos: dict, interface, args, path: Path) -> None:
             say(f"{line}  left {left // 60}m{left % 60:02d}s")
         if done % 500 == 0:
             save_checkpoint(state, {"model": agent.state_dict(), "optimizer": optimizer.state_dict(), "updates": done})
-    state.unlink(missing_ok=True)
 
 
 def tiny_policy(args, device):
@@ -3239,10 +3262,8 @@ def cloned_policy(cache: Path, args, device) -> Path:
     }
     settings = json.dumps({name: getattr(args, name) for name in fields.split()} | made_with)
     demos_path = cache / f"demos-{zlib.crc32(settings.encode()):08x}.npz"
-    demos = collect_demonstrations(args, demos_path, args.tasks, range(args.train_init_states), args.demos_per_state)
     tokenizer = build_word_tokenizer([instruction(args.suite, t) for t in range(len(task_names(args.suite)))])
     config = tiny_config(tokenizer.get_vocab_size(), image_size=args.camera_size)
-    norm_stats = {args.suite: demonstration_statistics(demos)}
     fields += " use_proprio append_stop preprocess jpeg center_crop dtype"
     fields += " clone_updates clone_batch clone_learning_rate seed"
     settings = json.dumps(
@@ -3250,10 +3271,16 @@ def cloned_policy(cache: Path, args, device) -> Path:
     )
     folder = cache / f"clone-{zlib.crc32(settings.encode()):08x}"
     if not (folder / "config.json").exists():
+        if args.resume and (run_folder_of(args) / "checkpoint.pt").exists():
+            how = "bring it back, and the versions of MuJoCo and of the assets that made it"
+            raise ArgumentError(f"--resume: the run began with the policy {folder}, which is not there: {how}")
+        demos = collect_demonstrations(args, demos_path, args.tasks, range(args.train_init_states), args.demos_per_state)
+        norm_stats = {args.suite: demonstration_statistics(demos)}
         agent = init_random(config, args, device)
         interface = make_interface(agent, tokenizer, norm_stats, args, device)
         clone(agent, demos, interface, args, folder.with_suffix(".pt"))
         save_policy(folder, agent, tokenizer, norm_stats, args)
+        folder.with_suffix(".part.pt").unlink(missing_ok=True)  # what clone() kept in between
     return folder
 
 

@@ -220,6 +220,9 @@ def test_adapters_in_pefts_format(public, tmp_path):
         (["--preset", "tiny", "--revision", "main"], "--revision"),
         (["--preset", "tiny", "--exp-name", "a/b"], "--exp-name"),
         (["--no-cuda", "--evaluate", ""], "--model is missing"),
+        (["--preset", "tiny", "--num-steps", "1"], "--num-steps 1 must be 2 or more"),
+        (["--preset", "tiny", "--env-timeout", "1e7"], "--env-timeout 10000000.0 must be positive, at most 1e6"),
+        (["--preset", "tiny", "--tasks", "1", "0", "1"], "--tasks 1 0 1 names a task twice"),
     ],
 )
 def test_bad_arguments(flags, words):
@@ -256,7 +259,7 @@ def test_resume_takes_the_folder_and_refuses_what_contradicts_it(tmp_path):
     vla.write_json(run / "args.json", vars(args) | {"algorithm_version": vla.ALGORITHM_VERSION, "wandb_id": None})
     resumed = vla.parse_args(["--resume", str(run)])
     assert resumed == dataclasses.replace(args, resume=str(run)) and resumed.tasks == (1, 2)
-    machine = vla.parse_args(["--resume", str(run), "--env-timeout", "9", "--checkpoint-every", "7"])
+    machine = vla.parse_args(["--resume", str(run), "--env-timeout", "9", "--checkpoint-every", "7", "--model", "moved/away"])
     vla.refuse_contradictions(machine, vars(vla.saved_args(run)), "the run")
     with pytest.raises(vla.ArgumentError, match=r"--sigma 1.0 contradicts the run to resume, which has 0.3: drop the flag"):
         vla.main(vla.parse_args(["--resume", str(run), "--sigma", "1"]))
@@ -267,6 +270,103 @@ def test_resume_takes_the_folder_and_refuses_what_contradicts_it(tmp_path):
     (run / "args.json").write_text(json.dumps(content | {"sigma": "wide"}))
     with pytest.raises(vla.ArgumentError, match=r"args.json: sigma is 'wide'"):
         vla.parse_args(["--resume", str(run)])
+
+
+def test_resume_from_inside_the_run_folder(tmp_path, monkeypatch):
+    """The cache of demonstrations lies beside the run, not in it."""
+    args = vla.parse_args(["--preset", "tiny", "--run-dir", str(tmp_path)])
+    run = vla.run_folder_of(args)
+    (run / "videos").mkdir(parents=True)
+    vla.write_json(run / "args.json", vars(args) | {"algorithm_version": vla.ALGORITHM_VERSION, "wandb_id": None})
+    for folder, words in ((run, "."), (run / "videos", ".."), (run, "args.json"), (tmp_path, run.name)):
+        monkeypatch.chdir(folder)
+        resumed = vla.parse_args(["--resume", words])
+        assert Path(resumed.run_dir).resolve() == tmp_path and Path(resumed.resume).resolve() == run
+
+
+def test_a_policy_goes_to_another_suite_without_its_statistics(public, tmp_path):
+    """Or the actions would be scaled by those of the suite that it was trained on."""
+    saved_by_us(public, tmp_path / "saved", suite="libero_goal", unnorm_key="libero_goal")
+    flags = ["--no-cuda", "--evaluate", str(tmp_path / "saved")]
+    assert vla.parse_args(flags).unnorm_key == "libero_goal"
+    assert vla.parse_args([*flags, "--suite", "libero_object"]).unnorm_key == "auto"
+    assert vla.parse_args([*flags, "--suite", "libero_object", "--unnorm-key", "x"]).unnorm_key == "x"
+
+
+def test_a_simulator_that_cannot_be_started_ends_the_program(monkeypatch):
+    """Where memory is short: the error, no process left, and signals that arrive."""
+    kind, started = vla.multiprocessing.get_context("spawn").Process, []
+    start = kind.start
+
+    def start_two(self):
+        if len(started) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        start(self)
+        started.append(self)
+
+    monkeypatch.setattr(kind, "start", start_two)
+    monkeypatch.setattr(vla, "find_assets", lambda: "assets")
+    monkeypatch.setattr(vla, "render_variables", lambda render: {})
+    args = dataclasses.replace(tiny_args(), num_envs=2)
+    envs = vla.VectorEnv(args)
+    envs.inbox[0] = ("error", "its process died or froze")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with pytest.raises(BlockingIOError):
+        envs.receive(0)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    envs.close()
+    assert [process.is_alive() for process in started] == [False, False]
+
+
+def test_a_cloned_policy_needs_no_demonstrations(tmp_path, monkeypatch):
+    """They are collected for cloning alone; and a run that began with a policy which is gone says so at once."""
+    made = []
+
+    def collect(args, path, *_):
+        made.append(path)
+        return {"actions": torch.zeros(2, 7).numpy(), "proprio": torch.zeros(2, 8).numpy()}
+
+    def save(folder, *_):
+        assert state.exists()  # until the policy is there
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    def clone(agent, demos, interface, args, path):
+        nonlocal state
+        state = path.with_suffix(".part.pt")
+        state.touch()
+
+    state = None
+    (tmp_path / "assets").mkdir()
+    monkeypatch.setattr(vla, "find_assets", lambda: tmp_path / "assets")
+    for name, value in (("collect_demonstrations", collect), ("save_policy", save), ("clone", clone)):
+        monkeypatch.setattr(vla, name, value)
+    for name in ("init_random", "make_interface"):
+        monkeypatch.setattr(vla, name, lambda *_: None)
+    args = vla.parse_args(["--preset", "tiny", "--run-dir", str(tmp_path / "runs")])
+    (cache := tmp_path / "cache").mkdir()
+    folder = vla.cloned_policy(cache, args, "cpu")
+    assert len(made) == 1 and not state.exists()
+    assert vla.cloned_policy(cache, args, "cpu") == folder and len(made) == 1
+    shutil.rmtree(folder)
+    (run := vla.run_folder_of(args)).mkdir(parents=True)
+    (run / "checkpoint.pt").touch()
+    with pytest.raises(vla.ArgumentError, match=f"--resume: the run began with the policy {folder}, which is not there"):
+        vla.cloned_policy(cache, dataclasses.replace(args, resume=str(run)), "cpu")
+    assert len(made) == 1
+
+
+def test_the_replay_of_all_processes_fits_twice(monkeypatch):
+    """Once more while it is saved."""
+    args, config = tiny_args(), tiny_agent(tiny_args())[0].config
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 0}
+    monkeypatch.setattr(vla.os, "sysconf", pages.get)
+    pages["SC_PHYS_PAGES"] = 10**15
+    pages["SC_PHYS_PAGES"] = 2.01 * vla.make_replay(args, config)["images"].nbytes
+    vla.make_replay(args, config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(vla.ArgumentError, match=r"--buffer-size .* on this machine, and as much again while it is saved, of "):
+        vla.make_replay(args, config)
 
 
 def test_a_bad_egl_device_is_named(monkeypatch):
@@ -560,7 +660,7 @@ def test_a_stopped_evaluation_is_not_kept(tmp_path, monkeypatch, capsys):
     """Failures take all the steps they may, so the episodes that are over first are the better ones."""
 
     def evaluate(args, agent, interface, simulators, stop_signals):
-        if stop:
+        if stop is True:
             signal.raise_signal(signal.SIGTERM)
         return {"success_rate": 1.0, "return_mean": 1.0, "episodes": 1, "success_by_task": {}, "successes": [[0, 0, 1.0]]}
 
@@ -572,8 +672,9 @@ def test_a_stopped_evaluation_is_not_kept(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(vla, name, lambda *_, value=value: value)
     monkeypatch.setattr(vla, "evaluate", evaluate)
     args = dataclasses.replace(tiny_args(tasks=(0,)), evaluate="policy", run_dir=str(tmp_path))
-    for stop, kept in ((False, 1), (True, 1), (False, 2)):
+    for stop, kept in ((False, 1), (True, 1), ("elsewhere", 1), (False, 2)):
         with contextlib.ExitStack() as at_exit:
+            monkeypatch.setattr(vla, "any_rank", (lambda flag: True) if stop == "elsewhere" else bool)  # another process
             if stop:
                 with pytest.raises(SystemExit):
                     vla.evaluate_saved_policy(args, at_exit)
@@ -686,13 +787,17 @@ def test_a_stopped_reader_does_not_stop_the_run():
     assert process.stderr.read().endswith(b"end") and process.wait(60) == 0
 
 
-@pytest.mark.parametrize("kind", ["missing", "damaged"])
+@pytest.mark.parametrize("kind", ["missing", "damaged", "truncated"])
 def test_a_checkpoint_of_a_run_that_cannot_be_read(tmp_path, kind):
     agent, _ = tiny_agent(tiny_args())
     optimizer = torch.optim.AdamW(vla.optimizer_parameters(agent), lr=1e-3)
     if kind == "damaged":
         (tmp_path / "weights").mkdir()
         (tmp_path / "weights" / ".metadata").write_bytes(b"nonsense")
+    if kind == "truncated":
+        vla.dcp.save(vla.training_state(agent, optimizer), checkpoint_id=tmp_path / "weights", no_dist=True)
+        (file,) = (tmp_path / "weights").glob("*.distcp")
+        file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(vla.ArgumentError, match=r"weights is missing or damaged.*--overwrite"):
         vla.load_training_state(tmp_path / "weights", agent, optimizer)
 
