@@ -2675,7 +2675,6 @@ def stored_args(path: Path, names) -> dict:
 
 def saved_args(path: Path) -> Args:
     """Arguments of the run in this folder, from its args.json, with `resume` set: main() with them goes on with the run."""
-    path = path if path.name not in ("", "..") else path.resolve()  # of `--resume .`, whose parent is no `.`
     file = path / "args.json"
     if not path.is_dir():
         raise ArgumentError(f"--resume: there is no {path}; check the folder or the flags that name it, or drop --resume")
@@ -2773,7 +2772,8 @@ def versions() -> dict:
 def run_folder_of(args) -> Path:
     """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
     if isinstance(args.resume, str):
-        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+        folder = Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+        return folder if folder.name not in ("", "..") else folder.resolve()  # `.` has no name and no parent
     if args.evaluate:
         policy = "-".join(part for part in Path(args.evaluate).parts[-2:] if part not in ("/", ".."))
         return Path(args.run_dir) / f"{args.suite}__evaluation__{policy}"

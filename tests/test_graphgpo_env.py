@@ -1,6 +1,10 @@
 """Sokoban, MiniGrid and TextWorld as graphgpo_sokoban.py sees them: rules, levels, state keys, prompts."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -298,7 +302,38 @@ def test_minigrid_prompt():
     assert "green goal (2 ahead, 2 left)" in envs.prompts([0])[0]
 
 
+def test_parts_of_a_babyai_mission_are_in_the_key():
+    """The first of "go to A, then go to B" leaves no trace in the grid; the mark for "not yet" changes from step to step."""
+    envs = started(8, env_id="BabyAI-GoToSeqS5R2-v0")  # some of these levels have missions of one part
+    row = next(row for row in ROWS if hasattr(envs.envs[row].instrs, "a_done"))
+    keys = []
+    for state in (False, "continue", "success"):
+        envs.envs[row].instrs.a_done = state
+        keys += envs.keys(ROWS[row : row + 1])
+    assert keys[0] == keys[1] != keys[2] and hash(keys[2])
+
+
 # -------------------- TextWorld --------------------
+def test_a_stop_while_a_game_is_compiled(monkeypatch):
+    """Ctrl-C is for the run, not for TextWorld's compiler, whose failure would end it."""
+    envs, arrived = make_env(Args(env_id="tw-coin_collector", game_level=1, model="any"), 1), []
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"]
+
+    compile_game = envs.textworld.generator.compile_game
+
+    def interrupted(game, options):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert subprocess.run(command).returncode == 0
+        return compile_game(game, options)
+
+    monkeypatch.setattr(envs.textworld.generator, "compile_game", interrupted)
+    before = signal.signal(signal.SIGINT, lambda *_: arrived.append("stop"))
+    try:
+        assert Path(envs.make_game((1, 1, 1, 0))).exists() and set(arrived) == {"stop"}
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_textworld():
     """A generated game, played along its commands: one start for the group, keys come back, success at the end, the cap."""
     envs = started(2, [(1, 1, 1, 0)] * 2, env_id="tw-coin_collector", game_level=2, model="any", max_steps=9)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import differences, read_json, read_pt, read_scalars, run_script
 
-from graphgpo_sokoban import Args, LanguageAgent, main, make_env, parse_args, refuse_contradictions
+from graphgpo_sokoban import Args, ArgumentError, LanguageAgent, main, make_env, parse_args, refuse_contradictions
 
 WORDS = "<pad> <end> <unk> # . O X P <think> </think> <action> </action> up down left right".split()
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} <think>{% endfor %}"
@@ -62,6 +62,17 @@ def bias(agent, **logits):
         for word, value in logits.items():
             head.bias[WORDS.index(word)] = value
     agent.model.lm_head = head
+
+
+def test_answers_that_the_model_cannot_read_are_refused(agent):
+    obs, _ = prompts(3)
+    width = agent.encode(obs)[0].shape[1]
+    agent.model.config.max_position_embeddings = width + 6
+    agent.encode(obs)
+    agent.model.config.max_position_embeddings -= 1
+    words = f"--max-new-tokens 6 with prompts of {width} tokens is more than the {width + 5} that --model .* reads: lower it"
+    with pytest.raises(ArgumentError, match=words):
+        agent.encode(obs)
 
 
 def test_logprobs_are_those_of_one_answer_at_a_time(agent):

@@ -620,6 +620,7 @@ BAD = [
     ({"m2_threshold": 2.0}, "--m2-threshold 2.0 needs --objective m2po"),
     ({"lag": 10}, "--lag 10 must be below --max-age 10"),
     ({"lag": -1}, "--lag -1 must be 0 or more"),
+    ({"method": "grpo", "lag": 4, "total_timesteps": 1000}, "--lag 4 must be below the 4 iterations of the run"),
     ({"method": "dapo", "buffer_groups": 10}, "--buffer-groups 10 needs --method popo"),
     ({"max_gen_batches": 3}, "--max-gen-batches 3 needs --method dapo"),
     ({"dual_clip": 0.5}, "--dual-clip 0.5 must be 1 or more"),

@@ -119,6 +119,9 @@ def test_malformed_responses_get_nothing(text, length, expected):
         ("(" * 500, (False, False)),
         ("5.0 * (2 + 3)", (False, False)),
         ("25", (False, False)),
+        ("(2 + 3) * 5 # or 9", (False, False)),
+        ("(2 + 0x3) * 5", (False, False)),
+        ("(2 + 3) * 5" + " " * 200 + "+ 9", (False, False)),
     ],
 )
 def test_infix_verifier(text, expected):

@@ -1,6 +1,7 @@
 """popo_countdown.py --model: a tiny, randomly initialised Qwen2 and a tokenizer, saved to a folder and loaded by its name."""
 
 import dataclasses
+import json
 import os
 import shutil
 
@@ -94,6 +95,20 @@ def test_a_model_that_cannot_share_a_prompt_is_refused(model, tmp_path):
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "lfm2")
     with pytest.raises(ValueError, match=r"lfm2 cannot share a prompt .*choose a plain transformer"):
         popo.main(arguments(str(tmp_path / "lfm2"), tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_answers_that_the_model_cannot_read_are_refused(tmp_path):
+    """Beyond its context GPT-2 has no position, and others no training."""
+    folder = save_model(tmp_path / "model", CHAT)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
+    task, _ = popo.make_task_and_policy(arguments(folder, tmp_path, max_new_tokens=20))
+    longest = task.prompts(task.problems(64, True, torch.Generator().manual_seed(0)))[0].shape[1]
+    popo.make_task_and_policy(arguments(folder, tmp_path, max_new_tokens=300 - longest))
+    words = f"--max-new-tokens {301 - longest} with prompts of {longest} tokens is more than the 300 that --model .* reads"
+    with pytest.raises(popo.ArgumentError, match=words):
+        popo.main(arguments(folder, tmp_path / "runs", max_new_tokens=301 - longest))
     assert not (tmp_path / "runs").exists()
 
 

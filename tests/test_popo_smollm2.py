@@ -3,11 +3,13 @@
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import differences, read_pt, read_scalars
 
+import graphgpo_sokoban as graphgpo
 import popo_countdown as popo
 
 SHORT = {"env_id": "countdown-2", "model": "smollm2", "num_prompts": 3, "group_size": 4, "updates_per_iteration": 1}
@@ -23,6 +25,24 @@ def package(tmp_path_factory):
         subprocess.run(command, check=True)
         sys.path.insert(0, str(folder))
         importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize("script", [popo, graphgpo])
+def test_the_first_run_on_a_machine_draws_as_the_next(script, tmp_path, monkeypatch):
+    """It converts the weights, which builds a model; stand-ins of the conversion's functions, since it takes a minute."""
+    import transformers
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, intermediate_size=8, vocab_size=8))
+    model.config.quantization_config = {}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: SimpleNamespace(save_pretrained=str))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        assert script.smollm2_folder().is_relative_to(tmp_path)
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]
 
 
 def test_two_updates_of_the_real_model(tmp_path, capsys, monkeypatch):
