@@ -200,9 +200,10 @@ for regime in $regimes; do
         for method in $methods; do
             line=$(awk -v table="$table" -v name="$method" '$1 == table && $2 == name { $1 = $2 = ""; print }' <<<"$METHODS")
             [ -n "$line" ] || die "--methods: '$method' is no line of the table in benchmark.sh; there are: $(awk -v table="$table" '$1 == table { printf "%s ", $2 }' <<<"$METHODS")"
-            if [[ "$line" == *" replay"* ]]; then
+            line+=" " # so that words end with one
+            if [[ "$line" == *" replay "* ]]; then
                 size=$(buffer_of "$regime")
-                line=${line/ replay/ --buffer-size $size} name=${method}_$regime
+                line=${line/ replay / --buffer-size $size } name=${method}_$regime
             else
                 [[ "$once" != *" $method $seed "* ]] || continue
                 once+=" $method $seed " name=$method

@@ -37,6 +37,7 @@ README_TASKS = "button-press-topdown door-open drawer-close drawer-open push rea
 PAPER_TASKS = "assembly basketball bin-picking box-close button-press button-press-topdown button-press-topdown-wall".split()
 PAPER_TASKS += "button-press-wall coffee-button coffee-pull".split()
 README_SEEDS = (4, 5, 6)  # its rows have all of these seeds, and perhaps more
+README_STEPS = 300_000  # of a run
 README_SIZES = ("on-policy", "5120", "20000")  # more columns would not fit
 README_ROWS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5")  # a task is in its table once these have it, at the default replay size
 NUMBERS = {3: "Three", 4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
@@ -235,8 +236,9 @@ def stored_runs(args: Args) -> list[dict]:
 def store(file: Path, result: dict) -> None:
     """Write a collected run, complete or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".tmp").write_text(json.dumps(result) + "\n")
-    os.replace(file.with_suffix(".tmp"), file)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")  # two reports may be written at the same time
+    temporary.write_text(json.dumps(result) + "\n")
+    os.replace(temporary, file)
 
 
 def setting(run: dict) -> dict:
@@ -291,6 +293,8 @@ def pending(commands: list[str], args: Args) -> list[str]:
     left = []
     for command in commands:
         _, script, *flags = shlex.split(command)
+        if Path(script).name != script or not Path(__file__).with_name(script).is_file():
+            raise ReportError(f"{script}: a line of benchmark.sh names a script beside it, and there is none of this name")
         module = importlib.import_module(script.removesuffix(".py"))
         run_args = parsed(module, flags)
         run_args = json.loads(json.dumps(vars(run_args)))  # tuples are lists in result.json
@@ -566,16 +570,13 @@ def span(value: float, interval: tuple[float, float], form: str = ".2f") -> str:
 
 
 EXPLANATION = (
-    "A row is a method with a replay buffer of so many steps. success: of the deterministic policy at the end, on the 50 "
+    "A row is a method with a replay buffer of so many steps. success: of the deterministic policy at the end, in the last "
+    "evaluation (Meta-World: the 50 training goals). A run that reports no success has failed where another run of its task "
+    "reports one. area: mean success in training over the whole run, so it is larger where a task is learned earlier. IQM: "
+    "mean of the middle half of all runs of a row, so a task that is much harder hardly counts in it. Brackets: 95 % interval "
+    "of a bootstrap over the seeds of each task, of a gap by Student's t, whose intervals are wider. above: share of pairs "
+    "with equal task and seed in which the row is better, ties counted half."
 )
-EXPLANATION += (
-    "training goals. area: mean success in training over the whole run, so it is larger where a task is learned earlier. "
-)
-EXPLANATION += (
-    "IQM: mean of the middle half of all runs of a row, so a task that is much harder hardly counts in it. Brackets: 95 % "
-)
-EXPLANATION += "interval of a bootstrap over the seeds of each task, of a gap by Student's t, whose intervals are wider. "
-EXPLANATION += "above: share of the pairs with equal task and seed in which the row is better, ties counted half."
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
 README_TABLE = "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Success*: share of the 50 training goals "
 README_TABLE += "reached by the final policy. *Area*: mean success over all of training, from 0 to 1, larger where a task is "
@@ -652,11 +653,7 @@ def comparable(runs: list[dict]) -> tuple[list[dict], str]:
     every = {run["env_id"] for run in runs}
     complete = [cell for cell, tasks in table.items() if set(tasks) == every]
     if ("on-policy", "ppo") not in complete and len(complete) < len(table):
-        while len(table) > 1 and not set.intersection(*map(set, table.values())):  # a row that was only begun, say
-            del table[min(table, key=lambda cell: len(table[cell]))]
-        chosen, scope = shared([run for run in runs if (run["regime"], run["method"]) in table])
-        lost = ", ".join(f"{method} {regime}" for regime, method in cells(runs) if (regime, method) not in table)
-        return chosen, scope.replace("):", f"); without the rows on other tasks ({lost}):") if lost else scope
+        return shared_by_most(runs)
     left_out = ", ".join(f"{method} {regime}" for regime, method in table if (regime, method) not in complete)
     note = f"; without the rows that lack some of them ({left_out})" if left_out else ""
     return [run for run in runs if (run["regime"], run["method"]) in complete], f"Over {len(every)} tasks{note}:"
@@ -670,10 +667,19 @@ def shared(runs: list[dict]) -> tuple[list[dict], str]:
     return chosen, f"Over the {len(tasks)} tasks that every row has ({listed}):"
 
 
+def shared_by_most(runs: list[dict]) -> tuple[list[dict], str]:
+    """As shared(), without the cells that lack more than half of the tasks: rows that were only begun, say."""
+    table = cells(runs)
+    while len(table) > 1 and 2 * len(set.intersection(*map(set, table.values()))) < max(map(len, table.values())):
+        del table[min(table, key=lambda cell: len(table[cell]))]
+    chosen, scope = shared([run for run in runs if (run["regime"], run["method"]) in table])
+    lost = ", ".join(f"{method} {regime}" for regime, method in cells(runs) if (regime, method) not in table)
+    return chosen, scope.replace("):", f"); without the rows that lack most of them ({lost}):") if lost else scope
+
+
 def shared_if_any(runs: list[dict]) -> tuple[list[dict], str]:
-    """As shared(); without a task that every cell has, all runs."""
-    chosen, scope = shared(runs)
-    return (chosen, scope) if chosen else (runs, "The tasks differ between the rows:")
+    """As shared_by_most(); without a task that every cell has, all runs."""
+    return shared_by_most(runs) if shared(runs)[0] else (runs, "The tasks differ between the rows:")
 
 
 def same_replay_table(runs: list[dict]) -> str:
@@ -718,6 +724,7 @@ def tuning_table(runs: list[dict]) -> str:
 
 def readme_runs(runs: list[dict]) -> list[dict]:
     """The tasks that all of README_ROWS have with README_SEEDS, if they are four or more; of these, the rows that have all.
+    A size that four tasks have counts: a task joins once it is finished there, too.
 
     Of a replay size, further seeds count once all of README_ROWS have them on all these tasks.
     """
@@ -726,7 +733,9 @@ def readme_runs(runs: list[dict]) -> list[dict]:
     def finished(regime, tasks, seeds):
         return {(method, regime, task, seed) for method in README_ROWS for task in tasks for seed in seeds} <= done
 
-    tasks = [task for task in (f"{name}-v3" for name in README_TASKS) if finished("5120", [task], README_SEEDS)]
+    names = [f"{name}-v3" for name in README_TASKS]
+    shown = ["5120", *(size for size in README_SIZES[2:] if sum(finished(size, [n], README_SEEDS) for n in names) >= 4)]
+    tasks = [name for name in names if all(finished(size, [name], README_SEEDS) for size in shown)]
     seeds = {
         regime: {*README_SEEDS} | {run["seed"] for run in runs if finished(regime, tasks, [run["seed"]])}
         for regime in {run["regime"] for run in runs}
@@ -872,7 +881,10 @@ def plot_curves(runs: list[dict]):
     methods = {method for _, method in table}
     columns = min(len(names), 5)
     rows = -(-len(names) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.1 * rows + 0.5))
+    width = max(2.4 * columns, 5.6)  # inches
+    legend = min(len(table), int(width / 1.6))  # columns of the legend
+    top = 0.1 + 0.19 * -(-len(table) // legend)
+    fig, axes = plt.subplots(rows, columns, figsize=(width, 2.1 * rows + 0.3 + top))
     for axis, name in zip(np.ravel(axes), names, strict=False):
         for regime, method in table:
             found = [run for run in table[regime, method].get(name, []) if has_curve(run, "success")]
@@ -891,8 +903,8 @@ def plot_curves(runs: list[dict]):
     fig.supxlabel("thousand environment steps (line: mean, band: from the worst to the best seed)", fontsize=9)
     fig.supylabel("success in training", fontsize=8)
     entries = {text: handle for axis in np.ravel(axes) for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    fig.legend(entries.values(), entries.keys(), loc="upper center", ncols=min(len(entries), 4), fontsize=8)
-    fig.tight_layout(rect=(0, 0, 1, 1 - 0.25 / fig.get_figheight() * -(-len(table) // 4) - 0.02))
+    fig.legend(entries.values(), entries.keys(), loc="upper center", ncols=legend, fontsize=8)
+    fig.tight_layout(rect=(0, 0, 1, 1 - top / fig.get_figheight()))
     return fig
 
 
@@ -949,8 +961,9 @@ def draw(path: Path, plot, *data) -> None:
         if image.info.get("Digest") == digest:
             return
     figure = plot(*data)
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=150, metadata={"Software": None, "Digest": digest})
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None, "Digest": digest})
+    os.replace(temporary, path)
     plt.close(figure)
 
 
@@ -1001,7 +1014,9 @@ def graphgpo_report(args: Args, new: dict[Path, dict] | None = None) -> str:
     for run in load(
         Path(args.results) / "graphgpo_sokoban", GRAPHGPO | ON_GRID | of_kind("a number", "curves.episodes.0"), new
     ).values():
-        key = run["total_episodes"], run["versions"]["algorithm"], run["args"].get("env_id", "Sokoban")
+        model = run["args"].get("model")
+        task = run["args"].get("env_id", "Sokoban") + (f"-{Path(model).name}" if model else "")
+        key = run["total_episodes"], run["versions"]["algorithm"], task
         by_method[key, run["exp_name"]][run["seed"]] = run
     parts = ["# GraphGPO on Sokoban", "Means over seeds with 95 % bootstrap intervals. Written by report.py."]
     area = functools.partial(area_under_curve, name="success")
@@ -1361,7 +1376,8 @@ COLUMNS = {  # of the table of --compare: what it shows of a run
     "steps/s": lambda run: run["sps"],
 }
 LEGEND = "Mean [lowest, highest] over the seeds. success, return: of the final evaluation; training return: of the last 100 "
-LEGEND += "episodes; area: mean of the training curve. Before the first finished episode success is 0; returns begin with it."
+LEGEND += "episodes; area: mean of the training curve. Before the first finished episode success is 0; returns begin with it. "
+LEGEND += "A run that reports no success has failed where another run of its task reports one."
 
 
 def mean_from_start(run: dict, name: str) -> float:
@@ -1439,6 +1455,13 @@ def comparison_table(runs: dict[tuple[str, str], list[dict]]) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
+def on_one_axis(runs: list[dict], quantity: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (30,) up to the end of the shortest run, and the runs' curves there, (runs, 30): DAPO's seeds differ in length."""
+    axes = [run["curves"]["steps"] for run in runs]
+    steps = np.array(min(axes, key=lambda axis: axis[-1]), dtype=float)
+    return steps, np.array([np.interp(steps, axis, filled_curve(run, quantity)) for axis, run in zip(axes, runs, strict=True)])
+
+
 def plot_comparison(runs: dict[tuple[str, str], list[dict]]):
     """Training return, and success where there is one, a panel per task: mean over the seeds, band from lowest to highest."""
     import matplotlib.pyplot as plt
@@ -1447,7 +1470,7 @@ def plot_comparison(runs: dict[tuple[str, str], list[dict]]):
     of_episodes = {task for (task, _), group in runs.items() if "total_episodes" in group[0]}  # GraphGPO's
     curves = {  # of every panel: {name: (steps, values)}
         (quantity, task): {
-            name: (group[0]["curves"]["steps"], np.array([filled_curve(run, quantity) for run in shown]))
+            name: on_one_axis(shown, quantity)
             for (of, name), group in runs.items()
             if of == task and (shown := [run for run in group if has_curve(run, quantity)])
         }
@@ -1576,7 +1599,7 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
                     draw(results / f"buffer-all-rows-{name}.png", plot_against_buffer, every_row, panels)
                 panels = {score: score for score in ("utilization", "effective sample size")}
                 draw(results / f"staleness-{name}.png", plot_against_buffer, replayed, panels)
-        if complete:
+        if complete and steps == README_STEPS:
             tasks = sorted({run["env_id"].removesuffix("-v3") for run in complete})
             names = (
                 ""
@@ -1648,3 +1671,6 @@ if __name__ == "__main__":
         sys.exit(2)
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder of somebody else
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)

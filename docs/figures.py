@@ -121,6 +121,8 @@ def draw_curves() -> None:
     fig, axes = plt.subplots(1, len(TASKS), figsize=(8.6, 2.5), sharey=True)
     seeds_of = {(task, name): seeds_stored(f"{task}__{name}_{REPLAY}") for task in TASKS for name in METHODS}
     seeds = sorted(set.intersection(*seeds_of.values()) - {*report.TUNING_SEEDS})
+    if not seeds:
+        sys.exit(f"error: no seed has all of {', '.join(METHODS)} on {', '.join(TASKS)} in {RUNS}")
     for axis, task in zip(axes, TASKS, strict=True):
         for name, (label, style) in METHODS.items():
             runs = [json.loads((RUNS / f"{task}__{name}_{REPLAY}__{seed}.json").read_text()) for seed in seeds]

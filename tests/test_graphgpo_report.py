@@ -106,6 +106,19 @@ def test_collected_run(finished, tmp_path):
     assert {name: content["versions"]["algorithm"] for name, content in stored.items()} == {"384": 1, "384-v2": 2}
 
 
+def test_a_language_models_run_has_a_table_of_its_own(finished, tmp_path):
+    """Of the same name, length and seed as a network's."""
+    args = report.Args(runs=str(finished), results=str(tmp_path))
+    report.collect_graphgpo(args)
+    (file,) = tmp_path.rglob("*.json")
+    run = read_json(file)
+    run |= {"args": run["args"] | {"model": "/models/qwen"}, "eval_success_rate": 0.987}
+    (other := file.parent.with_name("384-qwen")).mkdir()
+    (other / file.name).write_text(json.dumps(run))
+    text = report.graphgpo_report(report.Args(results=str(tmp_path), check=True))
+    assert text.count("| graphgpo | 1 |") == 2 and text.count("| 0.987 |") == 1 and "Sokoban-qwen" in text
+
+
 def test_benchmark_lists_and_skips(finished, tmp_path):
     """All nine runs of three seeds; the one that is finished with equal arguments is left out, a flag away it is not."""
     environment = {**os.environ, "PYTHON": sys.executable}

@@ -542,6 +542,16 @@ def test_readme_shows_complete_rows_only():
         assert report.readme_runs(lacking) == [] and report.readme_runs(lacking + gipo + others) == gipo
 
 
+def test_a_task_joins_the_readme_once_it_is_finished_at_every_size_there():
+    """./benchmark.sh main makes all of 5,120 before 20,000: half-way its fifth task would drop the rows of old data."""
+    rows = [(method, size) for size in ("5120", "20000") for method in report.README_ROWS]
+    runs = [one for method, size in rows for one in every_readme_run(method, size, lambda i, seed: (1.0, 1, 0.5))]
+    four = [run for run in runs if run["env_id"].removesuffix("-v3") in report.README_TASKS[:4]]
+    begun = [run for run in runs if run["regime"] == "5120" or run in four]
+    assert report.readme_runs(four) == four == report.readme_runs(begun)
+    assert report.readme_runs(runs) == runs
+
+
 def test_readme_counts_further_seeds_of_a_size_once_its_rows_have_them():
     """Of that size alone, and not while one run is missing; a row that lacks them is left out."""
     rows = [(method, size) for size in ("5120", "20000") for method in (*report.README_ROWS, "none")]
@@ -598,9 +608,9 @@ def test_readme_block(tmp_path):
     lacking -= {("button-press-topdown", "none_5120", 6), ("window-open", "gipo_5120", 5)}
     for task, name, seed in lacking:
         (folder / f"{task}__{name}__{seed}.json").write_text(json.dumps(runs[task, name, seed]))
-    few = sample("gipo_5120", seed=4)  # of another length: a table of its own, no place in the block
-    few["args"]["total_timesteps"] = 2_000_000
-    (longer / "few.json").write_text(json.dumps(few))
+    for key, one in runs.items():  # of another length: a table of its own, no place in the block
+        one = one | {"args": one["args"] | {"total_timesteps": 2_000_000}}
+        (longer / "{}__{}__{}.json".format(*key)).write_text(json.dumps(one))
     page = tmp_path / "docs" / "benchmark.md"
     page.parent.mkdir()
     page.write_text(before + old + after)
@@ -799,9 +809,19 @@ def test_a_row_that_was_only_begun_empties_no_table(place):
     finished_run(Path(place.runs) / "benchmark-512", "none_5120", env_id="reach-v3")
     report.main(place)
     text = (Path(place.results) / "benchmark-512-v1.md").read_text()
-    scope = "Over the 2 tasks that every row has (door-open, push); without the rows on other tasks (none 5120):"
+    scope = "Over the 2 tasks that every row has (door-open, push); without the rows that lack most of them (none 5120):"
     table = text.split(scope)[1].split("\n\n")[1]
     assert "\n| 5120 | gipo | 4 |" in table and "\n| 5120 | sapo | 4 |" in table and "none" not in table
+    for task in ("push-v3", "door-open-v3", "drawer-open-v3"):  # nor is there less of it if it is one of theirs
+        for name in ("gipo_5120", "sapo_5120"):
+            finished_run(Path(place.runs) / "benchmark-512", name, 3, env_id=task)
+    finished_run(Path(place.runs) / "benchmark-512", "none_20000", env_id="push-v3")
+    report.main(place)
+    text = (Path(place.results) / "benchmark-512-v1.md").read_text()
+    scope = "Over the 3 tasks that every row has (door-open, drawer-open, push); without the rows that lack most of them "
+    assert text.count(f"{scope}(none 5120, none 20000):") == 1
+    table = text.split(scope)[1].split("\n\n")[1]
+    assert "\n| 5120 | gipo | 7 |" in table and "\n| 5120 | sapo | 7 |" in table and "none" not in table
 
 
 def test_a_mixture_is_refused_before_it_is_stored(place):
@@ -1111,7 +1131,7 @@ def test_only_rows_with_the_same_tasks_are_compared():
     assert runs == [ppo[0], gipo[0], clip[0], part] and scope == "Over the 1 tasks that every row has (reach):"
     runs, scope = report.comparable([ppo[0], gipo[1]])  # nothing in common: one of them stays
     assert runs == [gipo[1]]
-    assert scope == "Over the 1 tasks that every row has (push); without the rows on other tasks (ppo on-policy):"
+    assert scope == "Over the 1 tasks that every row has (push); without the rows that lack most of them (ppo on-policy):"
 
 
 def test_diagnostics_table_by_hand():
@@ -1363,6 +1383,29 @@ def test_commands_that_a_script_refuses():
         report.pending(["python ppo_baseline.py --sigma 0.2"], args)
     with pytest.raises(report.ReportError, match=r"^gipo_continuous\.py: --sigma 0\.0 must be positive"):
         report.pending(["python gipo_continuous.py --sigma 0"], args)
+    for script in ("missing.py", "forks/my.py", "./gipo_continuous.py"):
+        with pytest.raises(report.ReportError, match=f"^{script}: a line of benchmark.sh names a script beside it"):
+            report.pending([f"python {script} --sigma 1"], args)
+
+
+def test_a_script_whose_name_begins_with_replay(checkout):
+    """The word replay of its line is the buffer, not a part of its name."""
+    shutil.copy(checkout / "gipo_continuous.py", checkout / "replay_gipo.py")
+    script = checkout / "benchmark.sh"
+    script.write_text(
+        script.read_text().replace("core      sapo ", "core      mine  replay_gipo.py replay\ncore      sapo ", 1)
+    )
+    (line,) = commands("quick", "--methods", "mine", "--tasks", "reach-v3", cwd=checkout)
+    assert " replay_gipo.py --buffer-size 5120 --env-id reach-v3 " in line
+
+
+def test_seeds_of_unequal_length_share_an_axis():
+    """Such as DAPO's, which samples until its batch is full: up to the end of the shortest, each at its own steps."""
+    runs = [{"curves": {"steps": [10, 20, 30], "return": [None, 2.0, 3.0]}}]
+    runs += [{"curves": {"steps": [20, 40, 60], "return": [2.0, 4.0, 6.0]}}]
+    steps, curves = report.on_one_axis(runs, "return")
+    assert steps.tolist() == [10, 20, 30]
+    np.testing.assert_array_equal(curves, [[np.nan, 2, 3], [2, 2, 3]])
 
 
 @pytest.mark.parametrize(
