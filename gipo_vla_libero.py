@@ -92,7 +92,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every capture_video track wandb_project render base".split()
 MACHINE_ARGS += "env_timeout env_start_timeout demo_timeout cuda micro_batch gradient_checkpointing torch_compile".split()
-MACHINE_ARGS += ["torch_threads", "model", "revision"]  # the frozen weights that they name are compared, and may have moved
+MACHINE_ARGS += ["torch_threads"]
 # What a policy was trained with: saved beside it, and refused if flags say otherwise.
 INTERFACE_ARGS = "num_images use_proprio append_stop preprocess jpeg center_crop camera_size reflections".split()
 INTERFACE_ARGS += "noop_steps noop_gripper temperature dtype".split()
@@ -569,7 +569,6 @@ def train(args: Args, at_exit) -> dict:
         self_check(agent, few_inputs, args.temperature)
 
     config_json = vars(args) | {"resume": False, "overwrite": False, "tasks": list(args.tasks)}
-    config_json["model"] = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model  # found from anywhere
     writer = open_run(run_folder, args, config_json, progress.global_step, at_exit) if rank == 0 else None
     last_print, tty = time.time(), sys.stdout and sys.stdout.isatty()
     start_time = time.time() - seconds["wall"]
@@ -1695,7 +1694,7 @@ def libero_root() -> Path:
 def version_warning() -> str | None:
     """One line if the simulator is not the tested one: another version draws and moves otherwise without a word.
 
-    Pictures were compared here; what MuJoCo 3.4.0 changes is from RLinf's issue 1460, and can be seen in a reset.
+    Pictures were compared here; what MuJoCo 3.4.0 changes is from RLinf's issue 1460.
     """
     try:
         found = {name: importlib.metadata.version(name) for name in TESTED_VERSIONS}
@@ -2577,6 +2576,11 @@ PRESETS = {
 }
 
 
+def with_absolute_model(args):
+    """A folder in --model by its whole path: the run may be resumed from elsewhere."""
+    return dataclasses.replace(args, model=os.path.abspath(args.model)) if os.path.isdir(args.model or "") else args
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; what it does not say, the run of --resume, the policy of --evaluate or --model, or --preset does."""
     argv = sys.argv[1:] if argv is None else argv
@@ -2586,12 +2590,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if preset not in PRESETS:
         raise ArgumentError(f"--preset {preset} must be one of {', '.join(PRESETS)}")
     default = Args(preset=preset, **PRESETS[preset])
-    args = tyro.cli(Args, args=argv, default=default)
+    args = with_absolute_model(tyro.cli(Args, args=argv, default=default))
     if args.resume is True and args.model and os.path.isdir(args.model):  # the suite in the folder's name may be the policy's
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
     if args.resume and not args.overwrite:
         saved = saved_args(run_folder_of(args))
-        return dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume)
+        return with_absolute_model(dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume))
     if args.evaluate or args.model:
         check_args(args)  # before a download
         saved = saved_interface(args)
@@ -2599,8 +2603,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if args.suite != saved.get("suite", args.suite):  # whose numbers of tasks and statistics mean nothing here
             saved |= {name: getattr(default, name) for name in ("tasks", "unnorm_key")}
             args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved))
-        return args
-    return args
+    return with_absolute_model(args)
 
 
 def check_args(args) -> None:
@@ -2614,7 +2617,7 @@ def check_args(args) -> None:
     positive += " checkpoint_every lora_rank lora_alpha env_start_timeout demo_timeout"
     limits |= dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
     limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
-    limits["num_steps"] = (2, 1e12, "2 or more")  # of one chunk per rollout none would be left where all episodes end
+    limits["num_steps"] = (2, 1e12, "2 or more")  # a rollout of one chunk, in which all episodes end, teaches nothing
     limits |= dict.fromkeys("env_timeout env_start_timeout demo_timeout".split(), (1e-12, 1e6, "positive, at most 1e6"))
     limits |= {"noop_gripper": (-1, 1, "between -1 and 1"), "train_init_states": (1, 50, "between 1 and 50, a task's number")}
     least = 1 if args.evaluate else 0
@@ -2641,7 +2644,7 @@ def check_args(args) -> None:
         raise ArgumentError(f"--tasks {' '.join(map(str, args.tasks))} names a task twice: name each once")
     if args.evaluate == "" or (args.preset == "none" and not (args.model or args.evaluate)):
         raise ArgumentError("--model is missing: name a checkpoint folder or hub id, or start small with --preset tiny")
-    if args.revision and (not (args.model or args.evaluate) or os.path.isdir(args.evaluate or args.model)):
+    if args.revision and not args.resume and (not (args.model or args.evaluate) or os.path.isdir(args.evaluate or args.model)):
         raise ArgumentError(f"--revision {args.revision} is for a hub id in --model or --evaluate: drop the flag")
     if 0 < args.buffer_size < rollout:
         how = f"0 or at least num_envs * num_steps * {CHUNK} = {rollout}"
@@ -2694,8 +2697,10 @@ def saved_interface(args, names=(*INTERFACE_ARGS, *PROTOCOL_ARGS, *ADAPTER_ARGS)
 
 def refuse_contradictions(args, saved: dict, what: str) -> None:
     """ArgumentError if arguments that decide the results differ from the saved ones."""
+    was, now = saved.get("model", ""), args.model or ""
+    moved = os.path.isabs(was) and not os.path.isdir(was) and os.path.isdir(now)  # the model's folder, which --model may name
     for name in sorted(set(saved) - set(MACHINE_ARGS)):
-        if getattr(args, name) != saved[name]:
+        if getattr(args, name) != saved[name] and not (name == "model" and moved):
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise ArgumentError(f"{flag} contradicts {what}, which has {saved[name]}: drop the flag")
 
@@ -2854,7 +2859,7 @@ def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, s
         "episodes": simulators.snapshot(),
         "rng": torch.get_rng_state(),
         "numpy_rng": rng.bit_generator.state,
-        "cuda_rng": torch.cuda.get_rng_state() if simulators.args.cuda else None,
+        "cuda_rng": torch.cuda.get_rng_state() if next(agent.parameters()).is_cuda else None,
     }
     save_checkpoint(folder / f"process-{rank}.pt", own)
     with as_shards(agent), warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process writes alone
@@ -3190,7 +3195,9 @@ def clone(agent, demos: dict, interface, args, path: Path) -> None:
     known = torch.as_tensor(targets < demos["ends"][:, None])  # a chunk may reach beyond the end of its episode
     targets = np.minimum(targets, demos["ends"][:, None] - 1)
     tokens = value_to_token(normalize(torch.as_tensor(demos["actions"]), interface.stats))[targets]  # (M, chunk, 7)
-    parts = np.array_split(demos["images"], math.ceil(len(demos["images"]) / 500))  # in between it takes nine times as much
+    parts = np.array_split(
+        demos["images"], math.ceil(len(demos["images"]) / 500)
+    )  # in parts, since resizing takes nine times their memory
     images = torch.cat([resize_images(part, agent.config, args) for part in parts])
     proprio, tasks = torch.as_tensor(demos["proprio"]).float(), torch.as_tensor(demos["tasks"]).long()
     parameters = [p for p in agent.parameters() if p.requires_grad]

@@ -787,9 +787,8 @@ class LanguageAgent(nn.Module):
 
     def encode(self, prompts):
         """-> token ids and attention mask of the prompts, padded on the left."""
-        tokens, mask = encode(self.tokenizer, list(prompts), chat=self.args.prompt == "chat")
-        refuse_too_long(self.model, tokens, self.args)
-        return tokens.to(self.model.device), mask.to(self.model.device)
+        batch = encode(self.tokenizer, list(prompts), chat=self.args.prompt == "chat")
+        return tuple(x.to(self.model.device) for x in batch)
 
     def autocast(self):
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16)
@@ -844,8 +843,13 @@ class LanguageAgent(nn.Module):
 
 
 def make_agent(args, envs):
-    """The language model of --model, or a small network."""
-    return LanguageAgent(args) if args.model else Agent(envs.obs_dim, envs.num_actions, args)
+    """The language model of --model, or a small network; ArgumentError if the model cannot read a level's start."""
+    if args.model is None:
+        return Agent(envs.obs_dim, envs.num_actions, args)
+    agent = LanguageAgent(args)
+    envs.reset([(0, 0)] * envs.num_envs)
+    refuse_too_long(agent.model, agent.encode(envs.prompts([0]))[0], args)
+    return agent
 
 
 # -------------------- Evaluation and files --------------------

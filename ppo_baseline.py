@@ -357,7 +357,8 @@ def make_env(args, idx: int, render_mode: str | None = None):
             if args.env_id == "MT10":
                 env = OneHotWrapper(env, idx % len(MT10), len(MT10))
             return EpisodeRecorder(RandomTaskSelectWrapper(env, goals))
-        if env.spec is None or env.spec.max_episode_steps is None:  # no spec: of arguments that cannot be copied
+        limited = env.spec.max_episode_steps if env.spec else env.has_wrapper_attr("_max_episode_steps")
+        if not limited:  # an environment whose arguments cannot be copied has no spec
             env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
         check_spaces(args, env.observation_space, env.action_space)
         if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
@@ -1207,7 +1208,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if args.resume and (run_folder / "result.json").exists():
         say(f"{shown} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
-    this_script, (_, wandb_id) = ["python", os.path.relpath(__file__)], saved_run(args)
+    this_script = ["python", os.path.relpath(__file__)]  # before an environment changes the folder
+    _, wandb_id = saved_run(args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     own_process = args.overlap and cores > 1 and not multiprocessing.current_process().daemon  # which may have no children
     collector = Worker(Collector, args, own_process=own_process)

@@ -570,7 +570,7 @@ def span(value: float, interval: tuple[float, float], form: str = ".2f") -> str:
 
 
 EXPLANATION = (
-    "A row is a method with a replay buffer of so many steps. success: of the deterministic policy at the end, in the last "
+    "A row is a method with a replay buffer of so many steps. success: of the deterministic policy in the last "
     "evaluation (Meta-World: the 50 training goals). A run that reports no success has failed where another run of its task "
     "reports one. area: mean success in training over the whole run, so it is larger where a task is learned earlier. IQM: "
     "mean of the middle half of all runs of a row, so a task that is much harder hardly counts in it. Brackets: 95 % interval "
@@ -647,7 +647,7 @@ def is_variant(run: dict) -> bool:
 def comparable(runs: list[dict]) -> tuple[list[dict], str]:
     """The runs that may share one row of scores each, since their cells have the same tasks, and a line that says so.
 
-    Those of the cells that have every task, if on-policy PPO is one of them; otherwise those on the tasks that every cell has.
+    Those of the cells that have every task, if on-policy PPO is one of them; otherwise those of shared_by_most().
     """
     table = cells(runs)
     every = {run["env_id"] for run in runs}
@@ -668,13 +668,13 @@ def shared(runs: list[dict]) -> tuple[list[dict], str]:
 
 
 def shared_by_most(runs: list[dict]) -> tuple[list[dict], str]:
-    """As shared(), without the cells that lack more than half of the tasks: rows that were only begun, say."""
+    """As shared(), without the shortest cells, until the rest shares half of the longest one's tasks: rows only begun, say."""
     table = cells(runs)
     while len(table) > 1 and 2 * len(set.intersection(*map(set, table.values()))) < max(map(len, table.values())):
         del table[min(table, key=lambda cell: len(table[cell]))]
     chosen, scope = shared([run for run in runs if (run["regime"], run["method"]) in table])
     lost = ", ".join(f"{method} {regime}" for regime, method in cells(runs) if (regime, method) not in table)
-    return chosen, scope.replace("):", f"); without the rows that lack most of them ({lost}):") if lost else scope
+    return chosen, scope.replace("):", f"); without the rows with too few of them ({lost}):") if lost else scope
 
 
 def shared_if_any(runs: list[dict]) -> tuple[list[dict], str]:
@@ -723,9 +723,9 @@ def tuning_table(runs: list[dict]) -> str:
 
 
 def readme_runs(runs: list[dict]) -> list[dict]:
-    """The tasks that all of README_ROWS have with README_SEEDS, if they are four or more; of these, the rows that have all.
-    A size that four tasks have counts: a task joins once it is finished there, too.
+    """The runs of the README: of the tasks that count, if they are four or more, the rows that have them all.
 
+    A task counts once README_ROWS have it with README_SEEDS at 5,120, and at every other size that four tasks have.
     Of a replay size, further seeds count once all of README_ROWS have them on all these tasks.
     """
     done = {(run["method"], run["regime"], run["env_id"], run["seed"]) for run in runs}
@@ -1518,7 +1518,7 @@ def compare(folders: list[Path]) -> None:
             draw(file.with_suffix(".png"), plot_comparison, runs)
             text += f"\n\nwritten: {file}, {file.with_suffix('.png')}"
     except OSError as error:
-        raise ReportError(f"{file} and its plot cannot be written: {error.strerror}") from error
+        raise ReportError(f"{file} and its plot cannot be written: {error.strerror or error}") from error
     finally:
         print(text, flush=True)
 
@@ -1672,5 +1672,5 @@ if __name__ == "__main__":
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a folder of somebody else
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import differences, read_json, read_pt, read_scalars, run_script
 
-from graphgpo_sokoban import Args, ArgumentError, LanguageAgent, main, make_env, parse_args, refuse_contradictions
+from graphgpo_sokoban import Args, ArgumentError, LanguageAgent, main, make_agent, make_env, parse_args, refuse_contradictions
 
 WORDS = "<pad> <end> <unk> # . O X P <think> </think> <action> </action> up down left right".split()
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} <think>{% endfor %}"
@@ -64,15 +64,18 @@ def bias(agent, **logits):
     agent.model.lm_head = head
 
 
-def test_answers_that_the_model_cannot_read_are_refused(agent):
-    obs, _ = prompts(3)
-    width = agent.encode(obs)[0].shape[1]
+def test_answers_that_the_model_cannot_read_are_refused(folder, agent, monkeypatch):
+    args = Args(model=str(folder), prompt="chat", max_new_tokens=6, num_groups=1, group_size=2)
+    envs = make_env(args, 2)
+    envs.reset([(0, 0)] * 2)
+    width = agent.encode(envs.prompts([0]))[0].shape[1]
+    monkeypatch.setattr("graphgpo_sokoban.LanguageAgent", lambda args: agent)
     agent.model.config.max_position_embeddings = width + 6
-    agent.encode(obs)
+    assert make_agent(args, envs) is agent
     agent.model.config.max_position_embeddings -= 1
     words = f"--max-new-tokens 6 with prompts of {width} tokens is more than the {width + 5} that --model .* reads: lower it"
     with pytest.raises(ArgumentError, match=words):
-        agent.encode(obs)
+        make_agent(args, envs)
 
 
 def test_logprobs_are_those_of_one_answer_at_a_time(agent):

@@ -699,7 +699,7 @@ def test_copies_are_identical(name):
 
 
 COPIES = "ArgumentError BadNumber say load_checkpoint run_folder_of lock_folder refuse_existing saved_args"
-COPIES += " refuse_contradictions smollm2_folder line_ends load_language_model encode"
+COPIES += " refuse_contradictions smollm2_folder line_ends load_language_model encode refuse_too_long"
 
 
 @pytest.mark.parametrize("name", COPIES.split())

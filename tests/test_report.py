@@ -809,7 +809,7 @@ def test_a_row_that_was_only_begun_empties_no_table(place):
     finished_run(Path(place.runs) / "benchmark-512", "none_5120", env_id="reach-v3")
     report.main(place)
     text = (Path(place.results) / "benchmark-512-v1.md").read_text()
-    scope = "Over the 2 tasks that every row has (door-open, push); without the rows that lack most of them (none 5120):"
+    scope = "Over the 2 tasks that every row has (door-open, push); without the rows with too few of them (none 5120):"
     table = text.split(scope)[1].split("\n\n")[1]
     assert "\n| 5120 | gipo | 4 |" in table and "\n| 5120 | sapo | 4 |" in table and "none" not in table
     for task in ("push-v3", "door-open-v3", "drawer-open-v3"):  # nor is there less of it if it is one of theirs
@@ -818,7 +818,7 @@ def test_a_row_that_was_only_begun_empties_no_table(place):
     finished_run(Path(place.runs) / "benchmark-512", "none_20000", env_id="push-v3")
     report.main(place)
     text = (Path(place.results) / "benchmark-512-v1.md").read_text()
-    scope = "Over the 3 tasks that every row has (door-open, drawer-open, push); without the rows that lack most of them "
+    scope = "Over the 3 tasks that every row has (door-open, drawer-open, push); without the rows with too few of them "
     assert text.count(f"{scope}(none 5120, none 20000):") == 1
     table = text.split(scope)[1].split("\n\n")[1]
     assert "\n| 5120 | gipo | 7 |" in table and "\n| 5120 | sapo | 7 |" in table and "none" not in table
@@ -1131,7 +1131,7 @@ def test_only_rows_with_the_same_tasks_are_compared():
     assert runs == [ppo[0], gipo[0], clip[0], part] and scope == "Over the 1 tasks that every row has (reach):"
     runs, scope = report.comparable([ppo[0], gipo[1]])  # nothing in common: one of them stays
     assert runs == [gipo[1]]
-    assert scope == "Over the 1 tasks that every row has (push); without the rows that lack most of them (ppo on-policy):"
+    assert scope == "Over the 1 tasks that every row has (push); without the rows with too few of them (ppo on-policy):"
 
 
 def test_diagnostics_table_by_hand():

@@ -259,7 +259,7 @@ def test_resume_takes_the_folder_and_refuses_what_contradicts_it(tmp_path):
     vla.write_json(run / "args.json", vars(args) | {"algorithm_version": vla.ALGORITHM_VERSION, "wandb_id": None})
     resumed = vla.parse_args(["--resume", str(run)])
     assert resumed == dataclasses.replace(args, resume=str(run)) and resumed.tasks == (1, 2)
-    machine = vla.parse_args(["--resume", str(run), "--env-timeout", "9", "--checkpoint-every", "7", "--model", "moved/away"])
+    machine = vla.parse_args(["--resume", str(run), "--env-timeout", "9", "--checkpoint-every", "7"])
     vla.refuse_contradictions(machine, vars(vla.saved_args(run)), "the run")
     with pytest.raises(vla.ArgumentError, match=r"--sigma 1.0 contradicts the run to resume, which has 0.3: drop the flag"):
         vla.main(vla.parse_args(["--resume", str(run), "--sigma", "1"]))
@@ -270,6 +270,25 @@ def test_resume_takes_the_folder_and_refuses_what_contradicts_it(tmp_path):
     (run / "args.json").write_text(json.dumps(content | {"sigma": "wide"}))
     with pytest.raises(vla.ArgumentError, match=r"args.json: sigma is 'wide'"):
         vla.parse_args(["--resume", str(run)])
+
+
+def test_a_policy_that_has_moved_is_named_again(public, tmp_path, monkeypatch):
+    """Its folder is remembered from the root; only where that is gone may --model name another."""
+    shutil.copytree(public, tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--no-cuda", "--model", "here", "--run-dir", "runs", "--suite", "libero_goal"]
+    args = vla.parse_args(flags)
+    assert args.model == str(tmp_path / "here")
+    (run := vla.run_folder_of(args)).mkdir(parents=True)
+    vla.write_json(run / "args.json", vars(args) | {"algorithm_version": vla.ALGORITHM_VERSION, "wandb_id": None})
+    shutil.copytree("here", "there")
+    again = vla.parse_args(["--resume", str(run), "--model", "there"])
+    saved = vars(vla.saved_args(run))
+    with pytest.raises(vla.ArgumentError, match=r"--model .*there contradicts the run, which has .*here: drop the flag"):
+        vla.refuse_contradictions(again, saved, "the run")
+    shutil.rmtree("here")
+    vla.refuse_contradictions(again, saved, "the run")
+    assert again.model == str(tmp_path / "there")
 
 
 def test_resume_from_inside_the_run_folder(tmp_path, monkeypatch):
