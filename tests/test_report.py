@@ -1810,11 +1810,32 @@ def test_the_benchmark_page_says_what_version_2_says():
     assert f"differ by {more} only" in paper
     words = f"Textbook PPO's area is {mean_of(ppo):.2f}; with GIPO's setup it is {mean_of(fresh):.2f} on fresh data. "
     assert f"{words}Replay makes it {mean_of(replayed):.2f}." in readme
-    words = f"So scaled GIPO has {middle[0]}, a clip of 0.2 {middle[2]}; their mean returns are {more} apart."
-    assert words in readme
     leads = dict(zip(tasks, gaps(old, narrow), strict=True))  # "all ten pairs on the first two tasks, and in four of ten"
     first = [leads.pop(f"{name}-v3") for name in ("door-open", "button-press-topdown")]
     assert (np.concatenate(first) > 0).all() and (np.concatenate([*leads.values()]) > 0).sum() == 4
+
+
+def test_the_paper_page_says_what_its_tasks_gave():
+    """The sentences below report.py's table of the paper's ten tasks, and README's."""
+    page, readme = ((ROOT / name).read_text() for name in ("docs/paper.md", "README.md"))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")]
+    rows = {name: row for name, *row in lines}
+    gipo, narrow, wide = rows["the paper's score"][-3:]
+    assert f"three times a clip of 0.2**: {gipo} against {narrow}." in page and 2.5 < float(gipo) / float(narrow) < 3.5
+    assert f"its score is {wide}, and its mean return the same." in page
+    returns = [float(text.replace(",", "")) for text in rows["mean"][3:6]]
+    gap = f"{100 * (returns[0] / returns[1] - 1):.0f} %"
+    assert f"Behind it is a gap of {gap} in the mean return." in page and abs(returns[2] / returns[0] - 1) < 0.005
+    unsolved = [task for task in report.PAPER_TASKS if max(map(float, rows[task][:3])) < 0.05]
+    words = f"Four of the ten tasks are not learned by any row**: {', '.join(unsolved[:-1])} and {unsolved[-1]}."
+    assert words in page
+    wall = read_json(ROOT / "results" / "runs" / "300000-v2" / "button-press-topdown-wall-v3__gipo_20000__4.json")
+    share, in_training = (f"{100 * wall[key]:.0f} %" for key in ("eval_success_rate", "train_success_rate"))
+    assert f"GIPO's final policy reaches {share} of the goals, in training {in_training}." in page
+    assert (
+        f"GIPO has {gipo} and a clip of 0.2 has {narrow}. Their mean returns are {gap} apart. A clip of 0.5 has {wide}."
+        in readme
+    )
 
 
 def test_the_benchmark_page_says_what_mujoco_gave():
