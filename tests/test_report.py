@@ -1752,7 +1752,8 @@ def test_committed_runs_of_the_other_methods_count_as_finished(suite):
 def test_the_benchmark_page_says_what_version_2_says():
     """The sentences of docs/benchmark.md with numbers of version 2; its table is report.py's."""
     files = sorted((ROOT / "results" / "runs" / "300000-v2").glob("*.json"))
-    table = report.cells(report.readme_runs(report.labelled({file: json.loads(file.read_text()) for file in files})))
+    stored = {file: json.loads(file.read_text()) for file in files}
+    table = report.cells(report.readme_runs(report.labelled(stored)))
     page, readme = ((ROOT / name).read_text() for name in ("docs/benchmark.md", "README.md"))
     text = page.split("## Results")[1].split("\n## ")[0]
     tasks = sorted(table["5120", "gipo"])
@@ -1810,6 +1811,12 @@ def test_the_benchmark_page_says_what_version_2_says():
     assert f"differ by {more} only" in paper
     words = f"Textbook PPO's area is {mean_of(ppo):.2f}; with GIPO's setup it is {mean_of(fresh):.2f} on fresh data. "
     assert f"{words}Replay makes it {mean_of(replayed):.2f}." in readme
+    runs = [run for file, run in stored.items() if run["env_id"] in tasks and run["seed"] in report.README_SEEDS]
+    none = report.cells(report.labelled(dict(enumerate(runs))))["20000", "none"]
+    without, ends = (report.values(none, tasks, report.SCORES[score]) for score in ("area", "success"))
+    assert sum(map(len, without)) == 12 and f"without one the area is {report.mean_of_tasks(without):.2f}." in readme
+    assert f"Without either the area is {report.mean_of_tasks(without):.2f}, and GIPO's is larger in all twelve pairs." in text
+    assert f"such runs have reached {100 * report.mean_of_tasks(ends):.0f} % of the goals." in text
     leads = dict(zip(tasks, gaps(old, narrow), strict=True))  # "all ten pairs on the first two tasks, and in four of ten"
     first = [leads.pop(f"{name}-v3") for name in ("door-open", "button-press-topdown")]
     assert (np.concatenate(first) > 0).all() and (np.concatenate([*leads.values()]) > 0).sum() == 4
