@@ -156,7 +156,7 @@ def test_matrix_and_what_is_finished(tmp_path):
 
 def test_matrix_of_old_answers():
     """Six objectives at three ages; on fresh answers those around pi_prox and pi_b are GRPO itself. Five seeds of each."""
-    runs = [vars(tyro.cli(popo.Args, args=shlex.split(line)[2:])) for line in matrix("--steps", "777", suite="lag")]
+    runs = [vars(tyro.cli(popo.Args, args=shlex.split(line)[2:])) for line in matrix("--steps", "7777", suite="lag")]
     cells = [(run["objective"], run["lag"], run["seed"]) for run in runs]
     fresh, others = {"decoupled", "gipo", "sapo", "cispo", "m2po"}, {"pi_old"}
     wanted = [(name, lag, seed) for lag in (0, 4, 16) for name in (fresh | others if lag else fresh) for seed in range(1, 6)]

@@ -195,7 +195,7 @@ def test_a_missing_curve_is_missing(missing):
     assert [list(line.get_ydata())[-1] for line in lines] == [0.5, 0.2]  # GIPO's is that of the run that has one
     areas = report.plot_against_buffer(runs, {"area": "area", "utilization": "utilization"}).axes
     assert [text.get_text() for text in areas[0].get_legend().get_texts()] == ["ppo-clip-0.2"]
-    assert "| 20000 | gipo | 2.0 | - |" in report.diagnostics_table(runs)
+    assert "| 20000 | gipo | - | - |" in report.diagnostics_table(runs)
 
 
 def test_a_missing_curve_of_the_other_scripts():
