@@ -1,0 +1,78 @@
+"""stable-baselines3 as an independent implementation: its GAE equals ours, and tests/sb3_ppo.py trains its PPO as it says."""
+
+import numpy as np
+import pytest
+import sb3_ppo
+import torch
+from gymnasium.spaces import Box
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+import ppo_baseline
+
+
+def test_gae_equals_that_of_stable_baselines3():
+    """Random rewards, values and terminations; their buffer masks by the start of the next episode."""
+    rng, (length, envs) = np.random.default_rng(0), (50, 3)
+    buffer = RolloutBuffer(length, Box(-1, 1, (2,)), Box(-1, 1, (1,)), gae_lambda=0.9, gamma=0.97, n_envs=envs)
+    rewards, values = rng.normal(size=(length, envs)), torch.tensor(rng.normal(size=(length + 1, envs)))
+    ended = rng.random((length, envs)) < 0.1
+    starts = np.concatenate([np.ones((1, envs), bool), ended[:-1]])
+    for t in range(length):
+        buffer.add(np.zeros((envs, 2)), np.zeros((envs, 1)), rewards[t], starts[t], values[t], torch.zeros(envs))
+    buffer.compute_returns_and_advantage(values[-1], ended[-1])
+    done = torch.tensor(ended).double()
+    ours = ppo_baseline.compute_gae(torch.tensor(rewards), values[:-1], values[1:], done, done, 0.97, 0.9)
+    assert ended.any() and np.allclose(buffer.advantages, ours.numpy(), atol=1e-5)
+    assert np.allclose(buffer.returns, (ours + values[:-1]).numpy(), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def args():
+    return ppo_baseline.Args(env_id="reach-v3", num_envs=2)
+
+
+def model_of(method: str, args):
+    envs = DummyVecEnv([ppo_baseline.make_env(args, i) for i in range(args.num_envs)])
+    return PPO("MlpPolicy", envs, device="cpu", **sb3_ppo.settings(method, args))
+
+
+def test_matched_settings_are_those_of_the_textbook_ppo(args):
+    """Equal networks, equal initial exploration, and the same number of gradient steps per rollout."""
+    model = model_of("matched", args)
+    agent = ppo_baseline.Agent(39, 4, args)
+    sizes = [
+        [tuple(p.shape) for p in part.parameters()]
+        for part in (
+            torch.nn.Sequential(model.policy.mlp_extractor.policy_net, model.policy.action_net),
+            torch.nn.Sequential(model.policy.mlp_extractor.value_net, model.policy.value_net),
+        )
+    ]
+    assert sizes == [[tuple(p.shape) for p in part.parameters()] for part in (agent.actor, agent.critic)]
+    assert torch.equal(model.policy.log_std, agent.actor_logstd)
+    assert (model.n_steps, model.batch_size, model.n_epochs) == (args.num_steps, args.minibatch_size, args.update_epochs)
+    assert (model.gamma, model.gae_lambda, model.vf_coef) == (args.gamma, args.gae_lambda, args.vf_coef)
+    assert model.clip_range(1.0) == args.clip_coef and model.max_grad_norm == args.max_grad_norm
+    assert [model.lr_schedule(left) for left in (1.0, 0.25)] == [args.learning_rate, 0.25 * args.learning_rate]
+
+
+def test_a_rollout_of_the_defaults_is_theirs(args):
+    assert model_of("defaults", args).n_steps * args.num_envs == 2048
+
+
+def test_a_run_of_a_task(tmp_path):
+    """One rollout of eight environments of 500 steps: episodes end, are counted, and the model is evaluated; then skipped."""
+    flags = sb3_ppo.Args(tmp_path / "out.json", tasks=("reach-v3",), methods=("matched",), steps=4096, eval_episodes=2)
+    sb3_ppo.main(flags)
+    (run,) = sb3_ppo.json.loads(flags.output.read_text())["runs"]
+    assert run["total_timesteps"] == 4096 and 0 <= run["eval_success_rate"] <= 1 and run["eval_return_mean"] > 0
+    assert run["train_return_mean"] > 0 and len(run["curves"]["success"]) == len(run["curves"]["return"])
+    written = flags.output.stat().st_mtime_ns
+    sb3_ppo.main(flags)
+    assert flags.output.stat().st_mtime_ns == written
+
+
+def test_a_box_that_they_would_not_map_is_refused():
+    with pytest.raises(ValueError, match="Pendulum-v1: actions must be in"):
+        sb3_ppo.train("Pendulum-v1", 1, "matched", 2048)
