@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -1100,3 +1101,24 @@ worker.close()
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     process = subprocess.run([sys.executable, "-c", code, str(ROOT)], env=environment, capture_output=True, timeout=60)
     assert process.stdout == b"1\n", process.stderr
+
+
+def test_the_documented_use_of_a_trained_policy(tmp_path, monkeypatch, capsys):
+    """The program of docs/gipo_continuous.md plays an episode on a training goal, and equals evaluate()'s on that goal."""
+    page = (ROOT / "docs" / "gipo_continuous.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    args = gipo.Args(env_id="door-open-v3", hidden_size=8)
+    agent = gipo.Agent(39, 4, args)
+    agent.update_normalizer(torch.randn(64, 39))
+    folder = gipo.run_folder_of(dataclasses.replace(args, run_dir=str(tmp_path / "runs")))
+    folder.mkdir(parents=True)
+    gipo.save_models(folder, agent, vars(args), {"episodes": 1, "success_rate": 0.0, "return_mean": 0.0}, 0)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(program, names)
+    assert capsys.readouterr().out == f"{names['info']}\n" and names["info"]["length"] == 500
+    goal = names["env"].unwrapped._last_rand_vec
+    goals = [pickle.loads(task.data)["rand_vec"] for task in gipo.meta_world_goals("door-open-v3", args.seed)]
+    which = [np.array_equal(goal, other) for other in goals].index(True)
+    returns = gipo.evaluate(agent, args, which + 1)["returns"]
+    assert math.isclose(names["info"]["return"], returns[which], rel_tol=1e-6)
