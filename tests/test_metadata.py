@@ -173,7 +173,7 @@ def test_stored_ages_are_kept_if_a_method_is_missing(figures, tmp_path, monkeypa
 
 
 def test_replay_by_age_in_the_text(figures):
-    """The figures that docs/benchmark.md quotes of samples of 20 rollouts or more are the means of the stored runs."""
+    """The figures that docs/old_data.md quotes of samples of 20 rollouts or more are the means of the stored runs."""
     runs = json.loads(figures.BY_AGE.read_text())
     tasks = ["button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "push-v3"]
     means = {}
@@ -182,7 +182,7 @@ def test_replay_by_age_in_the_text(figures):
         assert sorted(run["env_id"] for run in found) == tasks and all(run["step"] == 150_016 for run in found)
         rows = [run["ages"]["20 or more"] for run in found]
         means[method] = [sum(row[name] for row in rows) / len(rows) for name in figures.BY_AGE_FIGURES]
-    text = (ROOT / "docs" / "benchmark.md").read_text()
+    text = (ROOT / "docs" / "old_data.md").read_text()
     shares = [f"{means[method][1]:.0%}".replace("%", " %") for method in ("ppo-clip-0.2", "ppo-clip-0.5", "gipo")]
     assert "A clip of 0.2 drops {} of them, a clip of 0.5 {}, and GIPO {}".format(*shares) in text
     gipo, *clips = (means[method][0] for method in figures.METHODS)

@@ -61,9 +61,9 @@ def test_a_run_is_not_resumed_under_other_settings(tmp_path, monkeypatch):
 
 
 def test_the_page_has_the_stored_areas():
-    """docs/benchmark.md: every stored run, to two places."""
+    """docs/old_data.md: every stored run, to two places."""
     runs = read_json(ROOT / "results" / "other_data.json")["runs"]
-    page = (ROOT / "docs" / "benchmark.md").read_text().split("## Begin with another run's replay")[1].split("## Beyond")[0]
+    page = (ROOT / "docs" / "old_data.md").read_text().split("## Begin with another run's replay")[1]
     assert len(runs) == 30 and {run["seed"] for run in runs} == {5}
     for method in other_data.METHODS:
         found = {(run["task"], run["data"]): run["area"] for run in runs if run["method"] == method}
