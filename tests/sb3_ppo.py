@@ -41,7 +41,7 @@ class Args:
     """JSON file of all results; it grows run by run"""
     tasks: tuple[str, ...] = ("button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "push-v3")
     """Meta-World tasks, or Gymnasium ids"""
-    seeds: tuple[int, ...] = (4,)
+    seeds: tuple[int, ...] = (4, 5, 6)
     """seeds of the runs"""
     methods: tuple[str, ...] = METHODS
     """rows: matched, defaults"""

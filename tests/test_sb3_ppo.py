@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import sb3_ppo
 import torch
+from conftest import ROOT, read_json
 from gymnasium.spaces import Box
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import ppo_baseline
+import report
 
 
 def test_gae_equals_that_of_stable_baselines3():
@@ -63,7 +65,9 @@ def test_a_rollout_of_the_defaults_is_theirs(args):
 
 def test_a_run_of_a_task(tmp_path):
     """One rollout of eight environments of 500 steps: episodes end, are counted, and the model is evaluated; then skipped."""
-    flags = sb3_ppo.Args(tmp_path / "out.json", tasks=("reach-v3",), methods=("matched",), steps=4096, eval_episodes=2)
+    flags = sb3_ppo.Args(
+        tmp_path / "out.json", tasks=("reach-v3",), seeds=(4,), methods=("matched",), steps=4096, eval_episodes=2
+    )
     sb3_ppo.main(flags)
     (run,) = sb3_ppo.json.loads(flags.output.read_text())["runs"]
     assert run["total_timesteps"] == 4096 and 0 <= run["eval_success_rate"] <= 1 and run["eval_return_mean"] > 0
@@ -76,3 +80,24 @@ def test_a_run_of_a_task(tmp_path):
 def test_a_box_that_they_would_not_map_is_refused():
     with pytest.raises(ValueError, match="Pendulum-v1: actions must be in"):
         sb3_ppo.train("Pendulum-v1", 1, "matched", 2048)
+
+
+def test_the_page_has_its_results():
+    """docs/benchmark.md: mean areas by task and over all, goals reached; of these runs and of ppo_baseline.py's."""
+    runs = read_json(ROOT / "results" / "sb3_ppo.json")["runs"]
+    tasks = ["button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "push-v3"]
+    rows = {
+        method: [[run for run in runs if (run["task"], run["method"]) == (task, method)] for task in tasks]
+        for method in sb3_ppo.METHODS
+    }
+    folder = ROOT / "results" / "runs" / "300000-v2"
+    rows["ppo"] = [[read_json(folder / f"{task}__ppo_on-policy__{seed}.json") for seed in (4, 5, 6)] for task in tasks]
+    page, readme = ((ROOT / name).read_text() for name in ("docs/benchmark.md", "README.md"))
+    for method, cells in rows.items():
+        assert [[run["seed"] for run in cell] for cell in cells] == [[4, 5, 6]] * 4
+        areas = [np.mean([report.area_under_curve(run, "success") for run in cell]) for cell in cells]
+        ends = np.mean([run["eval_success_rate"] for cell in cells for run in cell])
+        row = " | ".join(f"{area:.2f}" for area in [*areas, np.mean(areas)]) + f" | {100 * ends:.0f} % |\n"
+        assert row in page, (method, row)
+        if method == "defaults":
+            assert f"(stable-baselines3's own settings: {np.mean(areas):.2f})" in readme
