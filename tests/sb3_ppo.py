@@ -4,11 +4,13 @@
     python tests/sb3_ppo.py --output results/sb3_ppo.json
     python tests/sb3_ppo.py --output results/sb3_ppo.json --tasks HalfCheetah-v5 Hopper-v5 --steps 1000000 --methods matched
 
-Environments, goals and the final evaluation are those of ppo_baseline.py, so that nothing but the algorithm differs.
-Rows: `matched` has the settings of ppo_baseline.py's defaults where stable-baselines3 has such a setting, `defaults` its own
-settings. Either has eight environments and normalised observations and rewards. Finished runs in --output are skipped.
+Environments, goals and the final evaluation are those of ppo_baseline.py, so that only the algorithm and its normalisation
+differ. Rows: `matched` has the settings of ppo_baseline.py's defaults where stable-baselines3 has a setting of that name,
+`defaults` its own settings. (Equal names are not always equal: its value loss has no factor of a half.) Either row has eight
+environments, rollouts of 2,048 steps, and normalised observations and rewards. Finished runs in --output are skipped.
 """
 
+import itertools
 import json
 import math
 import os
@@ -127,24 +129,24 @@ def train(task: str, seed: int, method: str, steps: int, eval_episodes: int = 50
     }
 
 
+def stored_runs(file: Path) -> list[dict]:
+    """The runs that a file of results has so far."""
+    return json.loads(file.read_text())["runs"] if file.exists() else []
+
+
 def main(args: Args) -> None:
     """Make what is missing, one run after the other."""
     torch.set_num_threads(1)
-    for seed in args.seeds:
-        for task in args.tasks:
-            for method in args.methods:
-                stored = json.loads(args.output.read_text()) if args.output.exists() else {"runs": []}
-                cell = dict(zip(KEYS, (task, seed, method, args.steps), strict=True))
-                if cell in [{key: run[key] for key in KEYS} for run in stored["runs"]]:
-                    continue
-                run = cell | train(**cell, eval_episodes=args.eval_episodes)
-                stored["runs"] = sorted([*stored["runs"], run], key=lambda run: [str(run[key]) for key in KEYS])
-                stored |= {
-                    "command": shlex.join(["python", *sys.argv]),
-                    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                }
-                report.store(args.output, stored)
-                print(time.strftime("%H:%M"), *cell.values(), run["eval_success_rate"], run["eval_return_mean"], flush=True)
+    for seed, task, method in itertools.product(args.seeds, args.tasks, args.methods):
+        cell = dict(zip(KEYS, (task, seed, method, args.steps), strict=True))
+        if cell in [{key: run[key] for key in KEYS} for run in stored_runs(args.output)]:
+            continue
+        run = cell | train(**cell, eval_episodes=args.eval_episodes)
+        run["command"] = shlex.join(["python", *sys.argv])
+        run["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        runs = [*stored_runs(args.output), run]  # read again: another process may have added its own meanwhile
+        report.store(args.output, {"runs": sorted(runs, key=lambda run: [str(run[key]) for key in KEYS])})
+        print(time.strftime("%H:%M"), *cell.values(), run["eval_success_rate"], run["eval_return_mean"], flush=True)
 
 
 if __name__ == "__main__":
