@@ -1828,6 +1828,26 @@ def test_the_benchmark_page_says_what_version_2_says():
     assert (np.concatenate(first) > 0).all() and (np.concatenate([*leads.values()]) > 0).sum() == 4
 
 
+def test_the_page_on_very_old_data():
+    """docs/old_data.md: areas with 100,000 steps of replay, their means, those with 20,000; goals at the end."""
+    page = (ROOT / "docs" / "old_data.md").read_text()
+    tasks = ["button-press-topdown", "door-open", "drawer-open", "push"]
+    folder, means, ends = ROOT / "results" / "runs" / "300000-v2", {}, []
+    for size in (100_000, 20_000):
+        rows = []
+        for name in ("gipo", "ppo-clip-0.5", "ppo-clip-0.2"):
+            rows.append([read_json(folder / f"{task}-v3__{name}_{size}__4.json") for task in tasks])
+        areas = np.array([[report.area_under_curve(run, "success") for run in row] for row in rows])
+        means[size] = " | ".join(f"{mean:.2f}" for mean in areas.mean(1))
+        if size == 100_000:
+            ends = [f"{100 * np.mean([run['eval_success_rate'] for run in row]):.0f} %" for row in rows]
+            assert (areas[0] > areas[1]).all() and (areas[0] > areas[2]).all()
+            for task, column in zip(tasks, areas.T, strict=True):
+                assert f"| {task} | {' | '.join(f'{area:.2f}' for area in column)} |\n" in page
+    assert f"| mean | {means[100_000]} |\n| mean with 20,000 steps, same seed | {means[20_000]} |\n" in page
+    assert "Its runs end at {}, those of a clip of 0.5 at {}, and those of 0.2 at {}.".format(*ends) in page
+
+
 def test_the_paper_page_says_what_its_tasks_gave():
     """The sentences below report.py's table of the paper's ten tasks, and README's."""
     page, readme = ((ROOT / name).read_text() for name in ("docs/paper.md", "README.md"))
