@@ -1829,23 +1829,33 @@ def test_the_benchmark_page_says_what_version_2_says():
 
 
 def test_the_page_on_very_old_data():
-    """docs/old_data.md: areas with 100,000 steps of replay, their means, those with 20,000; goals at the end."""
+    """docs/old_data.md: areas with 100,000 steps of replay, their means, those with 20,000; goals at the end; two seeds."""
     page = (ROOT / "docs" / "old_data.md").read_text()
-    tasks = ["button-press-topdown", "door-open", "drawer-open", "push"]
-    folder, means, ends = ROOT / "results" / "runs" / "300000-v2", {}, []
-    for size in (100_000, 20_000):
-        rows = []
-        for name in ("gipo", "ppo-clip-0.5", "ppo-clip-0.2"):
-            rows.append([read_json(folder / f"{task}-v3__{name}_{size}__4.json") for task in tasks])
-        areas = np.array([[report.area_under_curve(run, "success") for run in row] for row in rows])
-        means[size] = " | ".join(f"{mean:.2f}" for mean in areas.mean(1))
-        if size == 100_000:
-            ends = [f"{100 * np.mean([run['eval_success_rate'] for run in row]):.0f} %" for row in rows]
-            assert (areas[0] > areas[1]).all() and (areas[0] > areas[2]).all()
-            for task, column in zip(tasks, areas.T, strict=True):
-                assert f"| {task} | {' | '.join(f'{area:.2f}' for area in column)} |\n" in page
-    assert f"| mean | {means[100_000]} |\n| mean with 20,000 steps, same seed | {means[20_000]} |\n" in page
-    assert "Its runs end at {}, those of a clip of 0.5 at {}, and those of 0.2 at {}.".format(*ends) in page
+    tasks, folder = ["button-press-topdown", "door-open", "drawer-open", "push"], ROOT / "results" / "runs" / "300000-v2"
+    names = ["gipo", "ppo-clip-0.5", "ppo-clip-0.2"]
+
+    def runs(task, name, size=100_000, seeds=(4, 5)):
+        files = [folder / f"{task}-v3__{name}_{size}__{seed}.json" for seed in seeds]
+        return [read_json(file) for file in files if file.exists()]
+
+    def area(run):
+        return report.area_under_curve(run, "success")
+
+    leads = []
+    for task in tasks:
+        gipo, wide, narrow = ([area(run) for run in runs(task, name)] for name in names)
+        cells = [", ".join(f"{value:.2f}" for value in cell) for cell in (gipo, wide, narrow)]
+        assert f"| {task} | {' | '.join(cells)} |\n" in page
+        leads += [ours - theirs for other in (wide, narrow) for ours, theirs in zip(gipo, other, strict=other is wide)]
+    assert min(leads) > 0 and len(leads) == 7 + 4 and "in all seven pairs of equal task and seed" in page
+    rows = []
+    for size, words in ((100_000, "mean"), (20_000, "mean with 20,000 steps")):
+        rows.append([np.mean([area(*runs(task, name, size, (4,))) for task in tasks]) for name in names])
+        assert f"| {words}, seed 4 | {' | '.join(f'{mean:.2f}' for mean in rows[-1])} |\n" in page
+    assert (np.array(rows[0]) < rows[1]).all()
+    ends = [np.mean([runs(task, name, seeds=(4,))[0]["eval_success_rate"] for task in tasks]) for name in names]
+    words = "Its runs of seed 4 end at {:.0f} %, those of a clip of 0.5 at {:.0f} %, and those of 0.2 at {:.0f} %."
+    assert words.format(*(100 * end for end in ends)) in page
 
 
 def test_the_paper_page_says_what_its_tasks_gave():
