@@ -1856,8 +1856,8 @@ def test_the_page_on_very_old_data():
         assert f"| {words}, seed 4 | {' | '.join(f'{mean:.2f}' for mean in rows[-1])} |\n" in page
     assert (np.array(rows[0]) < rows[1]).all()
     ends = [np.mean([runs(task, name, seeds=(4,))[0]["eval_success_rate"] for task in tasks]) for name in names]
-    words = "Its runs of seed 4 end at {:.0f} %, those of a clip of 0.5 at {:.0f} %, and those of 0.2 at {:.0f} %."
-    assert words.format(*(100 * end for end in ends)) in page
+    assert f"| goals reached at the end, seed 4 | {' | '.join(f'{100 * end:.0f} %' for end in ends)} |\n" in page
+    assert max(ends) == ends[1] and "**At the end the clip of 0.5 has reached the most goals** (seed 4)." in page
 
 
 def test_the_paper_page_says_what_its_tasks_gave():

@@ -80,7 +80,7 @@ def test_a_run_of_a_task(tmp_path):
         tmp_path / "out.json", tasks=("reach-v3",), seeds=(4,), methods=("matched",), steps=4096, eval_episodes=2
     )
     sb3_ppo.main(flags)
-    (run,) = sb3_ppo.json.loads(flags.output.read_text())["runs"]
+    (run,) = read_json(flags.output)["runs"]
     assert run["total_timesteps"] == 4096 and 0 <= run["eval_success_rate"] <= 1 and run["eval_return_mean"] > 0
     assert run["train_return_mean"] > 0 and run["curves"]["steps"][-1] == 4096
     written = flags.output.stat().st_mtime_ns
