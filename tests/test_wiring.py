@@ -1,4 +1,5 @@
-"""popo_countdown.py, graphgpo_sokoban.py: train() and evaluate() hand the functions tested elsewhere what they should."""
+"""popo_countdown.py, graphgpo_sokoban.py: train() and evaluate() hand the functions tested elsewhere what they should. Of all
+four training scripts: what is evaluated is saved."""
 
 import dataclasses
 import math
@@ -13,8 +14,10 @@ from test_graphgpo_model import folder as folder
 from test_popo_cli import SHORT, TWO, run_inline
 from test_popo_math import make
 
+import gipo_continuous as gipo
 import graphgpo_sokoban as graphgpo
 import popo_countdown as popo
+import ppo_baseline as ppo
 
 
 def recorded(monkeypatch, place, name, keep):
@@ -77,6 +80,28 @@ def test_every_token_of_a_minibatch_weighs_the_same(tmp_path, monkeypatch):
         torch.testing.assert_close(grad, -mask.float() / mask.sum())
 
 
+def test_the_reference_penalty(tmp_path, monkeypatch):
+    """log pi_start - log pi at training's temperature: zero in the first update, where both policies are one."""
+    flags = f"{TWO} --method grpo --kl-coef 0.1 --temperature 0.5 --updates-per-iteration 1 --total-timesteps 32"
+    _, run = run_inline(tmp_path / "equal", flags)
+    ((_, kl),) = read_scalars(run)["losses/reference_kl"]
+    assert kl == pytest.approx(0.0, abs=1e-8)
+    zeros = torch.zeros(8, 4, 1)
+    monkeypatch.setattr(popo, "fixed_logprobs", lambda policy, b, *_: zeros.expand_as(b["logprobs"]))
+    penalties = recorded(monkeypatch, popo, "k3", lambda args, _: args[0].detach().clone())
+    run_inline(tmp_path / "certain", flags)  # a start policy that is certain of every answer: log pi_start = 0
+    to_start, approx_kl = penalties
+    assert (to_start >= 0).all() and to_start.max() > 0.1 and torch.equal(approx_kl, -to_start)
+
+
+def test_dapo_stops_as_soon_as_the_batch_is_full(tmp_path, monkeypatch):
+    """With as many effective groups as the batch has: one batch per iteration, however many are allowed."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(popo.Countdown, "rewards", lambda self, p, r, mask: (rewards.expand(len(mask), 4), mask[..., 0]))
+    result, _ = run_inline(tmp_path, f"{TWO} --method dapo --max-gen-batches 3 --total-timesteps 96")
+    assert (result["iterations"], result["total_timesteps"]) == (3, 96)
+
+
 def moment(run):
     """Norm of Adam's first moment, an average of clipped gradients."""
     state = read_pt(run / "checkpoint.pt")["optimizer"]["state"].values()
@@ -89,6 +114,34 @@ def test_gradients_are_clipped(tmp_path):
     flags = {"num_groups": 2, "group_size": 4, "total_episodes": 16, "eval_episodes": 0, "max_grad_norm": 1e-4}
     graphgpo.main(graphgpo.Args(run_dir=str(tmp_path), **flags))
     assert 0 < moment(tmp_path / "Sokoban__graphgpo__1") <= 1.001e-4
+
+
+# -------------------- All --------------------
+CORE = {"env_id": "Pendulum-v1", "num_envs": 2, "num_steps": 32, "total_timesteps": 192, "overlap": False, "hidden_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "every"),
+    [
+        (gipo, CORE | {"buffer_size": 128, "minibatch_size": 32}, 64),
+        (ppo, CORE | {"minibatch_size": 32}, 64),
+        (popo, vars(popo.parse_args(TWO.split())) | {"total_timesteps": 96}, 32),
+        (graphgpo, {"num_groups": 2, "group_size": 4, "total_episodes": 24, "max_solution": 4}, 8),
+    ],
+    ids=["gipo", "ppo", "popo", "graphgpo"],
+)
+def test_what_is_evaluated_is_in_the_checkpoint(script, flags, every, tmp_path, monkeypatch):
+    """A run that dies while it evaluates goes on from there, however rare its other checkpoints are."""
+    checkpoints = []
+
+    def keep(args, _):
+        (path,) = [*tmp_path.glob("*/checkpoint.pt")] or [None]
+        checkpoints.append(path and read_pt(path)["iteration"])
+
+    recorded(monkeypatch, script, "evaluate", keep)
+    more = {"eval_every": every, "eval_episodes": 1, "checkpoint_every": 10**6, "run_dir": str(tmp_path)}
+    script.main(script.Args(**flags | more))
+    assert [at for at in checkpoints if at] == [1, 2, 3]
 
 
 # -------------------- GraphGPO --------------------
