@@ -723,11 +723,13 @@ def load_language_model(name: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # The other tokenizer of Mistral's models, chosen where mistral-common is installed, has no chat template.
+        tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except Exception as error:  # no such name, no network, an incomplete folder, ...
+    except Exception as error:  # no such name, no network, no access, a missing package, an incomplete folder, ...
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         how = "give smollm2, or the name or folder of a Hugging Face causal language model"
-        raise ArgumentError(f"--model {name} cannot be loaded ({type(error).__name__}): {how}") from error
+        raise ArgumentError(f"--model {name} cannot be loaded ({why}): {how}") from error
     ends = model.generation_config.eos_token_id  # chat models end a turn with a token of their own
     ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:  # a base model's own end may be another token than the one that ends its template's turns
@@ -749,8 +751,10 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
     chat = chat and bool(tokenizer.chat_template)
     if chat:
         turns = [[{"role": "user", "content": text}] for text in texts]
-        # Llama 3's template writes today's date, but for this.
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+        # Some templates write today's date, but for this: Llama 3's from a variable, SmolLM3's from a function.
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + tokenizer.get_chat_template()
+        how = {"tokenize": False, "add_generation_prompt": True, "date_string": "26 Jul 2024", "chat_template": template}
+        texts = tokenizer.apply_chat_template(turns, **how)
     rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -759,7 +763,7 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
 
 def refuse_too_long(model, prompts: torch.Tensor, args) -> None:
     """ArgumentError if prompts (n, L) and answers do not fit into the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if prompts.shape[1] + args.max_new_tokens > limit:
         what = f"with prompts of {prompts.shape[1]} tokens is more than the {limit} that --model {args.model} reads"
         raise ArgumentError(f"--max-new-tokens {args.max_new_tokens} {what}: lower it")
@@ -777,6 +781,8 @@ class LanguageAgent(nn.Module):
 
         self.args, self.bfloat16 = args, args.dtype == "bfloat16"
         self.model, self.tokenizer, ends = load_language_model(args.model)
+        if args.prompt == "chat" and not self.tokenizer.chat_template:
+            say(f"--model {args.model} has no chat template: it is asked in plain text")
         if args.prompt == "few-shot":  # the answer is one line
             ends = ends | line_ends(self.tokenizer)
         self.ends, self.pad = sorted(ends), self.tokenizer.pad_token_id or 0
@@ -819,10 +825,13 @@ class LanguageAgent(nn.Module):
 
     def parse(self, text: str, names) -> int:
         """Index of the answer in `names`: its first line, or what is in the last <action> tags; -1 if it is none of them."""
-        found = [text.split("\n")[0]]
+        answer = text.split("\n")[0]
         if self.args.prompt == "chat":
-            found = re.findall(r"<action>(.*?)</action>", text, re.DOTALL)
-        answer, names = " ".join(found[-1].lower().split()) if found else "", [name.lower() for name in names]
+            last = re.match(
+                r".*<action>(.*?)</action>", text, re.DOTALL
+            )  # an earlier <action> may be a mere mention of the tag
+            answer = last[1] if last else ""
+        answer, names = " ".join(answer.lower().split()), [name.lower() for name in names]
         return names.index(answer) if answer in names else -1
 
     def token_logprobs(self, obs, tokens, mask):

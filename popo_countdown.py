@@ -408,8 +408,10 @@ class TextCountdown(Countdown):
     def verify(self, numbers, target, tokens):
         """The answer's first line counts, or what is in its last <answer> tags."""
         text = self.text(tokens)
-        answers = text.split("\n")[:1] if self.few_shot else re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-        return verify_infix(numbers, target, answers[-1] if answers else "")
+        if self.few_shot:
+            return verify_infix(numbers, target, text.split("\n")[0])
+        last = re.match(r".*<answer>(.*?)</answer>", text, re.DOTALL)  # an earlier <answer> may be a mere mention of the tag
+        return verify_infix(numbers, target, last[1] if last else "")
 
     def text(self, tokens):
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -702,7 +704,10 @@ def answer(policy, task, args, problems, group_size: int, temperature: float, ge
         part = {name: value[rows] for name, value in problems.items()}
         prompts, prompt_mask = task.prompts(part)
         inputs = prompts.to(device), prompt_mask.to(device), group_size, part["lengths"].to(device)
-        sampled = sample(policy, *inputs, task.eos, temperature, generator)
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"
+        ):  # keeps cast weights for all tokens
+            sampled = sample(policy, *inputs, task.eos, temperature, generator)
         room = (0, task.longest - sampled[0].shape[-1])  # problems may be shorter than the task's
         responses, mask, logprobs = (F.pad(x.cpu(), room) for x in sampled)
         rewards, well_formed = task.rewards(part, responses, mask)
@@ -906,11 +911,13 @@ def load_language_model(name: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # The other tokenizer of Mistral's models, chosen where mistral-common is installed, has no chat template.
+        tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except Exception as error:  # no such name, no network, an incomplete folder, ...
+    except Exception as error:  # no such name, no network, no access, a missing package, an incomplete folder, ...
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         how = "give smollm2, or the name or folder of a Hugging Face causal language model"
-        raise ArgumentError(f"--model {name} cannot be loaded ({type(error).__name__}): {how}") from error
+        raise ArgumentError(f"--model {name} cannot be loaded ({why}): {how}") from error
     ends = model.generation_config.eos_token_id  # chat models end a turn with a token of their own
     ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:  # a base model's own end may be another token than the one that ends its template's turns
@@ -932,8 +939,10 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
     chat = chat and bool(tokenizer.chat_template)
     if chat:
         turns = [[{"role": "user", "content": text}] for text in texts]
-        # Llama 3's template writes today's date, but for this.
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+        # Some templates write today's date, but for this: Llama 3's from a variable, SmolLM3's from a function.
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + tokenizer.get_chat_template()
+        how = {"tokenize": False, "add_generation_prompt": True, "date_string": "26 Jul 2024", "chat_template": template}
+        texts = tokenizer.apply_chat_template(turns, **how)
     rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -942,7 +951,7 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
 
 def refuse_too_long(model, prompts: torch.Tensor, args) -> None:
     """ArgumentError if prompts (n, L) and answers do not fit into the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if prompts.shape[1] + args.max_new_tokens > limit:
         what = f"with prompts of {prompts.shape[1]} tokens is more than the {limit} that --model {args.model} reads"
         raise ArgumentError(f"--max-new-tokens {args.max_new_tokens} {what}: lower it")
@@ -954,6 +963,8 @@ def make_task_and_policy(args):
         task = Countdown(args)
         return task, GPT(3 * task.width + 1, args)
     model, tokenizer, ends = load_language_model(args.model)
+    if args.prompt == "chat" and not tokenizer.chat_template:
+        say(f"--model {args.model} has no chat template: it is asked in plain text")
     task, policy = TextCountdown(args, tokenizer, ends), HuggingFacePolicy(model, args.dtype)
     examples = task.problems(64, test=True, generator=torch.Generator().manual_seed(0))
     refuse_too_long(model, task.prompts(examples)[0], args)

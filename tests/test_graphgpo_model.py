@@ -166,6 +166,8 @@ def test_the_models_own_sampling_defaults_do_not_act(agent):
         ("<action>DOWN</action>", 1),
         ("<action> up </action> no, <action> left </action>", 2),
         ("<action> up </action> no, <action> jump </action>", -1),
+        ("I answer in <action> tags. <action> up </action>", 0),
+        ("<action> up </action> and no more <action> left", 0),
         ("up", -1),
         ("<action> up", -1),
         ("", -1),
@@ -260,7 +262,7 @@ def test_command_line(folder, tmp_path):
 
 
 def test_a_model_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"--model .*nothing cannot be loaded \(\w+\): give smollm2"):
+    with pytest.raises(ValueError, match=r"--model .*nothing cannot be loaded \(\w+: .+\): give smollm2"):
         main(Args(model=str(tmp_path / "nothing"), run_dir=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
 

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import differences, read_json, read_pt, read_scalars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma3Config, Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import popo_countdown as popo
 
@@ -63,15 +64,17 @@ def test_prompts_are_chat_turns_padded_on_the_left(model, tmp_path):
         assert str([n for n in numbers.tolist() if n]) in text and f"equals {target}." in text
 
 
-def test_base_models_without_a_chat_template_get_plain_text(tmp_path):
+def test_base_models_without_a_chat_template_get_plain_text(tmp_path, capsys):
     task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path, None), tmp_path))
     tokens, mask = task.prompts(task.problems(2, test=False))
     assert task.tokenizer.decode(tokens[0][mask[0]]).startswith("Using each of the numbers")
+    assert capsys.readouterr().out == f"--model {tmp_path} has no chat template: it is asked in plain text\n"
 
 
-def test_a_template_that_writes_the_date_writes_always_the_same(tmp_path):
-    """As Llama 3.2's does, or a run that is resumed on another day would have other prompts."""
-    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHAT
+@pytest.mark.parametrize("date", ["date_string if date_string is defined else strftime_now('%d')", "strftime_now('%d %b %Y')"])
+def test_a_template_that_writes_the_date_writes_always_the_same(date, tmp_path):
+    """As Llama 3.2's and SmolLM3's do, or a run that is resumed on another day would have other prompts."""
+    dated = "{{ " + date + " }}" + CHAT
     task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path, dated), tmp_path))
     tokens, mask = task.prompts(task.problems(1, test=False))
     assert task.tokenizer.decode(tokens[0][mask[0]]).startswith("26 Jul 2024<|user|>")
@@ -85,6 +88,28 @@ def test_a_turn_ends_where_the_template_ends_it(tmp_path):
         template = CHAT.replace("{% endfor %}", closing + "{% endfor %}")
         task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path / str(i), template), tmp_path))
         assert task.tokenizer.convert_ids_to_tokens(sorted(task.eos)) == ["<|end|>", *more]
+
+
+def test_the_context_of_a_model_that_sees_images_is_known(tmp_path):
+    """Gemma 3's limit is that of its language part."""
+    model = SimpleNamespace(config=Gemma3Config(text_config={"max_position_embeddings": 300}))
+    args = arguments("gemma", tmp_path)
+    popo.refuse_too_long(model, torch.zeros(1, 294), args)
+    with pytest.raises(ValueError, match="more than the 300 that --model gemma reads"):
+        popo.refuse_too_long(model, torch.zeros(1, 295), args)
+
+
+def test_sampling_casts_the_weights_once(model, tmp_path):
+    """Not again for every token: in bfloat16 that would take longer than the products."""
+    casts, shapes = [], [[32, 32], [16, 32], [64, 32], [32, 64], [259, 32]]  # of the 15 matrices
+    for tokens in (2, 12):
+        args = arguments(model, tmp_path, dtype="bfloat16", max_new_tokens=tokens)
+        task, policy = popo.make_task_and_policy(args)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            popo.answer(policy, task, args, task.problems(1, test=False), 2, 1.0)
+        copies = [event for event in profile.events() if event.name == "aten::_to_copy"]
+        casts.append(sum(event.input_shapes[0] in shapes for event in copies))
+    assert casts == [15, 15]
 
 
 def test_a_model_that_cannot_share_a_prompt_is_refused(model, tmp_path):
@@ -325,12 +350,14 @@ def test_rewards_read_the_decoded_text_up_to_the_end_token(model, tmp_path):
     task, _ = popo.make_task_and_policy(arguments(model, tmp_path, format_reward=0.1))
     problems = {"numbers": torch.tensor([[20, 3, 7, 0]]), "target": torch.tensor([81])}
     texts = ["let me see <answer>(20 + 7) * 3</answer>", "<answer>20 + 7 + 3</answer>", "<answer>81</answer>"]
+    texts += ["in <answer> tags:\n<answer>(20 + 7) * 3</answer>", "<answer>(20 + 7) * 3</answer>, no more <answer>"]
     rows = [task.tokenizer(text)["input_ids"] for text in texts]
     width = max(map(len, rows))
     tokens = torch.tensor([row + [5] * (width - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     rewards, well_formed = task.rewards(problems, tokens[None], mask[None])
-    assert rewards[0].tolist() == [1.0, pytest.approx(0.1), 0.0] and well_formed[0].tolist() == [True, True, False]
+    assert rewards[0].tolist() == [1.0, pytest.approx(0.1), 0.0, 1.0, 1.0]
+    assert well_formed[0].tolist() == [True, True, False, True, True]
     mask[0, len(rows[0]) - 4 :] = False  # cut inside the closing tag
     assert task.rewards(problems, tokens[None], mask[None])[0][0, 0] == 0
 
@@ -416,6 +443,8 @@ def test_resume_and_evaluate(model, tmp_path, monkeypatch):
 
 
 def test_model_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(ValueError, match=r"--model .*nowhere cannot be loaded \(\w+\): give smollm2, or the name") as error:
+    with pytest.raises(
+        ValueError, match=r"--model .*nowhere cannot be loaded \(\w+: .+\): give smollm2, or the name"
+    ) as error:
         popo.main(arguments(str(tmp_path / "nowhere"), tmp_path / "runs"))
     assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
