@@ -757,6 +757,7 @@ def start(args, at_exit):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
     if args.cuda:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # a convolution, the patch embedding, is then as exact as the other products
     if warning := version_warning():
         say(warning)
     render_variables(args.render)
@@ -787,15 +788,16 @@ def leave_processes(kind, error, trace) -> None:
 
 
 def catch_signals(at_exit) -> list:
-    """A first Ctrl-C or SIGTERM is put into the list that is returned; a second one ends the program at once."""
+    """Ctrl-C or SIGTERM is put into the list that is returned; Ctrl-C after that ends the program at once."""
     stop_signals = []
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
+        for repeated in STOP_SIGNALS:  # a launcher or a terminal that closes may send two: only Ctrl-C stops at once now
+            signal.signal(repeated, signal.SIG_DFL if repeated == signal.SIGINT else signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # of a closed terminal
-                os.write(2, b"\nstopping soon; a second signal stops at once\n")
+                os.write(2, b"\nstopping soon; Ctrl-C now stops at once\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -2658,6 +2660,8 @@ def check_args(args) -> None:
         raise ArgumentError(f"--micro-batch {args.micro_batch} must be auto or a positive number of chunks")
     if args.cuda and not torch.cuda.is_available():
         raise ArgumentError("--cuda: PyTorch sees no GPU here; install a CUDA build of torch, or use --preset tiny on the CPU")
+    if args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= (count := torch.cuda.device_count()):
+        raise ArgumentError(f"--cuda: torchrun's --nproc-per-node is more than the {count} GPUs here: lower it")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
@@ -3302,11 +3306,11 @@ def demonstration_statistics(demos: dict) -> dict:
 
 
 if __name__ == "__main__":
+    code = 0
     try:
         main(parse_args())
-        if ranks()[1] > 1:  # all is written, and threads of PyTorch sometimes abort an orderly exit
-            sys.stdout.flush()
-            os._exit(0)
+    except SystemExit as stop:  # after a signal
+        code = stop.code or 0
     except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -3322,3 +3326,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on, with --resume if it has begun to train", file=sys.stderr)
         sys.exit(130)
+    if ranks()[1] > 1:  # all is written, and threads of PyTorch sometimes abort an orderly exit
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1178,14 +1178,15 @@ def timed(seconds: dict, part: str):
 
 
 def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
-    """Signals so far: after a first Ctrl-C or SIGTERM the run ends with a checkpoint; a second one ends it at once."""
+    """Signals so far: after Ctrl-C or SIGTERM the run ends with a checkpoint; Ctrl-C after that ends it at once."""
     stop_signals = []
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
+        for repeated in STOP_SIGNALS:  # a launcher or a terminal that closes may send two: only Ctrl-C stops at once now
+            signal.signal(repeated, signal.SIG_DFL if repeated == signal.SIGINT else signal.SIG_IGN)
         with contextlib.suppress(OSError):  # of a closed terminal
-            os.write(2, b"\nstopping soon; a second signal stops at once, without a checkpoint\n")
+            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a checkpoint\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1233,7 +1234,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if checkpoint and not fits(agent, checkpoint["model"]):
         raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
     config = write_config(run_folder, given, at_exit)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5 if not args.model else 1e-8)
+    eps = 1e-5 if not args.model else 1e-8
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=eps, fused=args.cuda)  # saves a GPU's memory
 
     num_iterations, scalars = math.ceil(args.total_episodes / num_envs), checkpoint.get("scalars", {})  # of the last iteration
     iteration, total_steps = checkpoint.get("iteration", 0), checkpoint.get("total_steps", 0)

@@ -1133,14 +1133,15 @@ class Progress:
 
 
 def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
-    """Signals so far: after a first Ctrl-C or SIGTERM the run ends with a checkpoint; a second one ends it at once."""
+    """Signals so far: after Ctrl-C or SIGTERM the run ends with a checkpoint; Ctrl-C after that ends it at once."""
     stop_signals = []
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
+        for repeated in STOP_SIGNALS:  # a launcher or a terminal that closes may send two: only Ctrl-C stops at once now
+            signal.signal(repeated, signal.SIG_DFL if repeated == signal.SIGINT else signal.SIG_IGN)
         with contextlib.suppress(OSError):  # of a closed terminal
-            os.write(2, b"\nstopping soon; a second signal stops at once, without a checkpoint\n")
+            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a checkpoint\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL

@@ -1232,7 +1232,10 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     num_segments = max(args.buffer_size // rollout_size, 1) * args.num_envs
     shape = (args.num_steps, num_segments)
     gigabytes = (2 * obs_dim + 2 * action_dim + 6) * 4e-9 * math.prod(shape)
-    if not args.cuda and gigabytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if args.cuda:
+        memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    if gigabytes > memory:
         how = "lower it, --num-envs or --num-steps"
         raise ArgumentError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB, of {memory:.0f}: {how}")
     rb = {
@@ -1294,11 +1297,12 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     for part in summary.hparams(hparams, {"eval/success_rate": 0.0, "eval/return_mean": 0.0}):  # TensorBoard's table of runs
         writer.file_writer.add_summary(part)
 
-    stop_signals = []  # a first Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; a second one at once
+    stop_signals = []  # Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; Ctrl-C after that at once
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)  # closing a terminal may send two
+        for repeated in STOP_SIGNALS:  # a launcher or a terminal that closes may send two: only Ctrl-C stops at once now
+            signal.signal(repeated, signal.SIG_DFL if repeated == signal.SIGINT else signal.SIG_IGN)
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1371,6 +1375,11 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         critic_group["lr"] = args.critic_learning_rate * lr_share(args.critic_lr_schedule, progress, args.lr_warmup)
         torch.set_num_threads(args.torch_threads)
         fresh = {key: value[:, new] for key, value in rb.items()}  # views: writing into them writes into the replay
+        if iteration == 1:  # the weights are still those that acted: compare on the device, and in the mode, of learning
+            with torch.no_grad():
+                logprob = agent.get_action_and_logprob(fresh["obs"], fresh["actions"])[1]
+            log_ratio_max = (logprob - fresh["logprobs"]).sum(-1).abs().max().item()
+            rollout["log_ratio_max"] = max(rollout["log_ratio_max"], log_ratio_max)
         if not args.recompute_advantages:
             with torch.no_grad():
                 fresh["end_values"] = get_end_values(agent, fresh["next_obs"], fresh["dones"])

@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -882,6 +883,38 @@ def test_a_batch_that_scores_otherwise_than_the_actor_is_noticed(script, registe
     monkeypatch.setattr(script.Agent, "get_action_and_logprob", scored)
     assert collector.collect(weights, 1)["log_ratio_max"] == pytest.approx(0.25, abs=1e-4)
     collector.close()
+
+
+@SCRIPTS
+def test_a_learner_that_scores_otherwise_than_the_actor_is_noticed(script, register, tmp_path, monkeypatch):
+    """The same alarm for what only the learning side does, such as a GPU's rounding: seen in the first iteration."""
+
+    class Learner(script.Agent):
+        def to(self, device):  # the collector's own never moves
+            self.learns = True
+            return super().to(device)
+
+        def get_action_and_logprob(self, obs, action=None, **kwargs):
+            out, logprob, entropy = super().get_action_and_logprob(obs, action, **kwargs)
+            return out, logprob + (0.25 if hasattr(self, "learns") else 0.0), entropy
+
+    monkeypatch.setattr(script, "Agent", Learner)
+    with pytest.warns(UserWarning, match=r"log_ratio_max is above 0\.01"):
+        script.main(script.Args(env_id=register(Walk), run_dir=str(tmp_path), overlap=False, **SIZES))
+    (folder,) = tmp_path.iterdir()
+    (_, first), *rest = read_scalars(folder)["gipo/log_ratio_max"]
+    assert first == pytest.approx(0.25, abs=1e-4) and rest and max(value for _, value in rest) < 1e-4
+
+
+@SCRIPTS
+def test_a_replay_that_no_gpu_can_hold_is_refused(script, register, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(script.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2e3))
+    monkeypatch.setattr(script.Agent, "to", lambda self, device: self)
+    args = script.Args(env_id=register(Walk), run_dir=str(tmp_path / "runs"), cuda=True, overlap=False, **SIZES)
+    with pytest.raises(script.ArgumentError, match=r"--buffer-size \d+ needs 0 GB, of 0: lower it"):
+        script.main(args)
+    assert not (tmp_path / "runs").exists()
 
 
 class Simulator(Walk):

@@ -432,7 +432,7 @@ def test_stopped_by_a_signal(signum, expected, tmp_path, long_run):
     output = process.communicate()[0]
     (folder,) = (path for path in (tmp_path / "stopped").iterdir() if path.name != "warmup")
     assert process.returncode == expected and f"popo_countdown.py --resume {folder}" in output and "Traceback" not in output
-    assert "stopping soon; a second signal stops at once, without a checkpoint" in output
+    assert "stopping soon; Ctrl-C now stops at once, without a checkpoint" in output
     time.sleep(1.0)
     popo.main(popo.parse_args(["--resume", str(folder)]))
     assert_equal_runs(folder, long_run)

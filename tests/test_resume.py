@@ -161,16 +161,17 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert left_running(process.pid) == [] and not (folder / "checkpoint.pt").exists()
 
 
-@ALL_SCRIPTS
-def test_a_terminal_that_closes_says_so_twice(script, tmp_path):
-    """An interactive bash sends SIGHUP to its jobs, and so does the kernel when bash is gone. The run still ends in order."""
+@pytest.mark.parametrize(("script", "signum"), [(SCRIPTS[0], signal.SIGHUP), (SCRIPTS[1], signal.SIGTERM)])
+def test_a_signal_and_its_copies(script, signum, tmp_path):
+    """An interactive bash sends SIGHUP to its jobs, and so does the kernel when bash is gone; a cluster's scheduler SIGTERM to
+    all processes, and a launcher passes its own on. The run still ends in order."""
     process, folder = start_training(script, tmp_path, [*PENDULUM, "--checkpoint-every", "320", "--eval-every", "0"])
     wait_for((folder / "checkpoint.pt").exists, process)
     for _ in range(4):
-        os.killpg(process.pid, signal.SIGHUP)
+        os.killpg(process.pid, signum)
         time.sleep(0.005)  # time to handle one: those that wait together arrive as one
     output = process.communicate(timeout=120)[0]
-    assert process.returncode in (128 + signal.SIGHUP, -signal.SIGHUP)  # the latter: one came after all was done
+    assert process.returncode in (128 + signum, -signum)  # the latter: one came after all was done
     (steps,) = re.findall(r"stopped at step ([0-9,]+)", output)
     args = read_json(folder / "args.json")
     rollout = args["num_envs"] * args["num_steps"]

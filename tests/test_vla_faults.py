@@ -388,6 +388,17 @@ def test_the_replay_of_all_processes_fits_twice(monkeypatch):
         vla.make_replay(args, config)
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(vla.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vla.torch.cuda, "device_count", lambda: 4)
+    for rank in ("0", "3"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        vla.check_args(tiny_args(cuda=True))
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(vla.ArgumentError, match="--cuda: torchrun's --nproc-per-node is more than the 4 GPUs here: lower it"):
+        vla.check_args(tiny_args(cuda=True))
+
+
 def test_a_bad_egl_device_is_named(monkeypatch):
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")
     vla.render_variables.cache_clear()

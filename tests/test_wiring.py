@@ -1,8 +1,10 @@
 """popo_countdown.py, graphgpo_sokoban.py: train() and evaluate() hand the functions tested elsewhere what they should. Of all
 four training scripts: what is evaluated is saved."""
 
+import contextlib
 import dataclasses
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from test_popo_cli import SHORT, TWO, run_inline
 from test_popo_math import make
 
 import gipo_continuous as gipo
+import gipo_vla_libero as vla
 import graphgpo_sokoban as graphgpo
 import popo_countdown as popo
 import ppo_baseline as ppo
@@ -142,6 +145,21 @@ def test_what_is_evaluated_is_in_the_checkpoint(script, flags, every, tmp_path, 
     more = {"eval_every": every, "eval_episodes": 1, "checkpoint_every": 10**6, "run_dir": str(tmp_path)}
     script.main(script.Args(**flags | more))
     assert [at for at in checkpoints if at] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("catch", [popo.catch_stop_signals, graphgpo.catch_stop_signals, vla.catch_signals])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_copies_of_a_signal_are_ignored(catch, signum, capfd):
+    """torchrun passes on what a scheduler sends to every process; only Ctrl-C stops at once then."""
+    before = [signal.getsignal(s) for s in vla.STOP_SIGNALS]
+    with contextlib.ExitStack() as at_exit:
+        found = catch(at_exit)
+        signal.raise_signal(signum)
+        for again in (signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(again)
+        assert found == [signum] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert capfd.readouterr().err.count("stopping soon; Ctrl-C now stops at once") == 1
+    assert [signal.getsignal(s) for s in vla.STOP_SIGNALS] == before
 
 
 # -------------------- GraphGPO --------------------
