@@ -38,7 +38,7 @@ PAPER_TASKS = "assembly basketball bin-picking box-close button-press button-pre
 PAPER_TASKS += "button-press-wall coffee-button coffee-pull".split()
 README_SEEDS = (4, 5, 6)  # its rows have all of these seeds, and perhaps more
 README_STEPS = 300_000  # of a run
-README_SIZES = ("on-policy", "5120", "20000")  # more columns would not fit
+README_SIZES = ("on-policy", "5120", "20000", "100000")  # more columns would not fit
 README_ROWS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5")  # a task is in its table once these have it, at the default replay size
 NUMBERS = {3: "Three", 4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
 SUITES = ("benchmark-*", "graphgpo-*", "popo-*", "vla-*")  # folders of benchmark.sh
@@ -751,7 +751,8 @@ def readme_table(runs: list[dict]) -> str:
     stands in the first two."""
     table = cells(runs)
     sizes = [size for size in dict.fromkeys(regime for regime, _ in table) if is_size(size)]
-    rows = ["| method | " + " | ".join(f"replay of {int(size):,}: success | area" for size in sizes) + " |"]
+    words = [f"{int(size):,}: success | area" for size in sizes]
+    rows = [" | ".join(["| method", "replay of " + words[0], *words[1:]]) + " |"]
     rows.append("|---" * (1 + 2 * len(sizes)) + "|")
     for method in sorted({method for _, method in table}, key=method_order):
         without = table.get(("on-policy", method), {})

@@ -39,7 +39,7 @@ import report
 
 IMAGES = Path(__file__).resolve().parent / "images"
 RUNS = IMAGES.parent.parent / "results" / "runs" / "300000-v2"
-REPLAY = 20_000  # steps
+REPLAYS = (20_000, 100_000)  # steps, a row of panels each
 TASKS = ("button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "push-v3")
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # of Okabe and Ito, 2008; also apart in grey
 
@@ -117,28 +117,33 @@ def seeds_stored(name: str) -> set[int]:
 
 
 def draw_curves() -> None:
-    """Success in training, a panel per task: mean over the seeds that every method has, band from the worst to the best."""
-    fig, axes = plt.subplots(1, len(TASKS), figsize=(8.6, 2.5), sharey=True)
-    seeds_of = {(task, name): seeds_stored(f"{task}__{name}_{REPLAY}") for task in TASKS for name in METHODS}
-    seeds = sorted(set.intersection(*seeds_of.values()) - {*report.TUNING_SEEDS})
-    if not seeds:
-        sys.exit(f"error: no seed has all of {', '.join(METHODS)} on {', '.join(TASKS)} in {RUNS}")
-    for axis, task in zip(axes, TASKS, strict=True):
-        for name, (label, style) in METHODS.items():
-            runs = [json.loads((RUNS / f"{task}__{name}_{REPLAY}__{seed}.json").read_text()) for seed in seeds]
-            curves = np.array([report.filled_curve(run, "success") for run in runs])
-            steps = np.array(runs[0]["curves"]["steps"]) / 1000
-            axis.plot(steps, curves.mean(0), label=label, **style)
-            axis.fill_between(steps, curves.min(0), curves.max(0), color=style["color"], alpha=0.1, linewidth=0)
+    """Success in training, a row per replay size and a panel per task: mean over the seeds that every method has there, band
+    from the worst to the best."""
+    fig, axes = plt.subplots(len(REPLAYS), len(TASKS), figsize=(8.6, 4.3), sharex=True, sharey=True)
+    counts = []
+    for row, replay in zip(axes, REPLAYS, strict=True):
+        seeds_of = [seeds_stored(f"{task}__{name}_{replay}") for task in TASKS for name in METHODS]
+        seeds = sorted(set.intersection(*seeds_of) - {*report.TUNING_SEEDS})
+        if not seeds:
+            sys.exit(f"error: no seed has all of {', '.join(METHODS)} with {replay} steps on {', '.join(TASKS)} in {RUNS}")
+        counts.append(report.NUMBERS.get(len(seeds), str(len(seeds))).lower())
+        for axis, task in zip(row, TASKS, strict=True):
+            for name, (label, style) in METHODS.items():
+                runs = [json.loads((RUNS / f"{task}__{name}_{replay}__{seed}.json").read_text()) for seed in seeds]
+                curves = np.array([report.filled_curve(run, "success") for run in runs])
+                steps = np.array(runs[0]["curves"]["steps"]) / 1000
+                axis.plot(steps, curves.mean(0), label=label, **style)
+                axis.fill_between(steps, curves.min(0), curves.max(0), color=style["color"], alpha=0.1, linewidth=0)
+            axis.set_xticks([0, 100, 200, 300])
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+        row[0].set_ylabel(f"replay of {replay:,}", fontsize=9)
+    for axis, task in zip(axes[0], TASKS, strict=True):
         axis.set_title(task.removesuffix("-v3"), fontsize=9)
-        axis.set_xticks([0, 100, 200, 300])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    axes[0].set_ylabel("success in training", fontsize=9)
-    line = f"line: mean of {report.NUMBERS.get(len(seeds), str(len(seeds))).lower()} seeds, band: worst to best seed"
+    line = f"line: mean of {' and '.join(counts)} seeds, band: worst to best seed"
     fig.supxlabel(f"thousand steps in the environment ({line})", fontsize=8)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=8, frameon=False)
-    fig.tight_layout(rect=(0, 0, 1, 0.93))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=8, frameon=False)
+    fig.tight_layout(rect=(0, 0, 1, 0.96))
     fig.savefig(IMAGES / "curves.png", dpi=110)
 
 
