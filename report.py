@@ -578,10 +578,16 @@ EXPLANATION = (
     "with equal task and seed in which the row is better, ties counted half."
 )
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
-README_TABLE = "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Success*: share of the 50 training goals "
-README_TABLE += "reached by the final policy. *Area*: mean success over all of training, from 0 to 1, larger where a task is "
-README_TABLE += "learned earlier; in brackets its 95 % interval, too narrow with so few seeds. `ppo-clip-0.2`: PPO with that "
-README_TABLE += "clip on the same replay; `ppo`: textbook PPO."
+README_TABLE = (
+    "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Area*: mean success over all of training, from 0 to "
+)
+README_TABLE += (
+    "1, larger where a task is learned earlier; in brackets its 95 % interval, too narrow with so few seeds. *Success*: "
+)
+README_TABLE += (
+    "share of the 50 training goals reached by the final policy. `ppo-clip-0.2`: PPO with that clip on the same replay; "
+)
+README_TABLE += "`ppo`: textbook PPO."
 DIAGNOSTICS = "Diagnostics, mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
 BY_TASK = (
     "Mean success of the deterministic policy at the end (mean return), by task. Without a success flag: mean return, and "
@@ -747,27 +753,20 @@ def readme_runs(runs: list[dict]) -> list[dict]:
 
 
 def readme_table(runs: list[dict]) -> str:
-    """One row per method, two columns per replay size: mean success, and mean area with its interval. A method without replay
-    stands in the first two."""
+    """One row per method, one column per replay size: mean area with its interval, and mean success. A method without replay
+    stands in the first column."""
     table = cells(runs)
     sizes = [size for size in dict.fromkeys(regime for regime, _ in table) if is_size(size)]
-    words = [f"{int(size):,}: success | area" for size in sizes]
-    rows = [" | ".join(["| method", "replay of " + words[0], *words[1:]]) + " |"]
-    rows.append("|---" * (1 + 2 * len(sizes)) + "|")
+    words = ["method", *(f"replay of {int(size):,}: area · success" for size in sizes)]
+    rows = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
     for method in sorted({method for _, method in table}, key=method_order):
         without = table.get(("on-policy", method), {})
         row = [f"`{method}`, without replay" if without else f"`{method}`"]
         for size in sizes:
             tasks = without if size == sizes[0] and without else table.get((size, method), {})
             success, area = (values(tasks, sorted(tasks), SCORES[name]) for name in ("success", "area"))
-            row += (
-                [
-                    f"{mean_of_tasks(success):.2f}",
-                    span(mean_of_tasks(area), bootstrap_interval(area, mean_of_tasks)),
-                ]
-                if tasks
-                else ["", ""]
-            )
+            shown = span(mean_of_tasks(area), bootstrap_interval(area, mean_of_tasks)) if tasks else ""
+            row.append(f"{shown} · {100 * mean_of_tasks(success):.0f} %" if tasks else "")
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 
