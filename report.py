@@ -1579,8 +1579,9 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         if tuning:
             tuned, tuned_scope = shared_if_any(tuning)
             parts += [f"{TUNING} {tuned_scope}", tuning_table(tuned)]
-        alike, alike_scope = shared_if_any([run for run in runs if not is_variant(run)] or runs)
-        of_others = [run for run in runs if is_variant(run) and run["env_id"] in {one["env_id"] for one in alike}]
+        on_main = [run for run in runs if run["env_id"] in own] or runs  # the paper's tasks have a few rows only
+        alike, alike_scope = shared_if_any([run for run in on_main if not is_variant(run)] or on_main)
+        of_others = [run for run in on_main if is_variant(run) and run["env_id"] in {one["env_id"] for one in alike}]
         alike += [run for run in of_others if run not in alike]
         parts += [f"{DIAGNOSTICS} {alike_scope}", diagnostics_table(alike)]
         write(results / f"benchmark-{name}.md", "\n\n".join(parts) + "\n")

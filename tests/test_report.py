@@ -306,6 +306,11 @@ def test_rows_of_tuning_and_diagnostics_are_averaged_over_equal_tasks(tmp_path):
     tuning, diagnostics = (text.split(before)[1] for before in (report.TUNING, report.DIAGNOSTICS))
     for part, row in ((tuning, "| 20000 | gipo | 1 | 1.00 |"), (diagnostics, "| 20000 | gipo | 0.75 / 0.75 |")):
         assert part.startswith(" Over the 1 tasks that every row has (reach):") and row in part
+    for task in ("assembly-v3", "basketball-v3", "coffee-pull-v3"):  # tasks that one row alone has drop no other row
+        (folder / f"{task}.json").write_text(json.dumps(sample(seed=4, eval_success_rate=0.0) | {"env_id": task}))
+    report.write_report(args)
+    after = (tmp_path / "benchmark-300000-v1.md").read_text().split(report.DIAGNOSTICS)[1]
+    assert after == diagnostics and "| 20000 | sapo |" in after
     (folder / "other1.json").write_text(json.dumps(sample("sapo_20000", seed=1) | {"env_id": "door-open-v3"}))
     report.write_report(args)
     assert f"{report.TUNING} The tasks differ between the rows:" in (tmp_path / "benchmark-300000-v1.md").read_text()
