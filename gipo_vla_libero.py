@@ -793,8 +793,11 @@ def catch_signals(at_exit) -> list:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        for repeated in STOP_SIGNALS:  # a launcher or a terminal that closes may send two: only Ctrl-C stops at once now
-            signal.signal(repeated, signal.SIG_DFL if repeated == signal.SIGINT else signal.SIG_IGN)
+        # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
+        # what is ignored, but no handler: terminate() can end them.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # of a closed terminal
                 os.write(2, b"\nstopping soon; Ctrl-C now stops at once\n")
@@ -2661,7 +2664,7 @@ def check_args(args) -> None:
     if args.cuda and not torch.cuda.is_available():
         raise ArgumentError("--cuda: PyTorch sees no GPU here; install a CUDA build of torch, or use --preset tiny on the CPU")
     if args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= (count := torch.cuda.device_count()):
-        raise ArgumentError(f"--cuda: torchrun's --nproc-per-node is more than the {count} GPUs here: lower it")
+        raise ArgumentError(f"--cuda: torchrun's --nproc-per-node is more than this machine's GPUs ({count}): lower it")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")

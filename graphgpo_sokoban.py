@@ -752,7 +752,7 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
     if chat:
         turns = [[{"role": "user", "content": text}] for text in texts]
         # Some templates write today's date, but for this: Llama 3's from a variable, SmolLM3's from a function.
-        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + tokenizer.get_chat_template()
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n" + tokenizer.get_chat_template()
         how = {"tokenize": False, "add_generation_prompt": True, "date_string": "26 Jul 2024", "chat_template": template}
         texts = tokenizer.apply_chat_template(turns, **how)
     rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
@@ -827,9 +827,8 @@ class LanguageAgent(nn.Module):
         """Index of the answer in `names`: its first line, or what is in the last <action> tags; -1 if it is none of them."""
         answer = text.split("\n")[0]
         if self.args.prompt == "chat":
-            last = re.match(
-                r".*<action>(.*?)</action>", text, re.DOTALL
-            )  # an earlier <action> may be a mere mention of the tag
+            # An earlier <action> may be a mere mention of the tag.
+            last = re.match(r".*<action>(.*?)</action>", text, re.DOTALL)
             answer = last[1] if last else ""
         answer, names = " ".join(answer.lower().split()), [name.lower() for name in names]
         return names.index(answer) if answer in names else -1
@@ -1183,8 +1182,11 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        for repeated in STOP_SIGNALS:  # a launcher or a terminal that closes may send two: only Ctrl-C stops at once now
-            signal.signal(repeated, signal.SIG_DFL if repeated == signal.SIGINT else signal.SIG_IGN)
+        # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
+        # what is ignored, but no handler: terminate() can end them.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # of a closed terminal
             os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a checkpoint\n")
 

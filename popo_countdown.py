@@ -704,9 +704,8 @@ def answer(policy, task, args, problems, group_size: int, temperature: float, ge
         part = {name: value[rows] for name, value in problems.items()}
         prompts, prompt_mask = task.prompts(part)
         inputs = prompts.to(device), prompt_mask.to(device), group_size, part["lengths"].to(device)
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"
-        ):  # keeps cast weights for all tokens
+        # One context for all tokens keeps the cast weights.
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             sampled = sample(policy, *inputs, task.eos, temperature, generator)
         room = (0, task.longest - sampled[0].shape[-1])  # problems may be shorter than the task's
         responses, mask, logprobs = (F.pad(x.cpu(), room) for x in sampled)
@@ -940,7 +939,7 @@ def encode(tokenizer, texts: list[str], chat: bool) -> tuple[torch.Tensor, torch
     if chat:
         turns = [[{"role": "user", "content": text}] for text in texts]
         # Some templates write today's date, but for this: Llama 3's from a variable, SmolLM3's from a function.
-        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + tokenizer.get_chat_template()
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n" + tokenizer.get_chat_template()
         how = {"tokenize": False, "add_generation_prompt": True, "date_string": "26 Jul 2024", "chat_template": template}
         texts = tokenizer.apply_chat_template(turns, **how)
     rows = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
@@ -1138,8 +1137,11 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        for repeated in STOP_SIGNALS:  # a launcher or a terminal that closes may send two: only Ctrl-C stops at once now
-            signal.signal(repeated, signal.SIG_DFL if repeated == signal.SIGINT else signal.SIG_IGN)
+        # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
+        # what is ignored, but no handler: terminate() can end them.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # of a closed terminal
             os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a checkpoint\n")
 

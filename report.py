@@ -578,16 +578,10 @@ EXPLANATION = (
     "with equal task and seed in which the row is better, ties counted half."
 )
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
-README_TABLE = (
-    "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Area*: mean success over all of training, from 0 to "
-)
-README_TABLE += (
-    "1, larger where a task is learned earlier; in brackets its 95 % interval, too narrow with so few seeds. *Success*: "
-)
-README_TABLE += (
-    "share of the 50 training goals reached by the final policy. `ppo-clip-0.2`: PPO with that clip on the same replay; "
-)
-README_TABLE += "`ppo`: textbook PPO."
+README_TABLE = "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Area*: mean success over all of training, "
+README_TABLE += "from 0 to 1, larger where a task is learned earlier; in brackets its 95 % interval, too narrow with so few "
+README_TABLE += "seeds. *Success*: share of the 50 training goals reached by the final policy. `ppo-clip-0.2`: PPO with that "
+README_TABLE += "clip on the same replay; `ppo`: textbook PPO."
 DIAGNOSTICS = "Diagnostics, mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
 BY_TASK = (
     "Mean success of the deterministic policy at the end (mean return), by task. Without a success flag: mean return, and "

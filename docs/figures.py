@@ -137,7 +137,7 @@ def draw_curves() -> None:
             axis.set_xticks([0, 100, 200, 300])
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8)
-        row[0].set_ylabel(f"replay of {replay:,}", fontsize=9)
+        row[0].set_ylabel(f"success, replay {replay:,}", fontsize=9)
     for axis, task in zip(axes[0], TASKS, strict=True):
         axis.set_title(task.removesuffix("-v3"), fontsize=9)
     line = f"line: mean of {' and '.join(counts)} seeds, band: worst to best seed"

@@ -961,6 +961,33 @@ def test_a_stopped_run_waits_for_its_simulators(script, register, run, tmp_path,
     assert ended.value.code == 128 + signal.SIGTERM and not [*Simulator.folder.iterdir()]
 
 
+class LateSimulator(Walk):
+    """The first step of all stops the run, and starts a program after that."""
+
+    codes = None
+
+    def step(self, action):
+        if not self.codes:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.codes.append(None)
+            self.program = subprocess.Popen(["sleep", "1000"])
+        return super().step(action)
+
+    def close(self):
+        if hasattr(self, "program"):
+            self.program.terminate()
+            self.codes.append(self.program.wait(timeout=20))
+
+
+@SCRIPTS
+def test_a_program_that_starts_after_the_stop_can_be_ended(script, register, run, monkeypatch):
+    """It must not inherit that copies of the signal are ignored."""
+    monkeypatch.setattr(LateSimulator, "codes", [])
+    with pytest.raises(SystemExit):
+        run(script, register(LateSimulator), overlap=False)
+    assert LateSimulator.codes == [None, -signal.SIGTERM]
+
+
 @SCRIPTS
 def test_the_wait_for_a_rollout_before_a_checkpoint_is_counted(script, register, run, monkeypatch):
     """A slow simulator with a checkpoint in every iteration: the environment takes most of the time, not more than all."""

@@ -395,7 +395,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", rank)
         vla.check_args(tiny_args(cuda=True))
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(vla.ArgumentError, match="--cuda: torchrun's --nproc-per-node is more than the 4 GPUs here: lower it"):
+    with pytest.raises(vla.ArgumentError, match=r"--nproc-per-node is more than this machine's GPUs \(4\): lower it"):
         vla.check_args(tiny_args(cuda=True))
 
 

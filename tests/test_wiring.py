@@ -1,5 +1,5 @@
-"""popo_countdown.py, graphgpo_sokoban.py: train() and evaluate() hand the functions tested elsewhere what they should. Of all
-four training scripts: what is evaluated is saved."""
+"""popo_countdown.py, graphgpo_sokoban.py: train() and evaluate() hand the functions tested elsewhere what they should. Of four
+training scripts: what is evaluated is saved."""
 
 import contextlib
 import dataclasses
@@ -155,6 +155,7 @@ def test_copies_of_a_signal_are_ignored(catch, signum, capfd):
     with contextlib.ExitStack() as at_exit:
         found = catch(at_exit)
         signal.raise_signal(signum)
+        assert signal.SIG_DFL not in map(signal.getsignal, (signal.SIGTERM, signal.SIGHUP))  # or the next lines end pytest
         for again in (signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(again)
         assert found == [signum] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
