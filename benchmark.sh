@@ -47,6 +47,7 @@ core      ppo-clip-0.1            $PPO --clip-coef 0.1
 core      ppo-clip-0.2            $PPO --clip-coef 0.2
 core      ppo-clip-0.3            $PPO --clip-coef 0.3
 core      ppo-clip-0.5            $PPO --clip-coef 0.5
+core      ppo-clip-0.8            $PPO --clip-coef 0.8
 core      ppo-clip-0.1-lr-6e-4    $PPO --clip-coef 0.1 --learning-rate 6e-4
 core      ppo-clip-0.2-lr-6e-4    $PPO --clip-coef 0.2 --learning-rate 6e-4
 core      ppo-clip-0.3-lr-6e-4    $PPO --clip-coef 0.3 --learning-rate 6e-4
