@@ -1871,7 +1871,7 @@ def test_the_benchmark_page_says_what_version_2_says():
 def test_the_page_on_very_old_data():
     """docs/old_data.md: areas with 100,000 steps of replay by seed, their means, those with 20,000; goals at the end; gaps."""
     page = (ROOT / "docs" / "old_data.md").read_text()
-    names = ["gipo", "ppo-clip-0.5", "ppo-clip-0.2"]
+    names = ["gipo", "ppo-clip-0.5", "ppo-clip-0.2", "sapo"]
     areas = {(name, size): very_old_areas(name, size) for name in names for size in (100_000, 20_000)}
     for i, task in enumerate(VERY_OLD_TASKS):
         cells = [", ".join(f"{value:.2f}" for value in areas[name, 100_000][i]) for name in names]
@@ -1882,16 +1882,28 @@ def test_the_page_on_very_old_data():
     ends = [f"{100 * end:.0f} %" for end in ends]
     assert f"| goals reached at the end | {' | '.join(ends)} |\n" in page
     gaps = {name: areas["gipo", 100_000] - areas[name, 100_000] for name in names[1:]}
-    wide, narrow = (report.span(*report.gap_and_interval([*gaps[name]])) for name in names[1:])
+    wide, narrow, sapo = (report.span(*report.gap_and_interval([*gaps[name]])) for name in names[1:])
+    assert f"**GIPO and SAPO are not told apart**: the gap is {sapo}. SAPO is ahead in eight of twelve pairs, but two" in page
+    assert (very_old_areas("sapo", 100_000, "success") == 0).sum() == 2  # "of its runs reach no goal"
+    assert (areas["sapo", 100_000][3] > areas["sapo", 20_000][3]).all()  # "it gains on push, in all three seeds"
+    clip, ours = (
+        [read_json(ROOT / "results" / "runs" / "300000-v2" / f"{task}-v3__{name}_100000__4.json") for task in VERY_OLD_TASKS]
+        for name in ("ppo-clip-0.8", "gipo")
+    )
+    spreads = (f"{np.mean([np.mean(run['curves']['logratio_std'][-6:]) for run in runs]):.2f}" for runs in (clip, ours))
+    assert "the log ratio spreads as far as GIPO's at the end: {} and {}.".format(*spreads) in page
+    clip, ours = (np.array([report.SCORES["area"](run) for run in runs]) for runs in (clip, ours))
+    words = f"That clip's area is {clip.mean():.2f}. GIPO has {ours.mean():.2f}, and more on each task."
+    assert words in page and (ours > clip).all()
     assert f"**GIPO leads the clip of 0.5** by {wide}, in nine of twelve pairs" in page
     assert f"**It leads the clip of 0.2** by {narrow}, in eleven of twelve pairs." in page
-    assert [(gaps[name] > 0).sum() for name in names[1:]] == [9, 11]
+    assert [(gaps[name] > 0).sum() for name in names[1:]] == [9, 11, 4]
     assert 0.6 < gaps["ppo-clip-0.5"][0].sum() / gaps["ppo-clip-0.5"].sum() < 0.7  # "two thirds are button-press-topdown"
     others = report.span(*report.gap_and_interval([*gaps["ppo-clip-0.5"][1:]]))
     assert f"Over the other three tasks no lead is shown: {others}." in page
-    wide, narrow = (lead_growth(name) for name in names[1:])
+    wide, narrow = (lead_growth(name) for name in names[1:3])
     assert f"by {wide} over the clip of 0.5. Over the clip of 0.2 it grows by {narrow}." in page
-    losses = {name: areas[name, 20_000] - areas[name, 100_000] for name in names}
+    losses = {name: areas[name, 20_000] - areas[name, 100_000] for name in names[:3]}
     assert all((loss > 0).all() for loss in losses.values())
     ours, theirs = (f"{losses[name].mean():.2f}" for name in names[:2])
     assert f"GIPO loses least: {ours}. The clip of 0.5 loses {theirs}." in page
