@@ -1366,7 +1366,8 @@ def test_runs_of_the_other_suites(checkout, suite, runs, seeds):
         assert cells == {(f"{task}-v3", f"{row}_20000") for task in report.PAPER_TASKS for row in report.README_ROWS}
     if suite == "tune":
         names = {line[line.index("--exp-name") + 1] for line in lines}
-        assert names == {f"{name}_5120" for of, name, _ in table_of_methods() if of == "core" and name[:4] in ("gipo", "ppo-")}
+        rows = {name for of, name, _ in table_of_methods() if of == "core" and name[:4] in ("gipo", "ppo-")}
+        assert names == {f"{name}_5120" for name in rows - {"ppo-clip-0.8"}}  # which is for very old data
 
 
 def test_methods_without_replay_run_once(checkout):
