@@ -1887,15 +1887,16 @@ def test_the_page_on_very_old_data():
     assert f"**GIPO and SAPO are not told apart**: the gap is {sapo}. SAPO is ahead in eight of twelve pairs, but two" in page
     assert (very_old_areas("sapo", 100_000, "success") == 0).sum() == 2  # "of its runs reach no goal"
     assert (areas["sapo", 100_000][3] > areas["sapo", 20_000][3]).all()  # "it gains on push, in all three seeds"
+    folder = ROOT / "results" / "runs" / "300000-v2"
     clip, ours = (
-        [read_json(ROOT / "results" / "runs" / "300000-v2" / f"{task}-v3__{name}_100000__4.json") for task in VERY_OLD_TASKS]
+        [read_json(folder / f"{task}-v3__{name}_100000__{seed}.json") for task in VERY_OLD_TASKS for seed in (4, 5)]
         for name in ("ppo-clip-0.8", "gipo")
     )
     spreads = (f"{np.mean([np.mean(run['curves']['logratio_std'][-6:]) for run in runs]):.2f}" for runs in (clip, ours))
-    assert "the log ratio spreads as far as GIPO's at the end: {} and {}.".format(*spreads) in page
+    assert "the log ratio spreads about as far as GIPO's at the end: {} and {}.".format(*spreads) in page
     clip, ours = (np.array([report.SCORES["area"](run) for run in runs]) for runs in (clip, ours))
-    words = f"That clip's area is {clip.mean():.2f}. GIPO has {ours.mean():.2f}, and more on each task."
-    assert words in page and (ours > clip).all()
+    words = f"That clip's area is {clip.mean():.2f}. GIPO has {ours.mean():.2f}, and more in seven of eight pairs."
+    assert words in page and (ours > clip).sum() == 7
     assert f"**GIPO leads the clip of 0.5** by {wide}, in nine of twelve pairs" in page
     assert f"**It leads the clip of 0.2** by {narrow}, in eleven of twelve pairs." in page
     assert [(gaps[name] > 0).sum() for name in names[1:]] == [9, 11, 4]
