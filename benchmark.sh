@@ -3,7 +3,7 @@
 #
 #   ./benchmark.sh quick        GIPO, PPO's clip on the same replay (0.2 and 0.5) and textbook PPO: 2 tasks, 1 seed (a quarter of an hour on 2 cores)
 #   ./benchmark.sh main         eight Meta-World tasks, six methods, replay of 5,120 and 20,000 steps, three seeds (about 15 hours on 2 cores)
-#   ./benchmark.sh age          five of the tasks with replay of 100,000 and of 512 steps (about 6 hours)
+#   ./benchmark.sh age          five of the tasks with replay of 100,000 and of 512 steps (about 10 hours)
 #   ./benchmark.sh authors      the ten tasks of the GIPO authors' own experiments, replay of 20,000 steps, one seed
 #   ./benchmark.sh tune         clip and step size of PPO, sigma and step size of GIPO, on two tasks and the seeds 1 and 2
 #   ./benchmark.sh gymnasium    five MuJoCo tasks of Gymnasium, 1,000,000 steps
@@ -144,15 +144,23 @@ shift
 workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm="" at_once=""
 gigabytes=1 # of memory that a run takes, at most
 case $suite in vla) gigabytes=9 ;; smollm2) gigabytes=6 ;; esac # LIBERO: five processes
+cgroup=/sys/fs/cgroup # limits of a container
+read -r quota period 2>/dev/null <"$cgroup/cpu.max" || quota=max
+read -r memory 2>/dev/null <"$cgroup/memory.max" || memory=max
 fitting=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 4000000) / 1000 * $(getconf PAGESIZE) / 1000000 / gigabytes))
-[ "$fitting" -ge "$workers" ] || workers=$((fitting > 0 ? fitting : 1))
+limits=$fitting
+[ "$quota" = max ] || limits+=" $((quota / period))"
+[ "$memory" = max ] || limits+=" $((memory / 1000000000 / gigabytes))"
+for limit in $limits; do
+    [ "$limit" -ge "$workers" ] || workers=$((limit > 0 ? limit : 1))
+done
 meaningless="" # options
 case $suite in graphgpo) meaningless="--tasks --regimes" ;; popo | lag | smollm2) meaningless="--regimes" ;; throughput) meaningless="--seeds --methods --regimes --workers --slurm" ;; esac
 while [ $# -gt 0 ]; do
     [[ " $meaningless " != *" $1 "* ]] || die "$1 means nothing for $suite: drop it"
     case "$1" in
         --tasks | --seeds | --methods | --regimes | --steps | --workers)
-            [ $# -ge 2 ] || die "$1 needs a value"
+            [[ $# -ge 2 && "$2" != --* ]] || die "$1 needs a value"
             [ "$1" != --workers ] || at_once="%$2"
             declare "${1#--}=$2" && shift 2 ;;
         --dry-run) dry_run=1 && shift ;;

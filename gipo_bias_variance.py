@@ -22,15 +22,8 @@ Docs: docs/gipo_bias_variance.md.  Method: https://arxiv.org/abs/2603.03955
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium==1.4.0",
-#     "metaworld==3.1.1",
-#     "mujoco==3.3.0",
-#     "packaging==26.3",
 #     "numpy==2.4.6",
-#     "scipy==1.17.1",
 #     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
 #     "matplotlib==3.11.2",
 # ]
 # ///
@@ -487,7 +480,7 @@ def authors_table(wins: dict, args: Args) -> str:
 
 # -------------------- Report --------------------
 MARKERS = {  # of the plot: rival -> marker and name
-    "ppo": ("s", "PPO, clip 0.2"),
+    "ppo": ("s", "PPO, clip {clip_coef:g}"),
     "sapo": ("^", "SAPO"),
     "truncated-1": ("v", "min(rho, 1)"),
     "m2po": ("*", "M2PO"),
@@ -620,7 +613,7 @@ def plot_pareto(result: dict, path: Path) -> None:
         rivals = {method: level["methods"][method] for method in MARKERS if method != "m2po"}
         rivals |= {"m2po": level["m2po"][str(shown_size(result["args"]))]} if "m2po" in level else {}
         for method, row in rivals.items():
-            marker, label = MARKERS[method]
+            marker, label = MARKERS[method][0], MARKERS[method][1].format(**result["args"])
             if row[f"bias2_{target}"] < 1e-12:  # unbiased: nowhere on a logarithmic axis
                 axis.axvline(row["variance"], color="black", lw=0.9, ls=":", label=f"{label} (unbiased)")
             elif row["variance"] > 1e-7:  # else it makes no update

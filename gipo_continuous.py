@@ -4,7 +4,7 @@
     loss  = -mean(omega * rho * A)       omega is a constant in the backward pass
 
     python gipo_continuous.py --env-id reach-v3 --total-timesteps 100000   # or MT10, or a Gymnasium id with a Box of actions
-    -> success rate 1.0 on the 50 training goals, in 70 seconds on two CPU cores
+    -> success rate near 1.0 on the 50 training goals, in 70 seconds on two CPU cores
 
 What differs from PPO (`diff ppo_baseline.py gipo_continuous.py`; every hunk is marked by a `# GIPO:` comment):
 1. A smooth trust weight replaces the hard clip: no sample is cut off, its gradient fades with |log ratio| and is bounded:
@@ -12,7 +12,7 @@ What differs from PPO (`diff ppo_baseline.py gipo_continuous.py`; every hunk is 
 2. So data is not thrown away after one rollout: a replay buffer keeps the segments of many past rollouts.
 3. Actions in the buffer are old, the critic is not: every update recomputes the advantages with the current critic. This is
    ours; the authors store them (--no-recompute-advantages).
-4. Positive and negative advantages may have different widths (sigma, sigma * sigma_neg_ratio); a KL penalty to mu is optional.
+4. Positive and negative advantages may have different widths (sigma, sigma * sigma_neg_ratio).
 
 Docs: docs/gipo_continuous.md.  Method: https://arxiv.org/abs/2603.03955
 """
@@ -79,7 +79,7 @@ MT10 = list(metaworld.env_dict.MT10_V3)
 ALGORITHM_VERSION = 2  # raised whenever equal arguments give other results; the benchmark never mixes versions
 MAX_EPISODE_STEPS = 10_000  # of an environment that sets no time limit: without one, evaluation might never end
 MAX_EVAL_ENVS = 10  # episodes that an evaluation runs side by side
-MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
+MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88; above 20 no gradient
 MAX_MAGNITUDE = 1e15  # of rewards and observations: a float32 holds the sum of their squares
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
@@ -188,7 +188,8 @@ class Args:
     ent_coef: float = 0.001  # GIPO: many updates per sample narrow the policy fast
     """weight of the entropy bonus (0 to 0.02)"""
     vf_coef: float = 0.5
-    """weight of the value loss; actor and critic share no parameters, so it matters only through gradient clipping"""
+    """weight of the value loss; actor and critic share no parameters, so it matters only through gradient clipping
+    and Adam's epsilon (0: the critic does not learn)"""
     max_grad_norm: float = 0.5
     """gradient norm limit, for actor and critic apart"""
     adv_std_floor: float = 0.1
@@ -214,7 +215,7 @@ class Args:
     cuda: bool = False
     """update the networks on the GPU (the policy acts on the CPU): slower for networks of this size"""
     torch_compile: bool = False
-    """compile the loss: faster updates, after half a minute of compiling"""
+    """compile the loss with a C++ compiler: faster updates, after half a minute of compiling; does not pay in short runs"""
     torch_threads: int = 1
     """CPU threads of an update; 1 is best for networks of this size"""
 
@@ -524,7 +525,8 @@ class Collector:
         self.check_numbers("observation", self.next_obs)
         if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
             text = f"{self.args.env_id} has numbers, random ones or from earlier episodes, that no checkpoint holds"
-            print(f"warning: {text}: its running episodes go on otherwise", file=sys.stderr, flush=True)
+            text = f"this machine or its libraries are others than before, or {text}"
+            print(f"warning: {text}: the running episodes go on otherwise", file=sys.stderr, flush=True)
 
     def snapshot(self) -> dict:
         """What reset() needs, as tensors and plain types."""
@@ -768,7 +770,7 @@ def sample_segments(num_filled: int, args, generator=None) -> torch.Tensor:
 
 
 def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):  # GIPO: the trust weight
-    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): (B,) or (B, d), advantages broadcast to it.
+    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): any shape, advantages broadcast to it.
 
     sigma_pos applies where A > 0. In log space, so that no product of a huge ratio and a tiny weight is formed.
     """
@@ -977,7 +979,9 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
         model["score"] = [evaluation["episodes"], -1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
-    if evaluation and (not best.exists() or model["score"] > load_checkpoint(best)["score"]):
+    if evaluation and best.exists():  # mmap: its score is read, its weights are not
+        score = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["score"]
+    if evaluation and (not best.exists() or model["score"] > score):
         save_checkpoint(best, model)
 
 
@@ -1050,6 +1054,8 @@ def check_args(args) -> None:
         raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
     if args.resume and args.overwrite:
         raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
+    if isinstance(args.resume, str) and os.path.abspath(args.run_dir) != os.path.dirname(os.path.abspath(run_folder_of(args))):
+        raise ArgumentError(f"--run-dir {args.run_dir} contradicts --resume {args.resume}: drop one of them")
     if "/" in args.exp_name or "\0" in args.exp_name:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     try:
@@ -1087,6 +1093,11 @@ def check_args(args) -> None:
         raise ArgumentError("--vtrace needs the current ratios: drop --no-recompute-advantages")
     if args.cuda and not torch.cuda.is_available():
         raise ArgumentError("--cuda: PyTorch sees no GPU here; use --no-cuda or install a CUDA build of torch")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.torch_compile and shutil.which(compiler) is None:
+        raise ArgumentError(f"--torch-compile needs a C++ compiler, {compiler}: install it, or give --no-torch-compile")
+    if args.capture_video and not args.eval_episodes:
+        raise ArgumentError("--capture-video records evaluations: drop it, or give 1 or more --eval-episodes")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
@@ -1143,7 +1154,7 @@ def saved_run(args) -> tuple:
         model = load_checkpoint(Path(path))
         if not (isinstance(model, dict) and {"model", "args"} <= model.keys() and model["args"].keys() <= vars(args).keys()):
             raise ArgumentError(f"--evaluate {path} is no model of this script: {how}")
-        machine = dict.fromkeys(("resume", "overwrite", "track", "cuda", "capture_video"), False)
+        machine = dict.fromkeys(("resume", "overwrite", "track", "cuda", "torch_compile", "capture_video"), False)
         return Args(**model["args"] | machine | {"evaluate": path}), model["model"]
     if args.overwrite or not args.resume:
         return None, None
@@ -1231,6 +1242,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     _, wandb_id = saved_run(args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     own_process = args.overlap and cores > 1 and not multiprocessing.current_process().daemon  # which may have no children
+    at_exit.enter_context(seeded(args.seed))  # what a fork draws in the update, too
+    at_exit.callback(torch.set_num_threads, torch.get_num_threads())
     collector = Worker(Collector, args, own_process=own_process)
     at_exit.callback(collector.close)
     obs_dim, action_dim, max_episode_steps = collector.call("sizes")
@@ -1269,7 +1282,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "advantages": torch.zeros(shape, device=device),  # of collection time; used unless they are recomputed
         "returns": torch.zeros(shape, device=device),
     }
-    used = [key for key in rb if not (args.recompute_advantages and key in ("advantages", "returns"))]  # what an update reads
+    unread = ("advantages", "returns") if args.recompute_advantages else ("next_obs", "rewards", "terminations", "dones")
+    used = [key for key in rb if key not in unread]  # by an update
 
     at_exit.enter_context(lock_folder(run_folder))
     refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
@@ -1282,7 +1296,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
         wandb_id = wandb_id or os.urandom(16).hex()
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
+        wandb_id = wandb.init(**wandb_args, config=config, sync_tensorboard=True).id  # a sweep has its own
         at_exit.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None and issubclass(kind, Exception))))
     for path in run_folder.iterdir() if args.overwrite else ():
         if path.is_dir() and not path.is_symlink():
@@ -1325,6 +1339,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with contextlib.suppress(OSError):  # of a closed terminal
+            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1333,13 +1349,15 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             signal.signal(signum, ask_to_stop)
     start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
     at_exit.push(lambda kind, *_: say("") if tty and kind and issubclass(kind, Exception) else None)  # ends the progress line
-    say(f"{shown}: {num_iterations * rollout_size:,} steps of {args.env_id}, from step {global_step:,}")
+    uses = args.updates_per_iteration * args.minibatch_size / rollout_size
+    what = f"{num_iterations * rollout_size:,} steps of {args.env_id}, each used {float(f'{uses:.3g}'):,g} times"
+    say(f"{shown}: {what}, from step {global_step:,}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
         return every > 0 and global_step // every > (global_step - rollout_size) // every
 
-    def weights() -> dict:
-        return {key: value.cpu() for key, value in agent.state_dict().items()}
+    def weights() -> dict:  # NumPy, which they pass through, has no bfloat16
+        return {k: (v.float() if v.dtype == torch.bfloat16 else v).cpu() for k, v in agent.state_dict().items()}
 
     def evaluation_phase() -> dict | None:  # also right after a resume: a run may die while it evaluates
         finished = iteration == num_iterations
@@ -1484,6 +1502,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(shown)])
         say(f"\nstopped at step {global_step:,}; continue with: {how}")
+        save_models(run_folder, agent, config, None, global_step)  # for --evaluate
         collector.close(timeout=60.0)  # simulators may take their time
         sys.exit(128 + stop_signals[0])
     if not args.eval_episodes:
@@ -1491,7 +1510,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     collector.close(timeout=60.0)
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
-    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    # Of children only where they are ours: git's counts what this process had when it was started.
+    users = [resource.RUSAGE_SELF, *[resource.RUSAGE_CHILDREN] * (own_process or args.async_envs)]
+    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in users)
     result = {"env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "total_timesteps": global_step}
     result |= {f"eval_{key}": value for key, value in evaluation.items() if key != "returns"}
     result |= {

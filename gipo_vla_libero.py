@@ -4,7 +4,7 @@
     loss  = -mean(omega * rho * A)       over the action tokens of replayed segments; omega is a constant in the backward pass
 
     python gipo_vla_libero.py --preset tiny                                # a small policy on a CPU, from nothing
-    -> clones a scripted expert (36 % of 50 initial states), then RL takes it to 82 % (seed 1); two hours on 2 cores
+    -> clones a scripted expert (36 % of 50 initial states), then RL takes it to 82 % (seed 1); 90 minutes on 2 cores
     python gipo_vla_libero.py --model <folder or hub id>                   # one GPU: a public 7B checkpoint, LoRA
     torchrun --nproc-per-node 8 --shutdown-timeout 900 gipo_vla_libero.py --model ...    # several GPUs; shards --train full
     python gipo_vla_libero.py --evaluate <folder or hub id>
@@ -310,7 +310,7 @@ class Args:
     micro_batch: str = "auto"
     """chunks per forward and backward pass, or auto: the largest power of two that fits the GPU, 64 on a CPU"""
     torch_compile: bool = False
-    """compile the layers: on an H200 a tenth more samples per second with LoRA; compiling takes less than a minute"""
+    """compile the layers: on an H200 a tenth more samples per second with LoRA, but less exact ratios (docs: Speed)"""
     torch_threads: int = 0
     """CPU threads of PyTorch (0: its own choice)"""
 
@@ -337,7 +337,7 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 
 def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
-    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): (B,) or (B, d), advantages broadcast to it.
+    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): any shape, advantages broadcast to it.
 
     sigma_pos applies where A > 0. In log space, so that no product of a huge ratio and a tiny weight is formed.
     """
@@ -573,7 +573,8 @@ def train(args: Args, at_exit) -> dict:
     last_print, tty = time.time(), sys.stdout and sys.stdout.isatty()
     start_time = time.time() - seconds["wall"]
     say(f"{run_folder}: {total_steps:,} steps of {args.suite}, from step {progress.global_step:,}")
-    say(f"actions are un-normalised by {resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}")
+    told = f"the policy of task {args.tasks[0]} is told: {instruction(args.suite, args.tasks[0])}"
+    say(f"{told}; actions are un-normalised by {resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
         return every > 0 and progress.global_step // every > (progress.global_step - rollout_size) // every
@@ -662,6 +663,9 @@ def train(args: Args, at_exit) -> dict:
             tokens = rb["tokens"][t, columns].to(device)
             fresh = agent.get_action_and_logprob(**inputs, tokens=tokens, temperature=args.temperature)[1]
             log_ratio_max = (fresh.cpu() - rb["logprobs"][t, columns]).abs().max().item()
+        if not log_ratio_max < (0.01 if args.dtype == "float32" else 0.1):
+            text = "gipo/log_ratio_max is not near 0: with equal weights rollout and update give other log-probs."
+            warnings.warn(f"{text} Are the inputs of a row the same in both?", stacklevel=1)  # shown once
 
         # ==================== UPDATE ====================
         t0, stats = time.perf_counter(), collections.defaultdict(list)
@@ -684,9 +688,9 @@ def train(args: Args, at_exit) -> dict:
         scalars |= {"charts/SPS": sps, "charts/chunks_per_second": sps / chunk, "charts/updates_per_second": updates}
         scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "gipo/log_ratio_max": log_ratio_max}
         scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "update")}
-        success, episode_length = progress.recent_means(device)
+        success, episode_return, episode_length = progress.recent_means(device)
         if success is not None:
-            scalars["charts/episodic_return"] = scalars["charts/episodic_success"] = success
+            scalars |= {"charts/episodic_return": episode_return, "charts/episodic_success": success}
             scalars["charts/episodic_length"] = episode_length
         for name, value in scalars.items() if writer else ():
             writer.add_scalar(name, value, step)
@@ -699,9 +703,11 @@ def train(args: Args, at_exit) -> dict:
             last_print = time.time()
 
         # ==================== CHECKPOINT ====================
-        # Also before every evaluation, and when asked to stop.
+        # Also before every evaluation, when asked to stop, once soon after the first evaluation, and after the critic's
+        # warm-up, before the first update of the policy, which needs the most memory.
         seconds["wall"] = time.time() - start_time
         due = step >= total_steps or passed(args.checkpoint_every) or passed(args.eval_every)
+        due = due or iteration in (1, args.critic_warmup)
         saved = any_rank(due or bool(stop_signals))
         if saved:
             save_run(run_folder, agent, optimizer, rb, progress, simulators, rng)
@@ -717,7 +723,7 @@ def train(args: Args, at_exit) -> dict:
         sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
     seconds["wall"] = time.time() - start_time
     last = evaluations[-1] if evaluations else {"success_rate": None, "return_mean": None, "episodes": 0}
-    success, _ = progress.recent_means(device)
+    success, episode_return, _ = progress.recent_means(device)
     own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     kilobytes = own + args.num_envs * largest_child  # a simulator each
     result = {
@@ -729,7 +735,7 @@ def train(args: Args, at_exit) -> dict:
         "eval_return_mean": last["return_mean"],
         "eval_episodes": last["episodes"],
         "evaluations": evaluations,
-        "train_return_mean": success,
+        "train_return_mean": episode_return,
         "train_success_rate": success,
         "sps": progress.global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
@@ -843,7 +849,7 @@ def open_run(run_folder: Path, args, config_json: dict, step: int, at_exit):
         # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
         wandb_id = wandb_id or uuid.uuid4().hex
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-        wandb.init(**wandb_args, config=config_json, sync_tensorboard=True)
+        wandb_id = wandb.init(**wandb_args, config=config_json, sync_tensorboard=True).id  # a sweep has its own
         at_exit.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None and issubclass(kind, Exception))))
     for path in run_folder.iterdir() if args.overwrite else ():
         if path.is_dir() and not path.is_symlink():
@@ -967,10 +973,7 @@ class Interface:
 def make_interface(agent, tokenizer, norm_stats, args, device) -> Interface:
     """Encode the prompts of all tasks of the suite, and pick the statistics."""
     prompts = [encode_prompt(tokenizer, instruction(args.suite, t), agent.config) for t in range(len(task_names(args.suite)))]
-    key = resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)
-    stats = norm_stats[key]
-    check_statistics(stats, f"dataset_statistics.json (or norm_stats in config.json) of the policy, {key}", args.use_proprio)
-    return Interface(*pad_prompts(prompts, agent.config), stats, agent.config, args, device)
+    return Interface(*pad_prompts(prompts, agent.config), pick_statistics(norm_stats, args), agent.config, args, device)
 
 
 class Simulators:
@@ -991,12 +994,12 @@ class Simulators:
         self.ended = torch.zeros(num_envs, dtype=torch.bool)
         self.lost = torch.zeros(num_envs, dtype=torch.bool)  # ended because the simulator died, not by the policy
         self.losses = [0] * num_envs  # episodes in a row that ended so
-        self.episodes = [{} for _ in range(num_envs)]  # task, init_state, repeat, actions so far, return, length
+        self.episodes = [{} for _ in range(num_envs)]  # task, init_state, repeat, actions so far, return, length, success
 
     def start(self, i: int, task: int, init_state: int, repeat: int = 1) -> None:
         """Begin an episode on simulator i, its `repeat`-th in a row on this task; `wait` has its first observation."""
         self.episodes[i] = {"task": task, "init_state": init_state, "repeat": repeat}
-        self.episodes[i] |= {"actions": [], "return": 0.0, "length": 0}
+        self.episodes[i] |= {"actions": [], "return": 0.0, "length": 0, "success": 0.0}
         self.tasks[i], self.ended[i], self.lost[i] = task, False, False
         self.envs.send(i, LiberoEnv.reset, task, init_state)
 
@@ -1019,6 +1022,7 @@ class Simulators:
                 self.losses[i] = 0 if self.ended[i] else self.losses[i]
                 self.episodes[i]["return"] += float(rewards.sum())
                 self.episodes[i]["length"] += executed
+                self.episodes[i]["success"] = float(terminated)  # whatever a fork's reward is
             else:  # replaced: its episode ends at the last observation, whose value counts, since that was no failure
                 outcome["dones"][k] = self.ended[i] = self.lost[i] = True
                 self.losses[i] += 1
@@ -1662,7 +1666,8 @@ def render_variables(render: str) -> dict[str, str]:
     # Each process of torchrun draws on its own GPU, if the numbers agree.
     rank, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     own = visible[rank] if len(visible) > rank and visible[rank].isdigit() else str(rank)
-    has_gpu, chosen, failures = Path("/proc/driver/nvidia").exists(), os.environ.get("MUJOCO_EGL_DEVICE_ID"), []
+    chosen = os.environ.get("MUJOCO_EGL_DEVICE_ID") if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1 else None
+    has_gpu, failures = Path("/proc/driver/nvidia").exists(), []
     order = ["egl", "osmesa"] if has_gpu else ["osmesa", "egl"]  # equally fast without a GPU, and OSMesa has fewer moods
     for gl in order if render == "auto" else [render]:
         for device in [chosen or "0"] if chosen or gl == "osmesa" else sorted("01234567", key=lambda number: number != own):
@@ -1933,7 +1938,9 @@ def env_worker(connection, args, variables: dict) -> None:
         while True:
             function, arguments = connection.recv()
             env.enter("run")
-            connection.send(("answer", function(env, *arguments)))
+            name = getattr(function, "__name__", "")
+            own = getattr(LiberoEnv, name, None) is function  # then a subclass may have its own
+            connection.send(("answer", getattr(env, name)(*arguments) if own else function(env, *arguments)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the main process closed the connection, or is gone
     except BaseException as error:
@@ -2102,6 +2109,12 @@ def config_from_folder(folder) -> PolicyConfig:
     )
 
 
+OTHER_HEADS = {  # files of checkpoints that this script cannot use
+    "action_head--*.pt": "an action head for L1 regression or diffusion",
+    "vision_backbone--*.pt": "vision towers with FiLM",
+}
+
+
 def find_folder(name: str, what: str, hint: str = "", revision: str = "", weights: bool = True) -> Path:
     """A local folder, or the download of a hub id, of its small files only without `weights`; ArgumentError if unusable."""
     folder = Path(name)
@@ -2110,17 +2123,19 @@ def find_folder(name: str, what: str, hint: str = "", revision: str = "", weight
             raise ArgumentError(f"{what} is neither a folder nor a hub id such as owner/name{hint}")
         import huggingface_hub
 
-        patterns = ["*.json", "action_head--*.pt"]
+        patterns = ["*.json", *OTHER_HEADS]
         try:  # small files first, so that a model without discrete actions is refused before 15 GB are here
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-            if weights and not any(folder.glob("action_head--*.pt")):
-                patterns = [*patterns, "*.py", "*.model", "*.safetensors", "*.pt"]
+            if weights and not any(path for pattern in OTHER_HEADS for path in folder.glob(pattern)):
+                heads = ["proprio_projector--*.pt", "value_head.pt", "lora.pt"]
+                patterns = [*patterns, "*.py", "*.model", "*.safetensors", *heads]
                 huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ArgumentError(f"{what} is no local folder and cannot be downloaded ({reason}){hint}") from error
-    if any(folder.glob("action_head--*.pt")):
-        raise ArgumentError(f"{name} has an action head for L1 regression or diffusion: RL needs one trained on action tokens")
+    for pattern, head in OTHER_HEADS.items():
+        if any(folder.glob(pattern)):
+            raise ArgumentError(f"{name} has {head}: RL needs one trained on action tokens, without FiLM")
     return folder
 
 
@@ -2292,6 +2307,8 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
     folder = find_policy(name, args, weights=False)
     if (folder / "config.json").exists():  # else an adapter alone
         check_memory(config_from_folder(folder), args, device)
+        if adapter_folder(folder) is None:  # an adapter's statistics may be those of its base
+            pick_statistics(read_statistics(folder, folder), args)
     folder = find_policy(name, args)
     start, lora = find_start(folder, args)
     base, adapter = start, adapter_folder(start)
@@ -2310,10 +2327,7 @@ def load_policy(name: str, args, device) -> tuple[Agent, tokenizers.Tokenizer, d
     origin = lora or ({} if os.path.isdir(name) else {"hub_id": name, "revision": folder.name})
     origin = {key: origin.get(key, "") for key in ("hub_id", "revision")}
     agent.source, agent.start = str(base), {"base": str(start.resolve()), "fingerprint": base_fingerprint(start)} | origin
-    norm_stats = read_json(base / "config.json").get("norm_stats") or {}
-    statistics = [place / "dataset_statistics.json" for place in (folder, base)]  # an adapter alone has none
-    if found := [file for file in statistics if file.exists()]:
-        norm_stats |= read_json(found[0])
+    norm_stats = read_statistics(folder, base)
     tokenizer = load_tokenizer(base / "tokenizer.json")
     prepare_training(agent, args)
     if lora is not None:
@@ -2332,13 +2346,34 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def read_statistics(folder: Path, base: Path) -> dict:
+    """norm_stats {data set: {action, proprio}} of the policy in a folder; if it is an adapter, with those of its base."""
+    norm_stats = read_json(base / "config.json").get("norm_stats") or {}
+    statistics = [place / "dataset_statistics.json" for place in (folder, base)]  # an adapter alone has none
+    if found := [file for file in statistics if file.exists()]:
+        norm_stats |= read_json(found[0])
+    return norm_stats
+
+
+def pick_statistics(norm_stats: dict, args) -> dict:
+    """The statistics {action, proprio} that un-normalise a suite's actions; ArgumentError if they are missing or damaged."""
+    key = resolve_unnorm_key(norm_stats, args.suite, args.unnorm_key)
+    where = f"dataset_statistics.json (or norm_stats in config.json) of the policy, {key}"
+    check_statistics(norm_stats[key], where, args.use_proprio)
+    return norm_stats[key]
+
+
 def resolve_unnorm_key(norm_stats: dict, suite: str, key: str = "auto") -> str:
     """Name of the statistics that un-normalise the actions of a suite: its own, or those of all 130 tasks."""
-    candidates = [suite, f"{suite}_no_noops", f"{suite}_no_noops_trajall", "libero_130_no_noops_trajall"]
+    candidates = [suite, f"{suite}_no_noops", f"{suite}_no_noops_trajall"]
+    candidates += ["libero_130_no_noops_trajall", "libero_130_no_noops"]
     for candidate in candidates if key == "auto" else [key]:
         if candidate in norm_stats:
             return candidate
-    keys = ", ".join(sorted(norm_stats)) or "none"
+    if not norm_stats:  # as SimpleVLA-RL saves its own runs
+        how = "copy the file from the checkpoint that it was trained from"
+        raise ArgumentError(f"the checkpoint has no dataset_statistics.json and no norm_stats in its config.json: {how}")
+    keys = ", ".join(sorted(norm_stats))
     raise ArgumentError(f"--unnorm-key {key}: no such statistics for {suite}; name one of the checkpoint's: {keys}")
 
 
@@ -2388,7 +2423,10 @@ def save_policy(folder, agent: Agent, tokenizer, norm_stats: dict, args) -> None
     interface = {name: getattr(args, name) for name in INTERFACE_ARGS + PROTOCOL_ARGS + ADAPTER_ARGS}
     interface["tasks"] = args.tasks if len(args.tasks) < len(task_names(args.suite)) else ()  # all, also of another suite
     write_json(new / "interface.json", interface)
-    tensors = dict(export_tensors(agent, source))
+    tensors, separate = dict(export_tensors(agent, source)), ("value_head.", "proprio_projector.")
+    for name, parameter in agent.named_parameters():
+        if parameter.requires_grad and name not in tensors and ".lora_" not in name and not name.startswith(separate):
+            raise ValueError(f"{name} would not be saved: give it a file of its own wherever value_head.pt is named")
     save_torch_state_dict(tensors, new, max_shard_size=SHARD_BYTES)
     torch.save(agent.value_head.state_dict(), new / "value_head.pt")
     if agent.proprio_projector is not None:
@@ -2640,6 +2678,8 @@ def check_args(args) -> None:
         raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
     if args.resume and args.evaluate:
         raise ArgumentError("--resume and --evaluate contradict each other: drop one of them")
+    if isinstance(args.resume, str) and os.path.abspath(args.run_dir) != os.path.dirname(os.path.abspath(run_folder_of(args))):
+        raise ArgumentError(f"--run-dir {args.run_dir} contradicts --resume {args.resume}: drop one of them")
     if "/" in args.exp_name or "\0" in args.exp_name:
         raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
     number = len(task_names(args.suite))
@@ -2665,6 +2705,8 @@ def check_args(args) -> None:
         raise ArgumentError("--cuda: PyTorch sees no GPU here; install a CUDA build of torch, or use --preset tiny on the CPU")
     if args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= (count := torch.cuda.device_count()):
         raise ArgumentError(f"--cuda: torchrun's --nproc-per-node is more than this machine's GPUs ({count}): lower it")
+    if args.capture_video and not args.eval_episodes:
+        raise ArgumentError("--capture-video records evaluations: drop it, or give 1 or more --eval-episodes")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
@@ -2830,22 +2872,23 @@ class Progress:
     seconds: dict = field(default_factory=lambda: dict.fromkeys("env policy update training wall".split(), 0.0))
     evaluations: list = field(default_factory=list)
     returns: list = field(default_factory=list)  # of the last 100 episodes of this process
+    successes: list = field(default_factory=list)
     lengths: list = field(default_factory=list)
     failures: dict = field(default_factory=lambda: collections.defaultdict(list))  # by task, of the last 100 episodes
 
     def count(self, episode: dict) -> None:
         """Take in a finished training episode."""
-        failures = self.failures[episode["task"]]
-        new = (self.returns, episode["return"]), (self.lengths, episode["length"]), (failures, float(episode["return"] == 0))
-        for values, value in new:
+        new = [(self.returns, episode["return"]), (self.lengths, episode["length"]), (self.successes, episode["success"])]
+        for values, value in [*new, (self.failures[episode["task"]], 1.0 - episode["success"])]:
             values.append(value)
             del values[:-100]
 
     def recent_means(self, device) -> tuple:
-        """Success and length of the last 100 training episodes of every process; None where there are none."""
-        sums = torch.tensor([len(self.returns), sum(self.returns), sum(self.lengths)], dtype=torch.float64)
-        episodes, returns, lengths = sum_over_ranks(sums.to(device)).tolist()
-        return (returns / episodes, lengths / episodes) if episodes else (None, None)
+        """Success, return and length of the last 100 training episodes of every process; None where there are none."""
+        columns = self.successes, self.returns, self.lengths
+        sums = torch.tensor([len(self.successes), *map(sum, columns)], dtype=torch.float64)
+        episodes, *sums = sum_over_ranks(sums.to(device)).tolist()
+        return tuple(total / episodes if episodes else None for total in sums)
 
 
 def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, simulators, rng) -> None:
@@ -2877,8 +2920,13 @@ def save_run(run_folder: Path, agent, optimizer, rb: dict, progress: Progress, s
     if rank == 0:
         state = {"iteration": progress.iteration, "world_size": world, "frozen": frozen_fingerprint(agent)}
         save_checkpoint(run_folder / "checkpoint.pt", state)
-        for outdated in set(run_folder.glob("checkpoint-*")) - {folder}:
+        for outdated in checkpoint_folders(run_folder) - {folder}:
             shutil.rmtree(outdated)
+
+
+def checkpoint_folders(run_folder: Path) -> set[Path]:
+    """Of save_run; not a copy that somebody has named checkpoint-98-keep."""
+    return {path for path in run_folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)}
 
 
 def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Progress, simulators, rng) -> None:
@@ -2889,7 +2937,7 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
         text = f"--resume: the run in {run_folder} began with other frozen weights than are there now"
         raise ArgumentError(f"{text}: bring its --model, or the cache beside the run, back")
     folder = run_folder / f"checkpoint-{last['iteration']}"
-    for partial in set(run_folder.glob("checkpoint-*")) - {folder} if rank == 0 else ():  # the run was killed as it wrote it
+    for partial in checkpoint_folders(run_folder) - {folder} if rank == 0 else ():  # the run was killed as it wrote it
         shutil.rmtree(partial)
     with as_shards(agent):
         load_training_state(folder / "weights", agent, optimizer)
@@ -2898,6 +2946,7 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
     own = states[rank % len(states)]
     for name, value in own["progress"].items():
         setattr(progress, name, value)
+    progress.successes = progress.successes or list(progress.returns)  # of an older run, where they were the same
     progress.failures = collections.defaultdict(list, progress.failures)
     replay, episodes = own["replay"], own["episodes"]
     if same:
@@ -3032,10 +3081,10 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
     before = simulators.snapshot() if simulators.episodes[0] else None
     rank, world = ranks()
     todo = [(task, init_state) for task in args.tasks for init_state in range(args.eval_episodes)]
-    todo, results = collections.deque(todo[rank::world]), []
+    todo, results = todo[rank::world], []
     running = set(range(min(len(todo), len(simulators.episodes))))
     for i in sorted(running):
-        simulators.start(i, *todo.popleft())
+        simulators.start(i, *take(todo, simulators.episodes[i].get("task")))
     while running and not stop_signals:
         for group in simulators.groups:
             waiting, acting = [i for i in group if i in running], []
@@ -3049,9 +3098,9 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
                 if simulators.lost[i]:  # the simulator's failure, not the policy's: once more
                     simulators.start(i, *job)
                     continue
-                results.append([*job, float(episode["return"] > 0)])
+                results.append([*job, episode["success"], episode["return"]])
                 if todo:
-                    simulators.start(i, *todo.popleft())
+                    simulators.start(i, *take(todo, episode["task"]))
                 else:
                     running.remove(i)
             if acting:
@@ -3067,12 +3116,22 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
         shares = [None] * world
         dist.all_gather_object(shares, results)
         results = [r for share in shares for r in share]
-    results.sort()
-    by_task = {task: [s for t, _, s in results if t == task] for task in args.tasks}
-    success = float(np.mean([s for *_, s in results])) if results else None
-    result = {"success_rate": success, "return_mean": success, "episodes": len(results)}
+    successes = sorted(row[:3] for row in results)
+    by_task = {task: [s for t, _, s in successes if t == task] for task in args.tasks}
+    means = [float(np.mean([row[column] for row in results])) if results else None for column in (2, 3)]
+    result = dict(zip(("success_rate", "return_mean"), means, strict=True)) | {"episodes": len(results)}
     by_task = {str(task): float(np.mean(s)) for task, s in by_task.items() if s}
-    return result | {"success_by_task": by_task, "successes": results}
+    return result | {"success_by_task": by_task, "successes": successes}
+
+
+def take(todo: list[tuple[int, int]], task: int | None) -> tuple[int, int]:
+    """The next (task, initial state) for a simulator, off the list: one of its own task, whose scene it has compiled already,
+    else one of the task that most are left of."""
+    left = collections.Counter(task for task, _ in todo)
+    task = task if task in left else max(left, key=left.get)
+    job = next(job for job in todo if job[0] == task)
+    todo.remove(job)
+    return job
 
 
 def record_videos(agent, interface, args, folder: Path) -> None:

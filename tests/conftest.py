@@ -1,7 +1,9 @@
 """What the test files share: the scripts on sys.path, the command line as a user types it, and readers of a run folder."""
 
+import inspect
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -30,6 +32,9 @@ SLOW += (
 )
 SLOW = [f"test_{name}" for name in SLOW.split()]
 
+# What the source of a test holds that reads the text, tables or pictures of the repository: `pytest -m pages`.
+READS_PAGES = r"\bROOT\b.*(README|docs|\.md\b)|\bPAGES\b|def test_committed|\bfigures\b"
+
 STARTED = []  # processes of start_command
 
 sys.path.insert(0, str(ROOT))
@@ -42,6 +47,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+        if re.search(READS_PAGES, inspect.getsource(item.function)):
+            item.add_marker(pytest.mark.pages)
 
 
 @pytest.fixture(autouse=True)

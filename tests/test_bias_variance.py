@@ -313,7 +313,11 @@ def test_committed_numbers_are_those_of_the_command(tmp_path, capsys):
         for level, other in zip(ours["levels"][path], theirs["levels"][path], strict=True):
             assert {**level.pop("m2po", {})}.keys() == {**other.pop("m2po", {})}.keys()
             assert close(level, other)
-    assert close(ours["tails"], theirs["tails"])
+    for curve, other in zip(ours["tails"], theirs["tails"], strict=True):  # another processor's rounding may change every draw
+        measured, stored = np.array(curve.pop("measured")), np.array(other.pop("measured"))
+        spread = np.sqrt(2.0 * stored.clip(1e-3) * (1.0 - stored).clip(1e-3) / ours["args"]["samples"])
+        assert (abs(measured - stored) < 5.0 * spread).all() and measured[0] == stored[0] == 1.0
+        assert close(curve, other)
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("pareto.png", "staleness.png"))
     assert_equal_tables((tmp_path / "tables.md").read_text(), (committed / "tables.md").read_text())
 
@@ -381,7 +385,7 @@ def test_the_authors_choice_of_one_sample_decides_the_ranking(tmp_path):
     policies = itertools.product(study.TARGET_POLICIES.values(), study.BEHAVIOUR_POLICIES.values())
     left_out = sum("ppo" not in study.authors_errors(*both, ARGS) for both in policies)
     narrow = counted[1]["gipo-0.1"] + counted[1]["gipo-0.3"]
-    assert f"PPO in {left_out} of 18. Counted with the error that it has, PPO wins {counted[1]['ppo']} at one" in page
+    assert f"PPO in {left_out} of 18. If it counts, PPO wins {counted[1]['ppo']} cases and GIPO {narrow}." in page
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
     assert len(rows) == 4
     for size, *entries in [map(int, row) for row in rows]:
@@ -389,7 +393,7 @@ def test_the_authors_choice_of_one_sample_decides_the_ranking(tmp_path):
         gipo, others = [sum(n for name, n in counts.items() if "gipo" in name) for counts in (wins[size], alone)]
         one = [wins[size][name] for name in ("noclip", "sapo-2", "ppo")]
         assert entries == [gipo, *one, others, third["truncated-1"]]
-    assert f"and GIPO {narrow}." in page and all(wins[size] == counted[size] for size in (16, 64, 512))
+    assert all(wins[size] == counted[size] for size in (16, 64, 512))
     assert (tmp_path / "authors.md").read_text() == (ROOT / "results" / "bias_variance" / "authors.md").read_text()
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import types
 
@@ -14,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, TINY, differences, read_json, read_pt, read_scalars, run_script
+from conftest import SCRIPTS, TINY, command_line, differences, read_json, read_pt, read_scalars, run_script
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 SMALL = "--num-envs 2 --num-steps 32 --minibatch-size 64 --hidden-size 32 --eval-episodes 2"
@@ -248,6 +249,15 @@ def test_saved_model_evaluates_to_the_runs_own_result(finished, inline, name):
 
 
 @ALL_SCRIPTS
+def test_a_program_evaluates_with_the_arguments_it_trained_with(script, tmp_path):
+    """Textbook PPO trains on stored advantages whatever its arguments say, which then contradicted its own model."""
+    main, args = arguments(script, run_dir=str(tmp_path), eval_episodes=1)
+    trained = main(args)
+    found = main(dataclasses.replace(args, evaluate=str(next(tmp_path.glob("*/model.pt")))))
+    assert found["return_mean"] == trained["eval_return_mean"]
+
+
+@ALL_SCRIPTS
 def test_without_evaluation_and_overwrite(script, tmp_path, inline):
     flags = [*SPECIAL["no evaluation"].split(), "--run-dir", str(tmp_path)]
     code, _, _ = inline(script, flags)
@@ -361,6 +371,17 @@ def test_the_best_model_is_that_of_equal_evaluations(script, tmp_path):
         module.save_models(tmp_path, torch.nn.Linear(1, 1), {}, evaluation, step)
         best = read_pt(tmp_path / "best_model.pt")["global_step"]
         assert best == [0, 1, 1, 3, 3][step]
+
+
+@ALL_SCRIPTS
+def test_the_peak_of_memory_is_what_the_system_counts(script, tmp_path):
+    """In one process: git, which a run starts, has no memory of its own worth counting."""
+    flags = ["--env-id", "Pendulum-v1", *TINY, "--total-timesteps", "200", "--eval-episodes", "0", "--no-overlap"]
+    process = subprocess.Popen(command_line(script, tmp_path, flags), stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    (file,) = tmp_path.glob("*/result.json")
+    assert 0 < read_json(file)["peak_memory_mb"] <= usage.ru_maxrss / 1024
 
 
 @ALL_SCRIPTS
@@ -520,6 +541,34 @@ def test_every_epoch_of_ppo_takes_every_step_once(tmp_path, monkeypatch):
 
 
 @ALL_SCRIPTS
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_minibatch_holds_what_an_update_reads(script, recompute, tmp_path, monkeypatch):
+    """Nothing else is gathered from the replay, which would cost time in every update."""
+    module, found = importlib.import_module(script), {}
+
+    class Recorder(dict):
+        def __getitem__(self, key):
+            found[self.name].add(key)
+            return super().__getitem__(key)
+
+    original = module.compute_loss
+
+    def record(agent, mb, args):
+        found.setdefault("held", set(mb))
+        recorder = Recorder(mb)
+        recorder.name = "read"
+        found.setdefault("read", {"versions"})  # for gipo/policy_lag
+        return original(agent, recorder, args)
+
+    monkeypatch.setattr(module, "compute_loss", record)
+    values = {"recompute_advantages": recompute, "buffer_size": 256, "overlap": False}
+    main, args = arguments(script, run_dir=str(tmp_path), **values)
+    main(args)
+    extra = {"next_obs"} if recompute else set()  # next_obs: for end_values
+    assert found["held"] == found["read"] | extra
+
+
+@ALL_SCRIPTS
 def test_the_normaliser_has_seen_the_observations_that_were_acted_on(script, tmp_path):
     main, args = arguments(script, run_dir=str(tmp_path), buffer_size=64, total_timesteps=64)
     main(args)
@@ -644,6 +693,7 @@ BAD = [  # fields, and what the sentence must name
     ),
     ({"exp_name": "a/b"}, "--exp-name 'a/b'"),
     ({"exp_name": "a\0b"}, "--exp-name 'a\\x00b'"),
+    ({"capture_video": True, "eval_episodes": 0}, "--capture-video records evaluations: drop it, or give 1 or more"),
     ({"resume": True}, "--resume: there is no "),
     ({"resume": "nowhere"}, "--resume: there is no nowhere"),
     ({"resume": ""}, "--resume"),
@@ -694,6 +744,53 @@ def test_bad_arguments(script, fields, message, tmp_path, monkeypatch):
         main(args)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+
+
+@ALL_SCRIPTS
+def test_a_compiler_is_missing(script, tmp_path, monkeypatch):
+    """Training is refused; an evaluation, which compiles nothing, of a run that was compiled elsewhere is not."""
+    main, args = arguments(script, run_dir=str(tmp_path), torch_compile=True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ValueError, match=r"--torch-compile needs a C\+\+ compiler, no-such-compiler: install it, or give --no"
+    ):
+        main(args)
+    assert not any(tmp_path.iterdir())
+    module = importlib.import_module(script)
+    trained = dataclasses.asdict(dataclasses.replace(args, env_id="Pendulum-v1", eval_episodes=1))
+    agent = module.Agent(3, 1, module.Args(**trained))
+    module.save_checkpoint(tmp_path / "model.pt", {"model": agent.state_dict(), "args": trained, "score": None})
+    assert main(module.parse_args(["--evaluate", str(tmp_path / "model.pt")]))["episodes"] == 1
+
+
+@ALL_SCRIPTS
+def test_the_best_score_is_read_on_the_cpu(script, tmp_path, monkeypatch):
+    """A run may go on without the GPU that it began on; and a GPU need not hold a second model."""
+    module, original, read = importlib.import_module(script), torch.load, []
+    monkeypatch.setattr(torch, "load", lambda path, **how: (read.append(how), original(path, **how))[1])
+    agent = module.Agent(3, 1, module.Args())
+    for success, best in ((0.5, 0.5), (0.25, 0.5), (0.75, 0.75)):
+        evaluation = {"episodes": 1, "success_rate": success, "return_mean": 0.0}
+        module.save_models(tmp_path, agent, {}, evaluation, 0)
+        assert original(tmp_path / "best_model.pt", weights_only=True)["score"][1] == best
+    assert [how["map_location"] for how in read] == ["cpu"] * 2
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "uses"),
+    [
+        ("gipo_continuous", "--updates-per-iteration 5", "5"),
+        ("gipo_continuous", "--num-envs 1 --updates-per-iteration 1 --minibatch-size 32", "1"),
+        ("gipo_continuous", "--num-envs 8 --updates-per-iteration 3", "0.75"),
+        ("ppo_baseline", "--updates-per-iteration 5", "5"),
+        ("ppo_baseline", "--buffer-size 0 --update-epochs 3", "3"),
+    ],
+)
+def test_the_start_says_how_often_a_step_is_used(script, flags, uses, tmp_path, inline):
+    """The number of updates stays when that of the environments changes, so this is what changes."""
+    common = ["--env-id", "Pendulum-v1", *TINY, "--total-timesteps", "64", "--eval-episodes", "0", "--run-dir", tmp_path]
+    code, output, error = inline(script, [*common, *flags.split()])
+    assert code == 0 and f" steps of Pendulum-v1, each used {uses} times, from step 0\n" in output, error
 
 
 def test_vtrace_needs_replay(tmp_path):

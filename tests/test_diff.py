@@ -25,6 +25,32 @@ parse_args main
 """
 
 
+# Names that two other scripts both define, each in its own way. All else that two of them have is a copy, and stays one.
+OWN = {
+    "gipo_continuous gipo_vla_libero": """
+        Agent Args ArgumentError check_args evaluate gipo_log_weight load_weights main parse_args policy_objective
+        run_folder_of sample_segments say train
+    """,
+    "gipo_continuous graphgpo_sokoban": """
+        Agent Args check_args compute_loss evaluate evaluate_saved_model load_checkpoint main make_env parse_args
+        train
+    """,
+    "gipo_continuous popo_countdown": """
+        Args check_args evaluate evaluate_saved_model gipo_log_weight load_checkpoint main parse_args policy_objective
+        train
+    """,
+    "gipo_vla_libero graphgpo_sokoban": """
+        Agent Args ArgumentError check_args evaluate load_checkpoint main parse_args refuse_contradictions
+        run_folder_of saved_args say train
+    """,
+    "gipo_vla_libero popo_countdown": """
+        Args ArgumentError Progress check_args evaluate load_checkpoint main parse_args policy_objective
+        refuse_contradictions run_folder_of saved_args say train
+    """,
+    "graphgpo_sokoban popo_countdown": "Args check_args evaluate evaluate_saved_model load_model train with_defaults",
+}
+
+
 @functools.cache
 def top_level(path):
     """Source of every top-level statement, comments inside included: functions and classes by name, the rest in order."""
@@ -59,6 +85,13 @@ def test_only_the_algorithms_differ():
     assert gipo.keys() - ppo.keys() == GIPO_ONLY
     assert list(ppo) == [name for name in gipo if name not in GIPO_ONLY]
     assert ppo_rest == gipo_rest
+
+
+@pytest.mark.parametrize(("scripts", "own"), OWN.items())
+def test_copies_in_other_scripts_are_identical(scripts, own):
+    ours, theirs = (top_level(ROOT / f"{script}.py")[0] for script in scripts.split())
+    different = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+    assert different == set(own.split())
 
 
 def test_every_hunk_is_tagged():

@@ -1,4 +1,4 @@
-"""graphgpo_sokoban.py end to end: what a run leaves, every flag, bad input, signals, exact resume, copies, learning."""
+"""graphgpo_sokoban.py end to end: what a run leaves, every flag, bad input, signals, exact resume, learning."""
 
 import dataclasses
 import itertools
@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ RUNS = {  # every field of Args appears here or in SPECIAL
     "minigrid": f"{TINY} --total-episodes 32 {MINIGRID} --eval-every 8",
 }
 SPECIAL = """--run-dir --resume --overwrite --evaluate --track --wandb-project --cuda
-    --model --prompt --max-new-tokens --micro-batch --dtype
+    --model --prompt --max-new-tokens --micro-batch --generation-batch --dtype
     --invalid-penalty --game-level"""  # the last two lines: test_graphgpo_model.py
 
 
@@ -119,6 +120,25 @@ def test_command_line(tmp_path):
     assert main(dataclasses.replace(args, overwrite=True, total_episodes=8))["total_episodes"] == 8
 
 
+def test_defaults_that_the_policy_decides_are_recorded(finished, tmp_path):
+    """As numbers; the same numbers as flags do not contradict the run, nor one from before, which stored None."""
+    folder, result = finished("gigpo")
+    wanted = {"learning_rate": 1e-3, "kl_coef": 0.0, "ent_coef": 0.1, "success_reward": 1.0, "max_new_tokens": None}
+    assert wanted.items() <= result["args"].items() and wanted.items() <= read_json(folder / "args.json").items()
+    assert finished("credit")[1]["args"]["success_reward"] is None  # --reward gym-sokoban has none
+    for flags in (["--learning-rate", "0.001"], ["--success-reward", "1"], []):
+        assert (
+            main(parse_args(["--evaluate", str(folder / "model.pt"), *flags]))["success_rate"] == result["eval_success_rate"]
+        )
+    shutil.copytree(folder, tmp_path / folder.name)
+    for stored in (1e-3, None):
+        saved = read_json(folder / "args.json") | {"learning_rate": stored, "run_dir": str(tmp_path)}
+        (tmp_path / folder.name / "args.json").write_text(json.dumps(saved))
+        assert main(parse_args(["--resume", str(tmp_path / folder.name), "--learning-rate", "0.001"])) == result
+        with pytest.raises(ArgumentError, match=r"--learning-rate 0.01 contradicts the run to resume, which has 0.001"):
+            main(parse_args(["--resume", str(tmp_path / folder.name), "--learning-rate", "0.01"]))
+
+
 def test_evaluate_gives_the_number_of_the_run(finished, capsys):
     folder, result = finished("default")
     capsys.readouterr()
@@ -175,6 +195,18 @@ def test_graphgpo_learns(beta_episode, tmp_path):
     main(Args(beta_episode=beta_episode, run_dir=str(tmp_path), eval_every=0, **flags, **SMALL_ROOM))
     success = [value for _, value in read_scalars(tmp_path / "Sokoban__graphgpo__1")["charts/episodic_success"]]
     assert np.mean(success[:3]) < 0.25 and np.mean(success[-10:]) > 0.28, np.round(success, 2)
+
+
+def test_held_out_levels_are_excluded_wherever_that_is_possible(tmp_path, monkeypatch):
+    """Also from an environment that somebody has added."""
+    excluded = []
+    monkeypatch.setattr(graphgpo_sokoban.MiniGrid, "exclude", lambda self, levels: excluded.extend(levels), raising=False)
+    flags = [*MINIGRID.split(), *TINY.split(), "--total-episodes", "8", "--run-dir", str(tmp_path)]
+    main(parse_args(flags))
+    assert excluded == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    model = next(tmp_path.glob("*/model.pt"))
+    with pytest.raises(ArgumentError, match="the run held out 4 levels and may have trained on others"):
+        main(parse_args(["--evaluate", str(model), "--eval-episodes", "5"]))
 
 
 def test_minigrid_is_learned(tmp_path):
@@ -339,6 +371,8 @@ def test_interrupted_twice_equals_uninterrupted(env, tmp_path):
     assert code == 130 and "--resume" in output and "Traceback" not in output
     code, output = stopped(tmp_path / "stopped", [*flags, "--resume"], signal.SIGTERM)
     assert code == 143 and "--resume" in output and "Traceback" not in output
+    (model,) = (tmp_path / "stopped").glob("*/model.pt")  # of the last iteration, to be evaluated
+    assert (read_pt(model)["score"], read_pt(model)["global_step"] % 8) == (None, 0)
     time.sleep(1.0)  # TensorBoard orders event files by the second in their names
     main(tyro.cli(Args, args=[*flags, "--run-dir", str(tmp_path / "stopped"), "--resume"]))
     (folder,), (reference,) = (list((tmp_path / name).iterdir()) for name in ("stopped", "reference"))
@@ -434,19 +468,7 @@ def test_the_seed_decides(tmp_path):
     assert differences(*(read_pt(folder / "model.pt")["model"] for folder in folders[1:]))
 
 
-# -------------------- One file, and copies that stay copies --------------------
-@pytest.mark.parametrize("name", "layer_init mlp save_checkpoint write_json save_models".split())
-def test_copied_definition_is_identical(name):
-    ours, theirs = (test_diff.top_level(ROOT / f"{script}.py")[0] for script in (SCRIPT, "gipo_continuous"))
-    assert ours[name] == theirs[name]
-
-
-@pytest.mark.parametrize("name", ["catch_stop_signals", "write_config"])
-def test_what_popo_has_too_is_identical(name):
-    ours, theirs = (test_diff.top_level(ROOT / f"{script}.py")[0] for script in (SCRIPT, "popo_countdown"))
-    assert ours[name] == theirs[name]
-
-
+# -------------------- One file --------------------
 def test_it_stands_alone(tmp_path):
     path = ROOT / f"{SCRIPT}.py"
     test_diff.test_no_project_module_is_imported(path)

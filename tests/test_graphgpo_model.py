@@ -96,7 +96,7 @@ def test_logprobs_are_those_of_one_answer_at_a_time(agent):
 
 
 def test_generation_in_parts(agent, monkeypatch):
-    """Eight times --microbatch-size at once, whatever the number of rows; parts that end early are padded."""
+    """Eight times --micro-batch at once, or --generation-batch, whatever the rows; parts that end early are padded."""
     generate, sizes = agent.model.generate, []
 
     def recorded(input_ids, **how):
@@ -111,6 +111,22 @@ def test_generation_in_parts(agent, monkeypatch):
     assert sizes == [6, 6] and len(actions) == 12 and tokens.shape == mask.shape == logprobs.shape == (12, 6)
     assert not mask[:6, 2:].any() and (tokens[:6, 2:] == agent.pad).all() and mask[6:, 2:].any()
     assert (logprobs[~mask] == 0).all()
+    agent.args.generation_batch = 12
+    agent.act(obs, choices, want_logprobs=False)
+    assert sizes == [6, 6, 12]
+
+
+def test_a_vocabulary_is_expanded_for_one_answer_at_a_time(agent, monkeypatch):
+    """And again in the backward pass, so that no log-probabilities of a whole vocabulary are kept."""
+    obs, choices = prompts(3)
+    with torch.no_grad():
+        _, tokens, mask, _ = agent.act(obs, choices)
+    log_softmax, shapes = torch.log_softmax, []
+    monkeypatch.setattr(torch, "log_softmax", lambda x, dim: (shapes.append(x.shape), log_softmax(x, dim))[1])
+    logprobs, _ = agent.token_logprobs(obs, tokens, mask)
+    assert shapes == 3 * [(int(mask.sum(1).max()), len(WORDS))]
+    logprobs.sum().backward()
+    assert len(shapes) == 6
 
 
 def test_entropy_without_a_weight_builds_no_graph(agent):
@@ -184,6 +200,7 @@ def test_parse_few_shot(agent, text, action):
     """The first line is the answer."""
     agent.args.prompt = "few-shot"
     assert agent.parse(text, ("up", "down", "left", "right")) == action
+    assert agent.parse(text, (" Up\n", "down  ", "left", "  right")) == action  # as an environment may write them
 
 
 def test_chat_template_and_prompt(agent):
@@ -257,7 +274,7 @@ def test_command_line(folder, tmp_path):
     process, run = run_script("graphgpo_sokoban", tmp_path, "--model", folder, "--total-episodes", 6, *flags)
     assert process.returncode == 0, process.stderr
     args = read_json(run / "args.json")
-    assert args["learning_rate"] is None and args["model"] == str(folder)
+    assert args["learning_rate"] == 1e-6 and args["model"] == str(folder)
     assert json.loads((run / "result.json").read_text())["total_episodes"] == 6
 
 

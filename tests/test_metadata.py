@@ -83,6 +83,8 @@ def test_inline_metadata_equal_the_requirements(script):
     if script in ("popo_countdown.py", "graphgpo_sokoban.py"):  # no simulator of theirs
         wanted = {name for name in wanted if not name.startswith(("metaworld", "mujoco", "packaging", "scipy", "matplotlib"))}
         wanted -= {name for name in wanted if name.startswith("gymnasium") and script == "popo_countdown.py"}
+    if script == "gipo_bias_variance.py":  # arithmetic only
+        wanted = {name for name in wanted if name.startswith(("numpy", "tyro", "matplotlib"))}
     assert set(metadata["dependencies"]) == wanted
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert metadata["requires-python"] == project["requires-python"]

@@ -6,6 +6,7 @@ import importlib.machinery
 import json
 import multiprocessing
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -17,6 +18,7 @@ import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -475,7 +477,7 @@ def test_main_gives_the_signal_handlers_back(script, end, tmp_path, monkeypatch)
     def spy(path, state):
         original(path, state)
         during.extend(signal.getsignal(signum) for signum in mine)
-        if end == "stopped":
+        if end == "stopped" and path.name == "checkpoint.pt":
             signal.raise_signal(signal.SIGINT)
         if end == "failed":
             raise RuntimeError("disk full")
@@ -567,6 +569,52 @@ def test_an_encoder_that_a_fork_adds_is_trained(script, tmp_path, monkeypatch):
 
 
 @ALL_SCRIPTS
+def test_a_frozen_part_in_bfloat16_reaches_the_environments(script, tmp_path, monkeypatch):
+    """NumPy has no such type, and with overlap the weights go through it."""
+    module, args = code_args(script, tmp_path)
+
+    class Fork(module.Agent):
+        def __init__(self, obs_dim, action_dim, args):
+            super().__init__(obs_dim, action_dim, args)
+            self.register_buffer("frozen", torch.full((obs_dim,), 0.1, dtype=torch.bfloat16))
+
+        def normalize(self, obs):
+            assert self.frozen.dtype == torch.bfloat16
+            return super().normalize(obs) + self.frozen
+
+    monkeypatch.setattr(module, "Agent", Fork)
+    module.main(args)
+    assert read_pt(only_folder(tmp_path) / "model.pt")["model"]["frozen"].dtype == torch.bfloat16
+
+
+@ALL_SCRIPTS
+@pytest.mark.parametrize("overlap", [True, False])
+def test_random_numbers_of_the_caller_and_of_a_fork(script, overlap, tmp_path, monkeypatch):
+    """A loop over main() draws on as if there had been no run; what a fork draws in the update depends on the seed alone."""
+    module, args = code_args(script, tmp_path)
+    args.overlap, args.torch_threads, drawn = overlap, 2, []
+
+    class Fork(module.Agent):
+        def update_normalizer(self, obs):
+            drawn.append(float(torch.rand(())))
+            super().update_normalizer(obs)
+
+    monkeypatch.setattr(module, "Agent", Fork)
+    torch.set_num_threads(3)
+    for _ in range(2):
+        args.overwrite = True
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(7)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        module.main(args)
+        assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        torch.manual_seed(len(drawn))  # another state of the caller's
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    assert len(drawn) > 4 and drawn[: len(drawn) // 2] == drawn[len(drawn) // 2 :]
+
+
+@ALL_SCRIPTS
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_acting_and_learning_that_differ_are_reported(script, rate, tmp_path, monkeypatch):
     """Dropout, as a state that is not reset would, gives the same weights two log-probabilities."""
@@ -619,7 +667,12 @@ def test_wandb_ids(script, tasks, tmp_path, inline, monkeypatch):
     """An id of the run folder's own, legal for any environment, kept by --resume and known to no other run."""
     tasks.unlink()
     calls, codes = [], []
-    wandb = types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs), finish=lambda exit_code: codes.append(exit_code))
+
+    def init(**kwargs):
+        calls.append(kwargs)
+        return types.SimpleNamespace(id=kwargs["id"] if sweep is None else sweep)
+
+    sweep, wandb = None, types.SimpleNamespace(init=init, finish=lambda exit_code: codes.append(exit_code))
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     runs = [tmp_path / "a", tmp_path / "b"]
@@ -640,6 +693,10 @@ def test_wandb_ids(script, tasks, tmp_path, inline, monkeypatch):
     with pytest.raises(Exception, match="my own fault"):
         inline(script, ["--env-id", "their_tasks:Faulty-v0", *FLAGS[2:], *MODES["turns"], "--run-dir", tmp_path, "--track"])
     assert codes == [0] * 5 + [1]  # W&B calls it failed
+    sweep = "its-own"  # W&B drops the given id
+    monkeypatch.delenv("FAULT")
+    assert inline(script, [*GATE, "--run-dir", tmp_path / "c", "--track"])[0] == 0
+    assert read_json(only_folder(tmp_path / "c") / "args.json")["wandb_id"] == "its-own"
 
 
 # -------------------- Environments that fail --------------------

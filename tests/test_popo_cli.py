@@ -1,6 +1,5 @@
 """popo_countdown.py end to end: every flag, what a run leaves, budgets, replay, learning, resuming, bad input."""
 
-import ast
 import dataclasses
 import importlib.util
 import itertools
@@ -41,7 +40,8 @@ RUNS = {  # each runs once, and every field of Args appears here or in SPECIAL
     "m2po": f"{TWO} --method grpo-filter --objective m2po --m2-threshold 0.1 --lag 1",
 }
 SPECIAL = f"{TWO} --overwrite --resume --evaluate --track --wandb-project --cuda"
-SPECIAL += " --model --prompt --max-number --max-new-tokens --micro-batch --dtype --export"  # in test_popo_model.py
+# In test_popo_model.py.
+SPECIAL += " --model --prompt --max-number --max-new-tokens --micro-batch --generation-batch --dtype --export"
 
 RESULT_KEYS = set(
     "env_id exp_name seed total_timesteps iterations updates eval_success_rate eval_return_mean eval_episodes "
@@ -432,7 +432,8 @@ def test_stopped_by_a_signal(signum, expected, tmp_path, long_run):
     output = process.communicate()[0]
     (folder,) = (path for path in (tmp_path / "stopped").iterdir() if path.name != "warmup")
     assert process.returncode == expected and f"popo_countdown.py --resume {folder}" in output and "Traceback" not in output
-    assert "stopping soon; Ctrl-C now stops at once, without a checkpoint" in output
+    assert "stopping soon; Ctrl-C now stops at once, without a new checkpoint" in output
+    assert read_pt(folder / "model.pt")["global_step"] == read_pt(folder / "checkpoint.pt")["global_step"]  # to be evaluated
     time.sleep(1.0)
     popo.main(popo.parse_args(["--resume", str(folder)]))
     assert_equal_runs(folder, long_run)
@@ -531,6 +532,21 @@ def test_a_forks_run_is_continued_by_the_fork(tmp_path, command):
     (folder / "args.json").write_text(json.dumps(read_json(folder / "args.json") | {"script": "mine.py"}))
     code, _, err = command(["--resume", str(folder)])
     assert code == 2 and err == f"error: --resume: {folder} is a run of mine.py: continue it with that file\n"
+
+
+def test_arguments_of_an_older_run_get_their_defaults(tmp_path):
+    """Its files hold null, or nothing, where the default depends on the policy; equal numbers as flags contradict no run."""
+    _, folder = run_inline(tmp_path, f"{TWO} --total-timesteps 64")
+    result, saved = read_json(folder / "result.json"), read_json(folder / "args.json")
+    del saved["learning_rate"]
+    (folder / "args.json").write_text(json.dumps(saved | {"ent_coef": None}))
+    resume = ["--resume", str(folder), "--learning-rate"]
+    assert popo.main(popo.parse_args([*resume, "0.0001", "--ent-coef", "0.01"])) == result
+    with pytest.raises(popo.ArgumentError, match=r"--learning-rate 0\.01 contradicts the run to resume, which has 0\.0001"):
+        popo.main(popo.parse_args([*resume, "0.01"]))
+    model = read_pt(folder / "model.pt")
+    torch.save(model | {"args": model["args"] | {"learning_rate": None}}, folder / "model.pt")
+    assert popo.load_model(str(folder / "model.pt"))[1].learning_rate == 1e-4
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -687,26 +703,6 @@ def test_nan_in_the_warm_up(tmp_path):
 
 
 # -------------------- The file --------------------
-def definitions(name):
-    source = (ROOT / f"{name}.py").read_text()
-    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    return {node.name: ast.get_source_segment(source, node) for node in nodes}
-
-
-@pytest.mark.parametrize("name", "save_checkpoint write_json save_models".split())
-def test_copies_are_identical(name):
-    assert definitions("popo_countdown")[name] == definitions("gipo_continuous")[name]
-
-
-COPIES = "ArgumentError BadNumber say load_checkpoint run_folder_of lock_folder refuse_existing saved_args"
-COPIES += " refuse_contradictions smollm2_folder line_ends load_language_model encode refuse_too_long"
-
-
-@pytest.mark.parametrize("name", COPIES.split())
-def test_copies_of_graphgpo_sokoban_are_identical(name):
-    assert definitions("popo_countdown")[name] == definitions("graphgpo_sokoban")[name]
-
-
 def test_it_stands_alone():
     """No script of the project is imported, and transformers only where --model needs it."""
     code = "import sys, popo_countdown; print(sorted({'transformers', 'wandb', 'gipo_continuous'} & set(sys.modules)))"

@@ -368,6 +368,7 @@ def some_reward(self, problems, responses, mask):
 
 
 EXTRAS = {"plain": {}, "micro": {"micro_batch": 1}, "bfloat16": {"dtype": "bfloat16"}, "kl": {"kl_coef": 0.1}}
+EXTRAS["generation"] = {"micro_batch": 1, "generation_batch": 256}
 
 
 @pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
@@ -379,7 +380,7 @@ def test_run_from_a_folder(model, tmp_path, monkeypatch, extra):
     )
     result = popo.main(arguments(model, tmp_path, **extra))
     sizes.remove(1)  # the question whether the model can share a prompt
-    assert sizes == ([4, 2, 2, 2, 4, 2, 2, 2, 4, 2] if "micro_batch" in extra else [6, 4, 6, 4, 6])  # prompts at once
+    assert sizes == ([4, 2, 2, 2, 4, 2, 2, 2, 4, 2] if extra == EXTRAS["micro"] else [6, 4, 6, 4, 6])  # prompts at once
     (folder,) = tmp_path.iterdir()  # no warm-up here
     assert result["updates"] == 4 and result["total_timesteps"] == 24 and "transformers" in result["versions"]
     assert result == read_json(folder / "result.json")

@@ -65,23 +65,31 @@ def test_probability_of_improvement():
 
 
 def test_gap_and_interval():
-    """By hand: two tasks of two and three seeds; pooled variance (0.02 + 0.08) / 3, t(3) = 3.182; the tasks weigh the same."""
+    """By hand: two tasks of two and three seeds, whose means have the variances 0.02 / 2 and 0.04 / 3; t(2.882) = 3.257."""
     gaps = [np.array([0.1, 0.3]), np.array([-0.2, 0.0, 0.2])]
     gap, (low, high) = report.gap_and_interval(gaps)
     assert gap == pytest.approx(0.1)
-    reach = 3.18245 * np.sqrt(0.1 / 3 * (1 / 2 + 1 / 3)) / 2
+    reach = 3.257208 * np.sqrt(0.01 + 0.04 / 3) / 2
     assert (low, high) == pytest.approx((0.1 - reach, 0.1 + reach), abs=1e-5)
     assert report.span(*report.gap_and_interval([np.array([0.1]), np.array([0.3])])) == "0.20"
+    assert report.span(*report.gap_and_interval([np.array([0.1, 0.2]), np.array([0.3])])) == "0.23"
+    assert report.gap_and_interval([np.array([0.5, 0.5])]) == (0.5, (0.5, 0.5))
+    assert report.span(-0.001, (-0.004, 0.2)) == "0.00 [0.00, 0.20]" and report.number(-0.0001, "+.3f") == "+0.000"
 
 
 def test_gap_intervals_hold_the_truth_as_often_as_they_say():
-    """Four tasks, three seeds, normal errors: 95 % of 2,000, within four standard errors; a bootstrap's hold it less often."""
-    rng, held = np.random.default_rng(1), np.zeros(2)
-    for _ in range(2000):
-        gaps = list(rng.normal(0.1, 0.1, (4, 3)))
-        intervals = report.gap_and_interval(gaps)[1], report.bootstrap_interval(gaps, report.mean_of_tasks, repetitions=200)
-        held += [low < 0.1 < high for low, high in intervals]
-    assert abs(held[0] / 2000 - 0.95) < 0.02 and held[1] / 2000 < 0.9
+    """Four tasks, three seeds, normal errors, of equal size or much larger on one task: about 95 % of 2,000; a bootstrap's
+    hold it less often, and with one variance for all tasks it would be 88 % of the second kind."""
+    for deviations in ([0.1, 0.1, 0.1, 0.1], [0.05, 0.05, 0.05, 0.3]):
+        rng, held = np.random.default_rng(1), np.zeros(2)
+        for _ in range(2000):
+            gaps = [rng.normal(0.1, deviation, 3) for deviation in deviations]
+            intervals = (
+                report.gap_and_interval(gaps)[1],
+                report.bootstrap_interval(gaps, report.mean_of_tasks, repetitions=200),
+            )
+            held += [low < 0.1 < high for low, high in intervals]
+        assert 0.92 < held[0] / 2000 < 0.98 and held[1] / 2000 < 0.9
 
 
 def test_share_of_pairs():
@@ -157,6 +165,10 @@ def test_arguments_that_decide_the_outcome():
     version_1 = args | {"trust_side": "both"}
     assert report.outcome_args(version_1) == report.outcome_args(version_1 | {"adaptive_sigma": 0.0, "fast_env": True})
     assert report.outcome_args(version_1) != report.outcome_args(version_1 | {"adaptive_sigma": 0.7})
+    graph = {"advantage": "grpo", "reward": "sparse", "model": None, "kl_coef": 0.0}
+    said = {"learning_rate": 1e-3, "ent_coef": 0.01, "success_reward": 1.0}  # GraphGPO's first runs stored None
+    assert report.outcome_args(graph | said) == report.outcome_args(graph | dict.fromkeys(said))
+    assert report.outcome_args(graph | said) != report.outcome_args(graph | dict.fromkeys(said) | {"learning_rate": 3e-4})
 
 
 def test_grid_means():
@@ -265,7 +277,7 @@ def test_same_replay_table_by_hand():
     assert row.strip("| ").split(" | ")[3:5] + row.strip("| ").split(" | ")[7:] == [
         "2",
         "3",
-        "0.07 [-0.48, 0.63]",
+        "0.07",
         "0.38",
         "0.75",
         "0.50",
@@ -305,7 +317,7 @@ def test_rows_of_tuning_and_diagnostics_are_averaged_over_equal_tasks(tmp_path):
     text = (tmp_path / "benchmark-300000-v1.md").read_text()
     tuning, diagnostics = (text.split(before)[1] for before in (report.TUNING, report.DIAGNOSTICS))
     for part, row in ((tuning, "| 20000 | gipo | 1 | 1.00 |"), (diagnostics, "| 20000 | gipo | 0.75 / 0.75 |")):
-        assert part.startswith(" Over the 1 tasks that every row has (reach):") and row in part
+        assert part.startswith(" Over the 1 task that every row has (reach):") and row in part
     for task in ("assembly-v3", "basketball-v3", "coffee-pull-v3"):  # tasks that one row alone has drop no other row
         (folder / f"{task}.json").write_text(json.dumps(sample(seed=4, eval_success_rate=0.0) | {"env_id": task}))
     report.write_report(args)
@@ -339,6 +351,31 @@ def test_tuning_seeds_have_a_table_of_their_own(tmp_path):
     rows = [line.split(" | ")[:4] for line in table.splitlines() if line.startswith("| 20000 |")]
     assert sorted(rows) == [["| 20000", "gipo", "3", "0.25"], ["| 20000", "gipo-sigma-0.5", "1", "0.75"]]
     assert "sigma" not in head + diagnostics  # in no other table
+
+
+def test_a_task_of_ones_own_is_averaged_with_no_other(tmp_path):
+    """Neither with the stored tasks of few seeds nor, for its seeds 1 to 3, with those on which settings were chosen."""
+    folder, gaps = tmp_path / "runs" / "300000", {}
+    folder.mkdir(parents=True)
+    for task, seed in itertools.product(("reach-v3", "assembly-v3", "my_module:Mine-v3"), (1, 2, 4, 5)):
+        for name in ("gipo_20000", "ppo-clip-0.2_20000"):
+            run = sample(name, seed=seed, env_id=task, eval_success_rate=0.5 + 0.5 * (name[0] == "g" and task[0] == "m"))
+            (folder / f"{task}__{name}__{seed}.json").write_text(json.dumps(run))
+    report.write_report(report.Args(results=str(tmp_path), readme="none"))
+    text = (tmp_path / "benchmark-300000-v1.md").read_text()
+    head, tuning = text.split(report.TUNING)
+    assert "16 runs of 300,000 steps each: 3 tasks" in head and "| 20000 | gipo | 4 |" in tuning  # reach and assembly, 1 and 2
+    for words in ("", ", other tasks", ", further tasks"):
+        table = head.split(f"by the tasks and seeds that both have{words}:\n\n")[1].split("\n\n")[0]
+        (row,) = [line.split(" | ") for line in table.splitlines() if line.startswith("| 20000 | gipo ")]
+        gaps[words] = (row[3:5], row[5])
+    shared, alone = "0.50 against 0.50", "1.00 against 0.50"
+    assert gaps == {
+        "": (["1", "2"], shared),
+        ", other tasks": (["1", "2"], shared),
+        ", further tasks": (["1", "4"], alone),
+    }
+    assert "\n| my_module:Mine | 100% (" in head
 
 
 def test_tasks_without_a_success_flag_have_returns_only(tmp_path):
@@ -402,7 +439,7 @@ def test_rows_that_lack_tasks_are_shown_on_what_all_have(tmp_path):
     (folder / "5120.json").write_text(json.dumps(sample("gipo_5120")))
     report.write_report(args)
     text = (tmp_path / "benchmark-300000-v1.md").read_text()
-    every_row = text[text.index("Over the 1 tasks that every row has (reach):") :]
+    every_row = text[text.index("Over the 1 task that every row has (reach):") :]
     assert text.index("without the rows that lack some of them (gipo 5120):") < text.index(every_row)
     assert "| 5120 | gipo | 1 |" in every_row and "| 20000 | gipo | 1 |" in every_row
     assert (tmp_path / "buffer-all-rows-300000-v1.png").stat().st_size > 10_000
@@ -441,21 +478,32 @@ def test_scores_against_the_buffer_by_hand():
 
 
 def test_lines_of_the_curves():
-    """A method has one colour at all replay sizes, a size one kind of line for all methods; other sizes are solid."""
+    """A row per replay size, a column per task; a method has one colour in all of them."""
     names = [("gipo", "5120"), ("gipo", "20000"), ("sapo", "20000"), ("gipo", "777"), ("ppo", "on-policy")]
-    runs = [run(*name, 1, 1.0, 1, 0.5) for name in names]
+    runs = [run(*name, 1, 1.0, 1, 0.5, task) for name in names for task in ("push-v3", "reach-v3")]
     for stored in runs:
         stored["curves"]["steps"] = list(range(30))
-    lines = {line.get_label(): line for line in report.plot_curves(runs).axes[0].lines}
-    assert {label: line.get_linestyle() for label, line in lines.items()} == {
-        "ppo, on-policy": "-",
-        "gipo, 777": "-",
-        "gipo, 5120": "-",
-        "gipo, 20000": "--",
-        "sapo, 20000": "--",
-    }
-    assert len({lines[f"gipo, {size}"].get_color() for size in (777, 5120, 20000)}) == 1
-    assert len({line.get_color() for line in lines.values()}) == 3
+    figure = report.plot_curves(runs)
+    panels = [(axis.get_ylabel(), axis.get_title(), [line.get_label() for line in axis.lines]) for axis in figure.axes]
+    assert panels[:4] == [
+        ("on-policy", "push", ["ppo"]),
+        ("", "reach", ["ppo"]),
+        ("replay of 777", "", ["gipo"]),
+        ("", "", ["gipo"]),
+    ]
+    assert [labels for *_, labels in panels[4:]] == [["gipo"], ["gipo"], ["gipo", "sapo"], ["gipo", "sapo"]]
+    colors = {(line.get_label(), line.get_color()) for axis in figure.axes for line in axis.lines}
+    assert len(colors) == len({color for _, color in colors}) == 3
+
+
+def test_methods_keep_their_colours_where_only_returns_are_drawn():
+    """As in all other plots, whatever the order; names that are no methods get colours in their order."""
+    for names, places in ((("ppo, on-policy", "gipo, 5120"), (5, 0)), (("mine", "gipo, 5120"), (0, 1))):
+        drawn = {("HalfCheetah-v5", name): [run("gipo", "5120", 1, None, 1, 0.5, "HalfCheetah-v5")] for name in names}
+        for (stored,) in drawn.values():
+            stored["curves"] = {"steps": list(range(30)), "return": [1.0] * 30}
+        lines = {line.get_label(): line.get_color() for line in report.plot_comparison(drawn).axes[0].lines}
+        assert [lines[name] for name in names] == [report.COLORS[place] for place in places]
 
 
 def test_tuning_table_of_tasks_without_a_success_flag():
@@ -482,7 +530,9 @@ def test_readme_table_by_hand():
     gipo = every_readme_run("gipo", "5120", lambda i, seed: (i / 10, 1, 0.4 * (seed - 4) if i == 5 else level[i]))
     ppo = every_readme_run("ppo", "on-policy", lambda i, seed: (1.0, 1, 0.5))
     sapo = every_readme_run("sapo", "20000", lambda i, seed: (0.5, 1, 0.3))
-    assert report.readme_table(sapo + ppo + gipo).splitlines() == [
+    short = report.readme_table(sapo + ppo + gipo).splitlines()
+    assert short[2:4] == ["| `gipo` | 0.23 · 35 % |  |", "| `sapo` |  | 0.15 · 50 % |"]
+    assert report.readme_table(sapo + ppo + gipo, intervals=True).splitlines() == [
         "| method | replay of 5,120: area · success | replay of 20,000: area · success |",
         "|---|---|---|",
         "| `gipo` | 0.23 [0.20, 0.25] · 35 % |  |",
@@ -503,12 +553,12 @@ def test_lead_table_by_hand():
         runs += [one | {"method": "gipo-sigma-0.5"} for one in clips]
     runs += [run("ppo-clip-0.5", "20000", 4, 1, 1, 0.2), run("ppo", "on-policy", 4, 1, 1, 0.2)]  # without a partner
     _, _, *rows = report.lead_table(runs).splitlines()
-    # Gaps 0.2, 0.1, 0.15 and 0.1, 0.08, 0.09: pooled variance (0.005 + 0.0002) / 4, t(4) = 2.776: 0.12, and
-    # 2.776 * sqrt(0.0013 * (1/3 + 1/3)) / 2 to either side. Against 0.5 throughout: -0.2 and -0.3, -0.22, -0.26.
-    # Their pooled variance is (0 + 0.0032) / 4: 2.776 * sqrt(0.0008 * 2/3) / 2 = 0.03.
+    # Gaps 0.2, 0.1, 0.15 and 0.1, 0.08, 0.09, of variance 0.0025 and 0.0001, so t(2.16) = 4.01: 0.12, and
+    # 4.01 * sqrt(0.0026 / 3) / 2 = 0.059 to either side. Against 0.5 throughout: -0.2 and -0.3, -0.22, -0.26.
+    # Their variances are 0 and 0.0016, so t(2) = 4.303: 4.303 * sqrt(0.0016 / 3) / 2 = 0.0497.
     assert rows == [
-        "| 5,120 | clip of 0.2 | 6 | 0.27 | 0.15 | **0.12 [0.08, 0.16]** | 6 of 6 |",
-        "| 5,120 | no weight | 6 | 0.27 | 0.50 | **-0.23 [-0.26, -0.20]** | 0 of 6 |",
+        "| 5,120 | clip of 0.2 | 6 | 0.27 | 0.15 | **0.12 [0.06, 0.18]** | 6 of 6 |",
+        "| 5,120 | no weight | 6 | 0.27 | 0.50 | **-0.23 [-0.28, -0.18]** | 0 of 6 |",
     ]
 
 
@@ -613,6 +663,10 @@ def test_readme_block(tmp_path):
     lacking -= {("button-press-topdown", "none_5120", 6), ("window-open", "gipo_5120", 5)}
     for task, name, seed in lacking:
         (folder / f"{task}__{name}__{seed}.json").write_text(json.dumps(runs[task, name, seed]))
+    for task, name, seed in runs:  # a further seed of its main rows: in the table of gaps, not in the README's
+        if seed == 6 and name[:-5] in report.README_ROWS:
+            more = sample(name, seed=7, env_id=f"{task}-v3", eval_success_rate=0.0)
+            (folder / f"{task}__{name}__7.json").write_text(json.dumps(more))
     for key, one in runs.items():  # of another length: a table of its own, no place in the block
         one = one | {"args": one["args"] | {"total_timesteps": 2_000_000}}
         (longer / "{}__{}__{}.json".format(*key)).write_text(json.dumps(one))
@@ -626,13 +680,13 @@ def test_readme_block(tmp_path):
     changed = report.write_report(args)
     tables = [str(tmp_path / f"benchmark-{steps}-v1.md") for steps in (300000, 2000000)]
     assert changed == [*tables, str(readme), str(page)]
-    assert "| 5,120 | clip of 0.2 | 21 | " in page.read_text() and page.read_text().endswith(after)
+    assert "| 5,120 | clip of 0.2 | 28 | " in page.read_text() and page.read_text().endswith(after)
     text = readme.read_text()
     assert text.startswith(before) and text.endswith(after)
     first, _, header, _, *rows, _, link = text.removeprefix(before).removesuffix(after).splitlines()
     names = ", ".join(task for task in report.README_TASKS if task != "window-open")
-    assert first.startswith(f"Seven Meta-World tasks of eight so far ({names}), three seeds each, 300,000 steps.")
-    assert first.endswith("; `ppo`: textbook PPO.")
+    assert first.startswith(f"Seven Meta-World tasks of eight so far ({names}), seeds 4 to 6, 300,000 steps.")
+    assert first.endswith("`none` with no weight.")
     assert header == "| method | replay of 5,120: area · success |"
     shown = {row.split(" | ")[0]: row.split(" · ")[1] for row in rows}
     assert shown == {
@@ -657,6 +711,30 @@ def test_a_newer_version_is_not_overwritten(tmp_path):
         file = result | {"args": result["args"] | {"gamma": gamma}, "versions": {"algorithm": version}}
         (tmp_path / "x.json").write_text(json.dumps(file))
         assert report.is_stored(result, tmp_path / "x.json") == stored
+
+
+def test_a_repetition_that_is_not_collected_is_named(place, capsys):
+    """Of an edited environment, say: the stored run has equal arguments. And runs that are not finished are in no table."""
+    folder = finished_run(Path(place.runs) / "benchmark-512", "gipo_20000")
+    report.main(place)
+    report.main(place)
+    assert "not collected" not in capsys.readouterr().out
+    run = read_json(folder / "result.json") | {"sps": 1234.5, "eval_success_rate": 1.0}
+    (folder / "result.json").write_text(json.dumps(run))
+    unfinished = finished_run(Path(place.runs) / "benchmark-512", "gipo_20000", seed=2)
+    (unfinished / "result.json").unlink()
+    report.main(place)
+    output = capsys.readouterr().out
+    assert (
+        "not collected: another run than that of " in output and "reach-v3__gipo_20000__1.json, with equal arguments" in output
+    )
+    assert f"not finished, and so in no table: {unfinished} and 0 more" in output
+
+
+def test_runs_are_found_three_folders_deep(tmp_path):
+    folder = finished_run(tmp_path / "sweep" / "lr", "gipo")
+    finished_run(folder / "inside", "a-copy")  # not what lies within a run
+    assert report.run_folders(tmp_path) == [folder]
 
 
 # -------------------- Files that are damaged, or not the benchmark's --------------------
@@ -880,10 +958,11 @@ def test_check_names_what_is_not_current_and_writes_nothing(place):
 def compared(capsys, *folders, **args):
     """What report.py prints of these folders: the cells of its table's rows, and the lines below."""
     report.main(report.Args(compare=tuple(map(str, folders)), **args))
-    lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("|")]
-    assert len({len(line) for line in lines if line.startswith("|")}) <= 1  # aligned
-    return rows, [line for line in lines if line and not line.startswith("|")]
+    parts = capsys.readouterr().out.split("\n\n")
+    tables = [part.splitlines() for part in parts if part.startswith("|")]
+    assert all(len({*map(len, table)}) == 1 for table in tables)  # aligned
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for table in tables[:1] for line in table]
+    return rows, [line for part in parts for line in part.splitlines() if line and not line.startswith("|")]
 
 
 def test_comparison_by_hand(tmp_path, capsys):
@@ -918,6 +997,85 @@ def test_comparison_by_hand(tmp_path, capsys):
         figure.canvas.draw()
         box = figure.axes[0].get_window_extent()
         assert box.height > 150 and figure.legends[0].get_window_extent().y0 > box.y1
+
+
+def test_gaps_of_any_runs_by_hand(tmp_path, capsys):
+    """Of equal seeds, two or more; tasks with success together, others alone; collected rows only against one's own."""
+
+    def group(seeds, quantity, values):  # runs of constant curves
+        common = {"args": {}, "versions": {"algorithm": 2}, "total_timesteps": 512}
+        curves = [{"steps": [1, 2], quantity: [value] * 2} for value in values]
+        return [common | {"seed": seed, "curves": curve} for seed, curve in zip(seeds, curves, strict=True)]
+
+    runs = {
+        ("Pendulum-v1", "gipo"): group([2, 3, 4], "return", [2.0, 3.0, 4.0]),
+        ("Pendulum-v1", "own"): group([2, 3, 4], "return", [4000.0, 6000.0, 8000.0]),
+        ("push-v3", "gipo"): group([1, 2, 3, 4], "success", [0.0, 1.0, 1.0, 1.0]),
+        ("push-v3", "own"): group([2, 3, 4], "success", [0.9, 0.8, 0.7]),
+        ("reach-v3", "gipo"): group([2, 3, 4], "success", [1.0, 1.0, 0.5]),
+        ("reach-v3", "own"): group([2, 3, 4], "success", [0.5, 0.5, 0.0]),
+        ("reach-v3", "one-seed"): group([2], "success", [0.5]),
+    }
+    table, notes = report.gap_table(runs, set())
+    pairs = ", ".join(f"reach-v3 of {pair}" for pair in ("gipo and one-seed", "one-seed and own"))
+    assert notes == [f"left out, gaps with fewer than two common seeds of one length and --env-kwargs: {pairs}"]
+    lines = table.split("\n")
+    title, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    assert title == ["task", "run", "against", "area of", "pairs", "mean gap in area", "larger in"]
+    # push: 0.1, 0.2, 0.3, a variance of 0.01 / 3 with two degrees of freedom, t = 4.303; reach: 0.5 without any spread
+    reach = 4.303 * np.sqrt(0.01 / 3) / 2
+    gap = f"0.350 [{0.35 - reach:.3f}, {0.35 + reach:.3f}]"
+    low, high = (-5997 + sign * 4.3027 * 1999 / np.sqrt(3) for sign in (-1, 1))
+    assert rows == [
+        ["Pendulum-v1", "gipo", "own", "return", "3", f"-5,997 [{low:,.0f}, {high:,.0f}]", "0 of 3"],
+        ["push-v3, reach-v3", "gipo", "own", "success", "6", gap, "6 of 6"],
+    ]
+    for change in ({"total_timesteps": 600}, {"args": {"env_kwargs": "{}"}}):  # another length, another task: no gap
+        for run, other in zip(runs["push-v3", "gipo"], runs["push-v3", "own"] * 2, strict=False):
+            run |= change
+            other |= {"args": {"env_kwargs": '{"size": 3}'}} if "args" in change else {}
+        assert "push" not in report.gap_table(runs, set())[0]
+        for run in runs["push-v3", "gipo"] + runs["push-v3", "own"]:
+            run |= {"total_timesteps": 530, "args": {}}
+    for run, text in zip(
+        runs["push-v3", "gipo"] + runs["push-v3", "own"], ['{"a": 1, "b": 2}', '{"b":2,"a":1}'] * 4, strict=False
+    ):
+        run |= {"args": {"env_kwargs": text}}
+    assert "push" in report.gap_table(runs, set())[0]  # however the arguments were typed
+    for run in runs["push-v3", "gipo"] + runs["push-v3", "own"]:
+        run |= {"args": {}}
+    for run in runs["push-v3", "own"]:  # pooled only where a name has one setting on all tasks
+        run["args"] = {"sigma": 1.0}
+    assert [row.split(" | ")[0] for row in report.gap_table(runs, set())[0].split("\n")[3:]] == [
+        "| push-v3    ",
+        "| reach-v3   ",
+    ]
+    for run in runs["push-v3", "own"]:
+        run["args"] = {}
+    runs["push-v3", "own"][0]["curves"].pop("success")  # a lost curve costs its pair only
+    assert "| 5     |" in report.gap_table(runs, set())[0]
+    many = {("push-v3", f"{name}_{size}"): runs["push-v3", "gipo"] for name in "abcd" for size in (512, 5120)}
+    many = {key: [run | {"args": {"buffer_size": int(key[1][2:])}} for run in found] for key, found in many.items()}
+    table, notes = report.gap_table(many, set())
+    assert table.count("\n") == 1 + 2 * 6  # of each size, as there are many
+    assert notes == [
+        "left out, gaps between rows of unlike replay size, since the rows are more than six; name fewer folders: "
+        "a_512 and a_5120, a_512 and b_5120, a_512 and c_5120, a_512 and d_5120, ..."
+    ]
+    late = group([1, 2], "return", [1.0, 1.0])  # with more environments: the first episodes end later
+    for run in late:
+        run["curves"] = {"steps": [1, 2, 3, 4], "return": [None, None, 8.0, 9.0]}
+    early = [run | {"curves": {"steps": [1, 2, 3, 4], "return": [0.0, 4.0, 8.0, 9.0]}} for run in late]
+    assert (report.gaps_of_seeds(early, late)[1] == 0).all() and report.COLUMNS["area, return"](late[0]) == 8.5
+    collected = {(task, f"results/{name}"): found for (task, name), found in runs.items()}
+    assert report.gap_table(collected, {"results"}) == ("", [])
+    rows = report.gap_table(runs | collected, {"results"})[0].split("\n")[2:]
+    assert len(rows) == 2 * 5 and not any(row.split(" | ")[1].startswith("results") for row in rows)
+    for name in ("gipo", "own"):
+        for seed in (1, 2):
+            finished_run(tmp_path, name, seed)
+    _, lines = compared(capsys, tmp_path)
+    assert report.GAPS in lines and "| reach-v3 | gipo | own" in (tmp_path / "compare.md").read_text()
 
 
 def test_a_reader_that_stops_reading_breaks_no_comparison(tmp_path):
@@ -1041,8 +1199,78 @@ def test_several_folders_are_compared(tmp_path, capsys):
     assert [row[1] for row in rows[2:]] == [f"{tmp_path}/fork/gipo", f"{tmp_path}/ours/gipo", "mine"]
 
 
+def test_runs_are_compared_with_collected_ones(tmp_path, capsys):
+    """Of their tasks and replay sizes, and without replay; alone, all of them are shown."""
+    finished_run(tmp_path / "ours", "mine", env_id="push-v3", buffer_size=20_000)
+    collected = tmp_path / "300000-v2"
+    collected.mkdir()
+    cells = [("push-v3", 4, 20_000), ("push-v3", 5, 20_000), ("push-v3", 4, 0), ("push-v3", 4, 512), ("reach-v3", 4, 20_000)]
+    for task, seed, size in cells:
+        run = sample(f"gipo_{size}", env_id=task, seed=seed)
+        run["args"]["buffer_size"] = size
+        (collected / f"{task}__gipo_{size}__{seed}.json").write_text(json.dumps(run))
+    rows, _ = compared(capsys, tmp_path / "ours", collected)
+    assert [row[:3] for row in rows[2:]] == [
+        ["push-v3", f"{collected}/gipo_0", "4"],
+        ["push-v3", f"{collected}/gipo_20000", "4, 5"],
+        ["push-v3", f"{tmp_path}/ours/mine", "1"],
+    ]
+    assert (tmp_path / "ours" / "compare.png").stat().st_size > 10_000
+    rows, _ = compared(capsys, collected)
+    assert [row[0] for row in rows[2:]] == ["push-v3"] * 3 + ["reach-v3"]
+    file = collected / "push-v3__gipo_20000__4.json"
+    for seed in (3, 6):  # settings were chosen with 3 in version 2; 6 has a copy of one's own run, as report.py collects it
+        run = read_json(file) | {"seed": seed, "versions": {"algorithm": 2}}
+        if seed == 6:
+            own = read_json(tmp_path / "ours" / "push-v3__mine__1" / "result.json")
+            run |= {key: own[key] for key in ("args", "versions", "sps")}
+        (collected / f"push-v3__gipo_20000__{seed}.json").write_text(json.dumps(run))
+    rows, lines = compared(capsys, tmp_path / "ours", collected)
+    assert [row[2] for row in rows[2:]] == ["4", "4, 5", "1"]
+    assert f"* left out of {collected}, for seeds that chose settings: 1 of 5 runs" in lines
+    assert "* no gaps: they need two rows of one task, --env-kwargs and length with two common seeds or more" in lines
+    copy = collected / "push-v3__gipo_20000__6.json"
+    copy.write_text(json.dumps(read_json(copy) | {"sps": 1.5, "exp_name": "again"}))  # a repetition, to be compared with
+    rows, _ = compared(capsys, tmp_path / "ours", collected)
+    assert [row[2] for row in rows[2:]] == ["6", "4", "4, 5", "1"]
+    copy.unlink()
+    (tmp_path / "ours" / "push-v3__mine__1" / "result.json").unlink()  # of no finished run, the task and size
+    rows, lines = compared(capsys, tmp_path / "ours", collected)
+    assert len(rows) == 4 and any("unfinished: " in line for line in lines)
+    finished_run(tmp_path / "theirs", "mine", env_id="reach-v3", buffer_size=99)
+    _, lines = compared(capsys, tmp_path / "theirs", collected)
+    assert f"* {collected} has no run of these tasks and replay sizes" in lines
+
+
+def test_collected_runs_of_other_scripts(capsys):
+    """GraphGPO's curves are over episodes; POPO's files have none."""
+    folder = ROOT / "results" / "graphgpo_sokoban" / "runs" / "32000"
+    runs, _ = report.read_runs([folder])
+    assert len(report.plot_comparison(runs).axes[0].lines) == len(runs) > 2
+    with pytest.raises(report.ReportError, match="its runs have no training curves, so that only their own table shows them"):
+        report.read_runs([ROOT / "results" / "popo_countdown" / "runs" / "51200"])
+
+
+def test_odd_names_are_compared(tmp_path, capsys):
+    for name in ("$\\foo$", "_hidden", "a|b"):
+        finished_run(tmp_path, name)
+    compared(capsys, tmp_path)
+    assert "| a\\|b " in (tmp_path / "compare.md").read_text()
+    figure = report.plot_comparison(report.read_runs([tmp_path])[0])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [r"\$\foo\$", " _hidden", "a|b"]
+    figure.canvas.draw()
+
+
 def test_what_cannot_be_compared_is_named(tmp_path):
     arguments = report.Args(compare=(str(tmp_path),))
+    with pytest.raises(report.ReportError, match="--compare nowhere: there is no such folder"):
+        report.main(report.Args(compare=("nowhere",)))
+    run = finished_run(tmp_path / "runs", "gipo")
+    with pytest.raises(
+        report.ReportError, match=f"--compare {run} is a run itself: name the folder that holds it, {run.parent}$"
+    ):
+        report.main(report.Args(compare=(str(run),)))
+    shutil.rmtree(tmp_path / "runs")
     with pytest.raises(report.ReportError, match=f"--compare {tmp_path}: no folder in it holds a run"):
         report.main(arguments)
     folder = finished_run(tmp_path, "gipo")
@@ -1064,8 +1292,9 @@ def test_every_method_meets_every_ppo_clip_of_its_replay():
     runs = [run(method, regime, 1, 1.0, 1, 1.0) for regime, method in names]
     rows = [tuple(row.strip("| ").split(" | ")[:3]) for row in report.same_replay_table(runs).splitlines()[2:]]
     expected = [("5120", "sapo", "ppo-clip-0.1")] + [("20000", method, clip) for method in others for clip in clips]
-    assert [row for row in rows if row[2] != "gipo"] == expected
-    assert rows[-4:] == [("20000", others[-1], opponent) for opponent in ("gipo", *clips)]  # one's own: against gipo, too
+    assert [row for row in rows if row[2].startswith("ppo")] == expected
+    own = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5", "sapo", "none", "ppo-clip-0.2-lr-6e-4")  # one's own meets every method
+    assert rows[-6:] == [("20000", others[-1], opponent) for opponent in own]
 
 
 def test_a_method_and_a_task_of_ones_own_are_in_the_tables(tmp_path):
@@ -1137,10 +1366,10 @@ def test_only_rows_with_the_same_tasks_are_compared():
     assert report.comparable([*ppo, *gipo]) == ([*ppo, *gipo], "Over 2 tasks:")
     clip = [r | {"method": "ppo-clip-0.2"} for r in gipo]
     runs, scope = report.comparable([ppo[0], *gipo, *clip, part])
-    assert runs == [ppo[0], gipo[0], clip[0], part] and scope == "Over the 1 tasks that every row has (reach):"
+    assert runs == [ppo[0], gipo[0], clip[0], part] and scope == "Over the 1 task that every row has (reach):"
     runs, scope = report.comparable([ppo[0], gipo[1]])  # nothing in common: one of them stays
     assert runs == [gipo[1]]
-    assert scope == "Over the 1 tasks that every row has (push); without the rows with too few of them (ppo on-policy):"
+    assert scope == "Over the 1 task that every row has (push); without the rows with too few of them (ppo on-policy):"
 
 
 def test_diagnostics_table_by_hand():
@@ -1317,6 +1546,36 @@ def test_the_rows_differ_from_gipo_as_their_names_say(every_line):
     assert clips == {"": [0.1, 0.2, 0.3, 0.5], "6e-4": [0.1, 0.2, 0.3, 0.5]}  # the same for both step sizes
 
 
+@pytest.mark.parametrize(
+    ("processors", "memory", "workers"),
+    [
+        ("max 100000", "max", 6),
+        ("250000 100000", "max", 2),
+        ("50000 100000", "max", 1),
+        ("max 100000", "3500000000", 3),
+        ("", "", 6),
+    ],
+)
+def test_a_containers_limits_are_kept(processors, memory, workers, checkout, tmp_path):
+    """Inside it nproc and getconf count what the machine has."""
+    (tmp_path / "cgroup").mkdir()
+    for name, text in (("cpu.max", processors), ("memory.max", memory)):
+        if text:
+            (tmp_path / "cgroup" / name).write_text(text + "\n")
+    (tmp_path / "bin").mkdir()
+    programs = {"nproc": "echo 6", "getconf": '[ "$1" = PAGESIZE ] && echo 4096 || echo 4000000'}
+    programs["python"] = '[ "$2" != --pending ] || cat >/dev/null'  # no run is left
+    for name, words in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{words}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = (checkout / "benchmark.sh").read_text()
+    assert script.count("cgroup=/sys/fs/cgroup") == 1
+    (checkout / "benchmark.sh").write_text(script.replace("cgroup=/sys/fs/cgroup", f"cgroup={tmp_path}/cgroup"))
+    found = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": f"{tmp_path}/bin/python"}
+    process = benchmark("quick", cwd=checkout, **found)
+    assert f"0 of 8 runs are left, {workers} at a time" in process.stdout and "cgroup" not in process.stderr
+
+
 def test_dry_run_prints_exact_commands(checkout):
     process = benchmark("main", "--dry-run", cwd=checkout)
     lines = process.stdout.splitlines()
@@ -1459,6 +1718,8 @@ def test_seeds_of_unequal_length_share_an_axis():
         (["popo", "--seeds", "1.5"], "--seeds: '1.5'"),
         (["quick", "--seeds", ""], "--seeds ''"),
         (["quick", "--seeds", "1,2"], "--seeds '1,2' must be names with spaces between them"),
+        (["quick", "--tasks"], "--tasks needs a value"),
+        (["quick", "--tasks", "--workers", "1"], "--tasks needs a value"),  # not a task of that name
         (["quick", "--tasks", "*"], "--tasks '*'"),
         (["quick", "--tasks", "reach-v3 push"], "--tasks push is unknown; try push-v3"),
         (["popo", "--tasks", "countdown3"], "--tasks countdown3 is unknown; try countdown-3"),
@@ -1536,8 +1797,9 @@ def test_runs_skips_resumes_and_reports(checkout):
     path = checkout / "results" / "runs" / steps / f"{folders[0].name}.json"
     other = stored[0] | {"args": stored[0]["args"] | {"gamma": 0.5}}
     path.write_text(json.dumps(other))
-    subprocess.run([sys.executable, "report.py"], cwd=checkout, check=True, capture_output=True)
+    report_py = subprocess.run([sys.executable, "report.py"], cwd=checkout, check=True, capture_output=True, text=True)
     assert read_json(path) == stored[0]
+    assert f"replaced: {path.relative_to(checkout)}, whose run had another gamma\n" in report_py.stdout
 
     # The committed JSON alone makes a run finished; other arguments or another algorithm version do not.
     shutil.rmtree(checkout / "runs")
@@ -1802,9 +2064,12 @@ def test_the_benchmark_page_says_what_version_2_says():
 
     old, narrow, wide = ("20000", "gipo"), ("20000", "ppo-clip-0.2"), ("20000", "ppo-clip-0.5")
     by_task = {task.removesuffix("-v3"): f"{gap.mean():.2f}" for task, gap in zip(tasks, gaps(old, narrow), strict=True)}
-    words = "GIPO leads a clip of 0.2 by {door-open} on door-open and by {button-press-topdown} on button-press-topdown"
+    words = "is ahead of a clip of 0.2 by {door-open} on door-open and by {button-press-topdown} on button-press-topdown"
     assert words.format(**by_task) in text
-    assert "On push and drawer-open it leads by {push} and {drawer-open}, in four of ten.".format(**by_task) in text
+    assert (
+        "On push and drawer-open the gap is {push} and {drawer-open}, and it is ahead in four of ten.".format(**by_task)
+        in text
+    )
     three, five = (np.mean([gap[:count].mean() for gap in gaps(old, narrow)]) for count in (3, 5))
     assert f"GIPO's lead over a clip of 0.2 smaller**: from {three:.2f} to {five:.2f}." in text
     assert f"GIPO has reached {percent(old)} % of the goals, the clip {percent(narrow)} %." in text
@@ -1813,25 +2078,26 @@ def test_the_benchmark_page_says_what_version_2_says():
     words = f"From 5,120 to 20,000 steps it grows by {growth[0]}. From there to 100,000 it grows by {growth[1]}."
     assert f"over a clip of 0.2 grows with the age of the data** (seeds 4 to 6). {words}" in text
     leads = [(very_old_areas("gipo", size) - very_old_areas(clip, size)).mean() for clip, size in LEADS]
-    words = "over a clip of 0.2** (seeds 4 to 6): {:.2f} in area with 20,000 steps, {:.2f} with 100,000. Over a clip of 0.5 "
-    assert (words + "it is {:.2f} and {:.2f}, mostly on button-press-topdown.").format(*leads) in readme
+    words = "over a clip of 0.2**: {:.2f} in area with 20,000 steps, {:.2f} with 100,000. (With five seeds the {:.2f} is "
+    words += f"{five:.2f}.) Over a clip of 0.5 it leads with 100,000 steps only: by {{:.2f}}, mostly on button-press-topdown."
+    assert words.format(*leads[:2], leads[0], leads[3]) in readme
     by_clip = {}
     for clip in ("ppo-clip-0.2", "ppo-clip-0.5"):
         very_old = gaps(("100000", "gipo"), ("100000", clip))
         by_clip[clip] = [task.removesuffix("-v3") for task, gap in zip(tasks, very_old, strict=True) if (gap > 0).all()]
     assert by_clip == {"ppo-clip-0.2": ["button-press-topdown", "door-open", "push"], "ppo-clip-0.5": ["button-press-topdown"]}
-    words = "With a buffer of 100,000 steps it learns faster on three of four tasks. Over a clip of 0.5 it "
-    assert f"{words}leads on average, mostly by one task." in readme
-    ppo, fresh, replayed = ("on-policy", "ppo"), ("512", "ppo-clip-0.2"), ("5120", "ppo-clip-0.2")
+    words = "With a buffer of 100,000 steps it learns faster than that clip on three of them. "
+    assert f"{words}There it also leads a clip of 0.5, mostly on one task." in readme
+    ppo, fresh = ("on-policy", "ppo"), ("512", "ppo-clip-0.2")
     assert f"Textbook PPO's mean area is {mean_of(ppo):.2f}, and it reaches {percent(ppo)} % of the goals." in text
     assert f"has {mean_of(fresh):.2f}, and reaches {percent(fresh)} %." in text
     gained = [report.span(*report.gap_and_interval(gaps(("5120", name), ("512", name)))) for name in ("ppo-clip-0.2", "gipo")]
-    assert f"it adds {gained[0]} to the area of a clip of 0.2, and {gained[1]} to GIPO's." in text
+    assert f"Over fresh data 5,120 steps add {gained[0]} to the area of a clip of 0.2, and {gained[1]} to GIPO's." in text
     goals = np.concatenate(gaps(("512", "gipo"), fresh, "success"))
-    words = f"has reached {percent(('512', 'gipo'))} % of the goals and the clip of 0.2 {percent(fresh)} %; "
-    assert f"{words}more in {(goals > 0).sum()} of {len(goals)} pairs, fewer in {(goals < 0).sum()}." in text
+    words = f"has reached {percent(('512', 'gipo'))} % of the goals and the clip of 0.2 {percent(fresh)} %. GIPO has "
+    assert f"{words}reached fewer in {(goals < 0).sum()} of {len(goals)} pairs, and more in {(goals > 0).sum()}." in text
     ends = {name: [] for name in ("gipo", "ppo")}
-    for regime, method in [cell for cell in table if cell[0] in ("5120", "20000")]:
+    for regime, method in [cell for cell in table if cell[0] in ("5120", "20000") and cell[1] in report.README_ROWS]:
         ends[method.split("-")[0]] += [round(100 * run["eval_success_rate"]) for run in table[regime, method]["push-v3"]]
     gipo, clips = (f"{min(found)} to {max(found)} %" for found in ends.values())
     assert f"GIPO's runs end at {gipo} of the goals, those of both clips at {clips}." in text
@@ -1847,21 +2113,26 @@ def test_the_benchmark_page_says_what_version_2_says():
     more = f"{100 * (means[0].mean() / means[2].mean() - 1):.0f} %"
     assert f"differ by {more} only" in paper
     assert f"Textbook PPO's area is {mean_of(ppo):.2f} (stable-baselines3's own settings: " in readme
-    words = f"In GIPO's setup a clip of 0.2 has {mean_of(fresh):.2f} with 512 "
-    assert f"{words}steps of replay, and {mean_of(replayed):.2f} with 5,120." in readme
+    words = "In our setup, on almost fresh data (512 steps of replay), PPO's clip of 0.2 has "
+    assert f"{words}{mean_of(fresh):.2f}." in readme
     runs = [run for file, run in stored.items() if run["env_id"] in tasks and run["seed"] in report.README_SEEDS]
     rows = report.cells(report.labelled(dict(enumerate(runs))))
     sapo, ends = (report.values(rows["20000", "sapo"], tasks, report.SCORES[score]) for score in ("area", "success"))
     mean_of_sapo = f"{report.mean_of_tasks(sapo):.2f}"
     assert f"Its area is {mean_of_sapo}, and its runs end at {100 * report.mean_of_tasks(ends):.0f} % of the goals." in text
+    for size in (5_120, 20_000):
+        low, high = report.gap_and_interval([*(very_old_areas("gipo", size) - very_old_areas("sapo", size))])[1]
+        assert low < 0 < high  # "so uneven that the interval includes zero"
+    on_push = [100 * very_old_areas(name, 5_120, "success")[VERY_OLD_TASKS.index("push")].mean() for name in ("sapo", "gipo")]
+    assert "on push its runs end at {:.0f} % of the goals and GIPO's at {:.0f} %.".format(*on_push) in text
     never = {task.removesuffix("-v3"): (np.array(end) == 0).sum() for task, end in zip(tasks, ends, strict=True)}
     assert never == {"button-press-topdown": 0, "door-open": 0, "drawer-open": 1, "push": 3}
-    assert "It reaches no goal of push in three seeds, and none of drawer-open in one." in text
+    assert "it reaches no goal of push in three seeds, and none of drawer-open in one." in text
     without, ends = (report.values(rows["20000", "none"], tasks, report.SCORES[score]) for score in ("area", "success"))
     assert sum(map(len, without)) == sum(map(len, sapo)) == 12
     area = f"{report.mean_of_tasks(without):.2f}"
     words = f"With 20,000 steps the area is {area} without "
-    assert f"{words}one. The weight of SAPO, a rival, has {mean_of_sapo}." in readme
+    assert f"{words}either. With 100,000" in readme
     assert f"{words}either. GIPO's is larger in all twelve pairs." in text
     assert f"such runs have reached {100 * report.mean_of_tasks(ends):.0f} % of the goals." in text
     leads = dict(zip(tasks, gaps(old, narrow), strict=True))  # "all ten pairs on the first two tasks, and in four of ten"
@@ -1869,46 +2140,96 @@ def test_the_benchmark_page_says_what_version_2_says():
     assert (np.concatenate(first) > 0).all() and (np.concatenate([*leads.values()]) > 0).sum() == 4
 
 
+def test_the_page_on_tuning():
+    """docs/benchmark.md: `tune`, both tasks and seeds, seven settings with two step sizes."""
+    folder, page = ROOT / "results" / "runs" / "300000-v2", (ROOT / "docs" / "benchmark.md").read_text()
+    places = [(f"{task}-v3", seed) for task in ("button-press-topdown", "door-open") for seed in (1, 2)]
+
+    def areas(row):
+        return np.array(
+            [report.SCORES["area"](read_json(folder / f"{task}__{row}_5120__{seed}.json")) for task, seed in places]
+        )
+
+    names = {f"GIPO, sigma {sigma}": f"gipo-sigma-{sigma}" for sigma in (0.1, 0.5)}
+    names["GIPO, sigma 0.2, the default"] = "gipo"
+    names |= {f"clip of {clip}": f"ppo-clip-{clip}" for clip in (0.1, 0.2, 0.3, 0.5)}
+    table = {words: [areas(name), areas(f"{name}-lr-6e-4")] for words, name in names.items()}
+    for words, pair in table.items():
+        assert f"| {words} | {pair[0].mean():.2f} | {pair[1].mean():.2f} |\n" in page
+    ours = [pair for words, pair in table.items() if words.startswith("GIPO")]
+    assert all(np.ptp([pair[i].mean() for pair in ours]) < 0.03 for i in (0, 1))  # "within 0.03 of each other"
+    best = max((one for pair in ours for one in pair), key=np.mean)
+    assert (table["clip of 0.5"][1] > best).all()  # "in all four pairs"
+    gains = {words: pair[1].mean() - pair[0].mean() for words, pair in table.items()}
+    assert max(gains, key=gains.get) == "clip of 0.5"  # "a wide clip gains most"
+
+    chosen = ("gipo-sigma-0.5-lr-6e-4", "ppo-clip-0.5-lr-6e-4")  # on other seeds
+    assert areas(chosen[0]).mean() == best.mean()
+    tasks = [f"{task}-v3" for task in ("button-press-topdown", "door-open", "drawer-open", "push")]
+
+    def by_task(name):
+        rows = [[read_json(folder / f"{task}__{name}_5120__{seed}.json") for seed in (4, 5, 6)] for task in tasks]
+        return np.array([[report.SCORES["area"](run) for run in row] for row in rows])
+
+    ours, clip, default = by_task(chosen[0]), by_task(chosen[1]), by_task("gipo")
+    words = (
+        f"The clip of 0.5 has an area of {clip.mean():.2f} there, and GIPO with sigma 0.5 has {ours.mean():.2f}. GIPO's is "
+    )
+    assert f"{words}smaller in {(ours < clip).sum()} of {ours.size} pairs." in page and ours.mean() < default.mean()
+    gap, gain = (report.span(*report.gap_and_interval([*(clip - other)])) for other in (default, by_task("ppo-clip-0.5")))
+    assert f"The tuned clip gains {gain} over its own default step size. Its gap to GIPO's defaults is {gap}." in page
+    words = f"On other seeds a clip of 0.5 has {clip.mean():.2f} with it, and {by_task('ppo-clip-0.5').mean():.2f} without. "
+    larger = by_task("gipo-lr-6e-4")
+    words += f"GIPO has {larger.mean():.2f} with it, and {default.mean():.2f} without. "
+    words += f"With it and a sigma of 0.5, which looked best, GIPO has {ours.mean():.2f}."
+    assert words in (ROOT / "README.md").read_text()
+    gap = report.span(*report.gap_and_interval([*(larger - default)]))
+    words = f"Its area is {larger.mean():.2f}, and the gap to the default step size is {gap}. It is larger in "
+    assert f"{words}{(larger > default).sum()} of {larger.size} pairs." in page
+
+
 def test_the_page_on_very_old_data():
     """docs/old_data.md: areas with 100,000 steps of replay by seed, their means, those with 20,000; goals at the end; gaps."""
     page = (ROOT / "docs" / "old_data.md").read_text()
-    names = ["gipo", "ppo-clip-0.5", "ppo-clip-0.2", "sapo"]
-    areas = {(name, size): very_old_areas(name, size) for name in names for size in (100_000, 20_000)}
+    names = ["gipo", "ppo-clip-0.8", "ppo-clip-0.5", "ppo-clip-0.2", "sapo"]
+    there = [(name, size) for name in names for size in (100_000, 20_000) if (name, size) != ("ppo-clip-0.8", 20_000)]
+    areas = {(name, size): very_old_areas(name, size) for name, size in there}
     for i, task in enumerate(VERY_OLD_TASKS):
         cells = [", ".join(f"{value:.2f}" for value in areas[name, 100_000][i]) for name in names]
         assert f"| {task} | {' | '.join(cells)} |\n" in page
     for size, words in ((100_000, "mean"), (20_000, "mean with 20,000 steps")):
-        assert f"| {words} | {' | '.join(f'{np.mean(areas[name, size]):.2f}' for name in names)} |\n" in page
+        means = [f"{np.mean(areas[name, size]):.2f}" if (name, size) in areas else "" for name in names]
+        assert f"| {words} | {' | '.join(means)} |\n" in page
     ends = [report.mean_of_tasks([*very_old_areas(name, 100_000, "success")]) for name in names]
     ends = [f"{100 * end:.0f} %" for end in ends]
     assert f"| goals reached at the end | {' | '.join(ends)} |\n" in page
     gaps = {name: areas["gipo", 100_000] - areas[name, 100_000] for name in names[1:]}
-    wide, narrow, sapo = (report.span(*report.gap_and_interval([*gaps[name]])) for name in names[1:])
+    widest, wide, narrow, sapo = (report.span(*report.gap_and_interval([*gaps[name]])) for name in names[1:])
     assert f"**GIPO and SAPO are not told apart**: the gap is {sapo}. SAPO is ahead in eight of twelve pairs, but two" in page
     assert (very_old_areas("sapo", 100_000, "success") == 0).sum() == 2  # "of its runs reach no goal"
     assert (areas["sapo", 100_000][3] > areas["sapo", 20_000][3]).all()  # "it gains on push, in all three seeds"
     folder = ROOT / "results" / "runs" / "300000-v2"
     clip, ours = (
-        [read_json(folder / f"{task}-v3__{name}_100000__{seed}.json") for task in VERY_OLD_TASKS for seed in (4, 5)]
+        [read_json(folder / f"{task}-v3__{name}_100000__{seed}.json") for task in VERY_OLD_TASKS for seed in (4, 5, 6)]
         for name in ("ppo-clip-0.8", "gipo")
     )
     spreads = (f"{np.mean([np.mean(run['curves']['logratio_std'][-6:]) for run in runs]):.2f}" for runs in (clip, ours))
-    assert "the log ratio spreads about as far as GIPO's at the end: {} and {}.".format(*spreads) in page
-    clip, ours = (np.array([report.SCORES["area"](run) for run in runs]) for runs in (clip, ours))
-    words = f"That clip's area is {clip.mean():.2f}. GIPO has {ours.mean():.2f}, and more in seven of eight pairs."
-    assert words in page and (ours > clip).sum() == 7
+    assert "the log ratio spreads nearly as far as GIPO's at the end: {} and {}.".format(*spreads) in page
+    wider = report.span(*report.gap_and_interval([*(areas["ppo-clip-0.8", 100_000] - areas["ppo-clip-0.5", 100_000])]))
+    assert f"Clips of 0.8 and 0.5 are not told apart**: the gap is {wider}." in page
+    assert f"GIPO's area is larger in ten of twelve pairs, but the gap's interval includes zero: {widest}." in page
     assert f"**GIPO leads the clip of 0.5** by {wide}, in nine of twelve pairs" in page
     assert f"**It leads the clip of 0.2** by {narrow}, in eleven of twelve pairs." in page
-    assert [(gaps[name] > 0).sum() for name in names[1:]] == [9, 11, 4]
+    assert [(gaps[name] > 0).sum() for name in names[1:]] == [10, 9, 11, 4]
     assert 0.6 < gaps["ppo-clip-0.5"][0].sum() / gaps["ppo-clip-0.5"].sum() < 0.7  # "two thirds are button-press-topdown"
     others = report.span(*report.gap_and_interval([*gaps["ppo-clip-0.5"][1:]]))
     assert f"Over the other three tasks no lead is shown: {others}." in page
-    wide, narrow = (lead_growth(name) for name in names[1:3])
-    assert f"by {wide} over the clip of 0.5. Over the clip of 0.2 it grows by {narrow}." in page
-    losses = {name: areas[name, 20_000] - areas[name, 100_000] for name in names[:3]}
+    wide, narrow = (lead_growth(name) for name in ("ppo-clip-0.5", "ppo-clip-0.2"))
+    assert f"the lead over the clip of 0.2 grows** by {narrow}. Over the clip of 0.5 a growth is not shown: {wide}." in page
+    losses = {name: areas[name, 20_000] - areas[name, 100_000] for name in ("gipo", "ppo-clip-0.5", "ppo-clip-0.2")}
     assert all((loss > 0).all() for loss in losses.values())
-    ours, theirs = (f"{losses[name].mean():.2f}" for name in names[:2])
-    assert f"GIPO loses least: {ours}. The clip of 0.5 loses {theirs}." in page
+    ours, theirs = (f"{losses[name].mean():.2f}" for name in ("gipo", "ppo-clip-0.5"))
+    assert f"GIPO loses {ours} (before rounding), the clip of 0.5 loses {theirs}." in page
 
 
 def test_the_paper_page_says_what_its_tasks_gave():
@@ -1930,7 +2251,7 @@ def test_the_paper_page_says_what_its_tasks_gave():
     assert (
         success[0] == min(success)
         and "**In final success GIPO is last**" in page
-        and "In final success GIPO is last, in area level with the clip of 0.5." in readme
+        and "and in final success GIPO is last." in readme
     )
     folder, areas = ROOT / "results" / "runs" / "300000-v2", {}
     for name in ("gipo", "ppo-clip-0.5", "ppo-clip-0.2"):
@@ -1943,7 +2264,7 @@ def test_the_paper_page_says_what_its_tasks_gave():
     share, in_training = (f"{100 * wall[key]:.0f} %" for key in ("eval_success_rate", "train_success_rate"))
     assert f"GIPO's final policy reaches {share} of the goals, in training {in_training}." in page
     assert (
-        f"GIPO has {gipo} and a clip of 0.2 has {narrow}. Their mean returns are {gap} apart. A clip of 0.5 has {wide}."
+        f"GIPO has {gipo} and a clip of 0.2 has {narrow}. Their mean returns are {gap} apart. A clip of 0.5 has {wide},"
         in readme
     )
 

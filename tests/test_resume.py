@@ -1,5 +1,6 @@
 """Interrupted and killed runs: resumed, they equal the run that was left alone, bit for bit on the CPU."""
 
+import dataclasses
 import errno
 import importlib
 import os
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,7 +124,11 @@ def test_interrupted_twice_equals_uninterrupted(script, flags, modes, signals, w
     for signum, mode in zip(signals, modes, strict=False):
         code, output, left = stop_at_checkpoint(script, tmp_path, [*flags, *mode.split(), *resume], signum, whole_group)
         assert code == 128 + signum and "continue with: python" in output and "Traceback" not in output, output
-        assert left == []
+        assert "stopping soon; Ctrl-C now stops at once, without a new checkpoint" in output and left == []
+        (model,) = tmp_path.glob("*/model.pt")  # of an unfinished run, too
+        if "reach-v3" not in flags:
+            module = importlib.import_module(script)
+            module.main(module.parse_args(["--evaluate", str(model)]))
         resume = ["--resume"]
     folder = run_inline(script, tmp_path, [*flags, *modes[2].split(), "--resume"])
     assert_equal_runs(folder, reference(script, [*flags, "--no-overlap"]))
@@ -210,7 +217,8 @@ def test_ended_in_the_final_evaluation(signum, tmp_path):
     process.send_signal(signum)
     process.communicate()
     assert process.returncode == (130 if signum == signal.SIGINT else -signum)
-    assert read_pt(folder / "checkpoint.pt")["iteration"] == 8 and not (folder / "model.pt").exists()
+    assert read_pt(folder / "checkpoint.pt")["iteration"] == 8
+    assert (folder / "model.pt").exists() == (signum == signal.SIGINT)  # a stopped run leaves what it has learned
     folder = run_inline(script, tmp_path / "ended", [*flags, "--resume"])
     assert_equal_runs(folder, run_inline(script, tmp_path / "reference", flags))
 
@@ -318,6 +326,68 @@ def test_a_flag_with_its_default_value_contradicts_too(script, tmp_path):
         module.ArgumentError, match=r"--gamma 0.99 contradicts the run to resume, which has 0.9: drop the flag"
     ):
         module.main(module.parse_args([*typed, "--gamma=0.99"]))
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "gipo_vla_libero", "graphgpo_sokoban", "popo_countdown"])
+def test_a_folder_to_resume_stays_where_it_is(script, tmp_path, monkeypatch):
+    """--resume FOLDER goes on in that folder: another --run-dir is refused, the same one in other words is not."""
+    module = importlib.import_module(script)
+    monkeypatch.chdir(tmp_path)
+    args = module.parse_args(["--preset", "tiny"] if script == "gipo_vla_libero" else [])
+    folder = module.run_folder_of(args)
+    folder.mkdir(parents=True)
+    module.write_json(folder / "args.json", dataclasses.asdict(args) | {"algorithm_version": module.ALGORITHM_VERSION})
+    for words in ([], ["--run-dir", "runs"], ["--run-dir", f"{tmp_path}/other/../runs/"]):
+        module.check_args(module.parse_args(["--resume", str(folder), *words]))
+    with pytest.raises(module.ArgumentError, match=r"--run-dir elsewhere contradicts --resume runs/.*: drop one of them"):
+        module.main(module.parse_args(["--resume", str(folder), "--run-dir", "elsewhere"]))
+    assert not Path("elsewhere").exists()
+
+
+LANGUAGE = {
+    "graphgpo_sokoban": "--num-groups 2 --group-size 4 --hidden-size 16 --eval-episodes 0 --total-episodes 24",
+    "popo_countdown": "--hidden-size 32 --num-layers 1 --num-heads 2 --num-prompts 4 --group-size 4 --warmup-steps 2"
+    " --eval-episodes 0 --total-timesteps 48",
+}
+
+
+@pytest.mark.parametrize("script", LANGUAGE)
+def test_a_slow_run_is_saved_by_the_clock_too(script, tmp_path, monkeypatch):
+    """However few its iterations are."""
+    module, saved = importlib.import_module(script), []
+    save = module.save_checkpoint
+    monkeypatch.setattr(module, "save_checkpoint", lambda path, state: (saved.append(path.name), save(path, state)))
+    for seconds, times in ((1800, 1), (-1, 3)):
+        monkeypatch.setattr(module, "MOST_SECONDS_UNSAVED", seconds)
+        module.main(module.parse_args([*LANGUAGE[script].split(), "--run-dir", str(tmp_path), "--overwrite"]))
+        assert saved.count("checkpoint.pt") == times
+        saved.clear()
+
+
+@pytest.mark.parametrize("script", LANGUAGE)
+def test_a_disk_too_small_is_found_at_the_start(script, tmp_path, monkeypatch):
+    """12 bytes per parameter beside the 20 that the files of a run have: while a checkpoint is written there are two."""
+    module = importlib.import_module(script)
+    args = module.parse_args([*LANGUAGE[script].split(), "--hidden-size", "128", "--run-dir", str(tmp_path / "runs")])
+    module.main(args)
+    (folder,) = (tmp_path / "runs").glob(f"*__{args.exp_name}__1")
+    parameters = sum(value.numel() for value in read_pt(folder / "model.pt")["model"].values())
+    assert (folder / "model.pt").stat().st_size == pytest.approx(4 * parameters, abs=20_000)
+    if script == "graphgpo_sokoban":  # the GPT has not learned anything, so it has no moments yet
+        assert (folder / "checkpoint.pt").stat().st_size == pytest.approx(12 * parameters, abs=30_000)
+    room, asked = SimpleNamespace(free=31 * parameters), []
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: (asked.append(path), room)[1])
+
+    def start(run_dir, **more):
+        module.main(dataclasses.replace(args, run_dir=str(tmp_path / run_dir), **more))
+
+    with pytest.raises(module.ArgumentError, match=r"--run-dir .*/other: this run needs 0.0 GB of disk, and 0.0 GB are free"):
+        start("other")
+    assert asked == [tmp_path] and not (tmp_path / "other").exists()
+    start("runs", overwrite=True)  # which frees the old run's
+    assert asked[-1] == folder  # a run folder may be a link to another disk
+    room.free = 32 * parameters
+    start("other")
 
 
 @ALL_SCRIPTS

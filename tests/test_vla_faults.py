@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -305,9 +307,9 @@ def test_resume_from_inside_the_run_folder(tmp_path, monkeypatch):
 
 def test_a_policy_goes_to_another_suite_without_its_statistics(public, tmp_path):
     """Or the actions would be scaled by those of the suite that it was trained on."""
-    saved_by_us(public, tmp_path / "saved", suite="libero_goal", unnorm_key="libero_goal")
+    saved_by_us(public, tmp_path / "saved", unnorm_key="libero_spatial_no_noops")
     flags = ["--no-cuda", "--evaluate", str(tmp_path / "saved")]
-    assert vla.parse_args(flags).unnorm_key == "libero_goal"
+    assert vla.parse_args(flags).unnorm_key == "libero_spatial_no_noops"
     assert vla.parse_args([*flags, "--suite", "libero_object"]).unnorm_key == "auto"
     assert vla.parse_args([*flags, "--suite", "libero_object", "--unnorm-key", "x"]).unnorm_key == "x"
 
@@ -455,7 +457,7 @@ def test_a_saved_policy_knows_its_interface(public, tmp_path):
     settings = {"append_stop": False, "preprocess": "rlinf", "jpeg": False, "noop_steps": 15, "noop_gripper": 0.0}
     settings |= {"temperature": 1.6, "dtype": "float32", "camera_size": 128, "max_steps": 512, "suite": "libero_goal"}
     settings |= {"train_init_states": 40}
-    saved_by_us(public, tmp_path / "saved", **settings, tasks=tuple(range(10)))
+    saved_by_us(public, tmp_path / "saved", **settings, unnorm_key="libero_spatial_no_noops", tasks=tuple(range(10)))
     args = vla.parse_args(["--no-cuda", "--evaluate", str(tmp_path / "saved")])
     assert {name: getattr(args, name) for name in settings} == settings
     changed = vla.parse_args(
@@ -619,6 +621,25 @@ def test_processes_of_an_evaluation_sample_by_numbers_of_their_own(monkeypatch, 
     assert seeds[0] == 7 and len({*seeds}) == 3
 
 
+def test_a_run_from_before_the_successes_goes_on(monkeypatch, tmp_path):
+    """Its returns were its successes: means are over all of them, not over those since the resume."""
+    progress, agent = vla.Progress(), SimpleNamespace(parameters=list)
+    older = {"returns": [1.0, 0.0], "lengths": [10, 30], "failures": {}}
+    own = {"progress": older, "replay": {}, "episodes": [], "rng": torch.get_rng_state()}
+    own |= {"numpy_rng": np.random.default_rng(0).bit_generator.state, "cuda_rng": None}
+    (tmp_path / "checkpoint-4").mkdir()
+    vla.save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": 4, "world_size": 1})
+    vla.save_checkpoint(tmp_path / "checkpoint-4" / "process-0.pt", own)
+    monkeypatch.setattr(vla, "load_training_state", lambda *a: None)
+    monkeypatch.setattr(vla, "as_shards", contextlib.nullcontext)
+    simulators = SimpleNamespace(restore=lambda episodes: None)
+    args = dataclasses.replace(tiny_args(), num_envs=0)
+    vla.restore_run(tmp_path, args, agent, None, {}, progress, simulators, np.random.default_rng(1))
+    assert progress.recent_means("cpu") == (0.5, 0.5, 20.0)
+    progress.count({"task": 0, "success": 1.0, "return": 1.0, "length": 20})
+    assert progress.recent_means("cpu")[0] == pytest.approx(2 / 3)
+
+
 def test_what_a_killed_run_left_of_a_checkpoint_goes_with_the_resume(monkeypatch, tmp_path):
     """It may be of an iteration that is never saved again, and full training's checkpoints have 79 GB."""
     agent = SimpleNamespace(parameters=list)
@@ -649,7 +670,7 @@ def test_an_evaluation_is_greedy_or_sampled(temperature, expected):
             self.ended[i] = False
 
         def act(self, i, actions):
-            self.episodes[0]["return"] = float(self.episodes[0]["init_state"] == 1)
+            self.episodes[0]["return"] = self.episodes[0]["success"] = float(self.episodes[0]["init_state"] == 1)
             self.acted = True
 
         def wait(self, indices):
@@ -715,9 +736,51 @@ def test_a_stopped_evaluation_is_not_kept(tmp_path, monkeypatch, capsys):
         assert len(json.loads(file.read_text())["evaluations"]) == kept
 
 
+def test_a_head_that_would_not_be_saved_is_named(public, tmp_path):
+    """Of a fork of a checkpoint: the run's own checkpoints have it, its saved policies would not."""
+    args = make_args()
+    agent, tokenizer, norm_stats = vla.load_policy(str(public), args, "cpu")
+    agent.action_head = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"action_head.weight would not be saved: give it a file of its own wherever"):
+        vla.save_policy(tmp_path / "model", agent, tokenizer, norm_stats, args)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_copy_of_a_checkpoint_is_kept(tmp_path):
+    for name in ("checkpoint-7", "checkpoint-98", "checkpoint-98-keep", "checkpoint-old"):
+        (tmp_path / name).mkdir()
+    assert vla.checkpoint_folders(tmp_path) == {tmp_path / "checkpoint-7", tmp_path / "checkpoint-98"}
+
+
+def test_a_subclass_of_the_simulator_plays_its_own_steps(monkeypatch):
+    """Calls are named by LiberoEnv's methods; where a fork builds another class, that one's are meant."""
+
+    class Mine(vla.LiberoEnv):
+        def __init__(self, args):
+            self.args = args
+
+        def step(self, actions):
+            return "mine", actions
+
+    calls = [(vla.LiberoEnv.step, (3,)), (lambda env, number: (type(env), number), (5,))]
+    answers = []
+    connection = SimpleNamespace(send=answers.append, recv=lambda: calls.pop(0) if calls else (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(vla.LiberoEnv, "__new__", lambda cls, *_: object.__new__(Mine), raising=False)
+    monkeypatch.setattr(vla, "setup_libero", lambda path: None)
+    monkeypatch.setattr(vla.os, "_exit", lambda code: None)
+    monkeypatch.setattr(vla.os, "environ", dict(os.environ))  # which the worker's process changes for good
+    vla.env_worker(connection, tiny_args(), {"LIBERO_ASSETS": ""})
+    assert [answer for kind, answer in answers if kind == "answer"] == [("mine", 3), (Mine, 5)], answers
+
+
 def test_resume_and_evaluate_contradict_each_other():
     with pytest.raises(vla.ArgumentError, match="--resume and --evaluate contradict each other"):
         vla.main(dataclasses.replace(tiny_args(tasks=(0,)), resume="run", evaluate="policy"))
+
+
+def test_a_run_without_evaluations_records_nothing():
+    with pytest.raises(vla.ArgumentError, match="--capture-video records evaluations: drop it, or give 1 or more"):
+        vla.check_args(tiny_args(capture_video=True, eval_episodes=0))
 
 
 def test_adapters_stay_off_a_base_that_has_other_weights_now(public, folder, tmp_path, capsys):
@@ -742,13 +805,13 @@ def test_adapters_stay_off_a_base_that_has_other_weights_now(public, folder, tmp
 
 def test_training_success_is_that_of_all_processes(monkeypatch):
     progress = vla.Progress()
-    assert progress.recent_means("cpu") == (None, None)
+    assert progress.recent_means("cpu") == (None, None, None)
     for success in [0.0] * 50 + [1.0] * 100:
-        progress.count({"task": 3, "return": success, "length": 20})
-    assert progress.recent_means("cpu") == (1.0, 20.0) and sum(progress.failures[3]) == 0
-    other = torch.tensor([300.0, 0.0, 0.0], dtype=torch.float64)  # another process's episodes, successes and steps
+        progress.count({"task": 3, "success": success, "return": -2.0, "length": 20})
+    assert progress.recent_means("cpu") == (1.0, -2.0, 20.0) and sum(progress.failures[3]) == 0
+    other = torch.tensor([300.0, 0.0, 0.0, 0.0], dtype=torch.float64)  # another process's episodes, successes, returns, steps
     monkeypatch.setattr(vla, "sum_over_ranks", lambda sums: sums + other)
-    assert progress.recent_means("cpu") == (0.25, 5.0)
+    assert progress.recent_means("cpu") == (0.25, -0.5, 5.0)
 
 
 def test_a_bad_number_names_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -444,7 +444,21 @@ def test_each_process_draws_on_its_own_gpu(monkeypatch):
         with pytest.raises(ValueError, match="--render egl"):
             vla.render_variables("egl")
         assert "".join(tried) == order
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "0")  # of some image: all processes of torchrun would draw there
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     vla.render_variables.cache_clear()
+    tried.clear()
+    with pytest.raises(ValueError, match="--render egl"):
+        vla.render_variables("egl")
+    assert "".join(tried) == "10234567"
+    vla.render_variables.cache_clear()
+
+
+def test_an_evaluation_stays_with_a_compiled_scene():
+    """A simulator goes on with its own task while there are episodes of it; others take the task that most are left of."""
+    todo = [(task, init_state) for task in (3, 5) for init_state in range(3)]
+    assert [vla.take(todo, task) for task in (None, None, 3, 9, 5, 3)] == [(3, 0), (5, 0), (3, 1), (5, 1), (5, 2), (3, 2)]
+    assert todo == []
 
 
 def test_segments_are_drawn_in_passes():

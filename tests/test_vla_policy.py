@@ -6,6 +6,7 @@ Every parity test has its negative controls: the mistakes that users of other co
 
 import copy
 import dataclasses
+import fnmatch
 import json
 import math
 import re
@@ -788,7 +789,7 @@ def test_adapters_trained_on_a_peft_adapter(weights, tmp_path):
     base, folder = write_checkpoint(tmp_path / "base", weights), tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "r": 2, "lora_alpha": 1}))
-    (folder / "dataset_statistics.json").write_text(json.dumps({"libero_goal": DATA}))
+    (folder / "dataset_statistics.json").write_text(json.dumps({"libero_spatial": DATA}))
     w, layer = weights["projector.fc1.weight"], "base_model.model.projector.fc1"
     pair = {f"{layer}.lora_A.weight": torch.ones(2, w.shape[1]), f"{layer}.lora_B.weight": torch.ones(w.shape[0], 2)}
     save_file(pair, folder / "adapter_model.safetensors")
@@ -864,10 +865,14 @@ def test_folders_that_cannot_be_used(weights, tmp_path, monkeypatch):
     (folder / "action_head--150000_checkpoint.pt").touch()
     with pytest.raises(ValueError, match="L1 regression or diffusion"):
         vla.load_policy(str(folder), make_args(), "cpu")
+    (folder / "action_head--150000_checkpoint.pt").rename(folder / "vision_backbone--150000_checkpoint.pt")
+    with pytest.raises(ValueError, match="has vision towers with FiLM"):
+        vla.load_policy(str(folder), make_args(), "cpu")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no config"):
         vla.load_policy(str(tmp_path / "empty"), make_args(), "cpu")
-    (tmp_path / "empty" / "config.json").write_text(json.dumps({"policy_config": vla.dataclasses.asdict(GOLDEN)}))
+    content = {"policy_config": vla.dataclasses.asdict(GOLDEN), "norm_stats": {"libero_spatial": DATA}}
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="safetensors"):
         vla.load_policy(str(tmp_path / "empty"), make_args(), "cpu")
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
@@ -883,7 +888,7 @@ def test_folders_that_cannot_be_used(weights, tmp_path, monkeypatch):
 
 
 def test_hub_id(weights, tmp_path, monkeypatch):
-    """Small files first; weights only if there is no action head among them."""
+    """Small files first; weights only if there is no action head among them, and the statistics are there."""
     import huggingface_hub
 
     folder, asked = write_checkpoint(tmp_path / "hub", weights), []
@@ -891,6 +896,13 @@ def test_hub_id(weights, tmp_path, monkeypatch):
     assert difference(vla.load_policy("owner/name", make_args(revision="v2"), "cpu")[0])["hidden"] < 1e-4
     assert ["*.safetensors" in request["allow_patterns"] for request in asked] == [False, False, True]
     assert {request["revision"] for request in asked} == {"v2"}
+    wanted = ["proprio_projector--latest_checkpoint.pt", "value_head.pt", "lora.pt"]  # and no state of an optimizer
+    files = [file for file in [*wanted, "optimizer.pt"] if any(map(fnmatch.fnmatch, [file] * 99, asked[-1]["allow_patterns"]))]
+    assert files == wanted
+    asked.clear()
+    with pytest.raises(ValueError, match="--unnorm-key libero_10: no such statistics"):
+        vla.load_policy("owner/name", make_args(unnorm_key="libero_10"), "cpu")
+    assert len(asked) == 1  # before the weights
     (Path(folder) / "action_head--1.pt").touch()
     asked.clear()
     with pytest.raises(ValueError, match="action tokens"):
@@ -936,11 +948,16 @@ def test_unnorm_key():
     assert key(["bridge", "libero_spatial", "libero_spatial_no_noops"]) == "libero_spatial"
     assert key(["bridge", "libero_spatial_no_noops"]) == "libero_spatial_no_noops"
     assert key(["x", "libero_90_no_noops_trajall"], "libero_90") == "libero_90_no_noops_trajall"
-    assert key(["libero_130_no_noops_trajall"]) == "libero_130_no_noops_trajall"  # the only one
+    for every in ("libero_130_no_noops_trajall", "libero_130_no_noops"):
+        assert key(["x", every]) == every  # of all 130 tasks
     assert key(["a", "b"], chosen="b") == "b"
-    for names, chosen in ((["a", "b"], "auto"), (["a"], "b"), ([], "auto")):
+    for names, chosen in ((["a", "b"], "auto"), (["a"], "b")):
         with pytest.raises(ValueError, match="unnorm-key"):
             key(names, chosen=chosen)
+    with pytest.raises(
+        ValueError, match=r"no dataset_statistics.json .* copy the file from the checkpoint that it was trained"
+    ):
+        key([])
 
 
 # -------------------- Estimates --------------------

@@ -149,7 +149,7 @@ if __name__ == "__main__":
     command = [sys.executable, str(run_dir / "dies.py"), *flags, "--run-dir", str(run_dir)]
     assert subprocess.run(command, timeout=600).returncode == 9
     died = run_dir / "libero_spatial__died__1"
-    assert sorted(p.name for p in died.glob("checkpoint*")) == ["checkpoint-2", "checkpoint-4", "checkpoint.pt"]
+    assert sorted(p.name for p in died.glob("checkpoint*")) == ["checkpoint-1", "checkpoint-2", "checkpoint.pt"]
     (died / "checkpoint-5").mkdir()
     (died / "checkpoint-5" / "process-0.tmp").write_text("an even earlier death")
     resume_and_compare(folder, run_dir, flags)

@@ -1,6 +1,7 @@
 """gipo_vla_libero.py: that train(), update() and the simulators put together what is tested elsewhere; without LIBERO."""
 
 import contextlib
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,6 +126,30 @@ def test_a_rollout_as_the_buffer_keeps_it(monkeypatch, tmp_path):
         for key in ("rewards", "dones", "terminations"):
             assert rb[key][:, j].tolist() == [0, 0, 1, 0], key
     assert result["train_success_rate"] == 1.0
+
+
+def test_success_is_the_simulators_whatever_the_reward(monkeypatch, tmp_path):
+    """A fork may pay for steps: its returns are then no successes, and failed episodes none either."""
+
+    class Costly(Toys):
+        def receive(self, i):
+            obs, rewards, *rest = super().receive(i)[0]
+            return ((obs, rewards - 1.0, *rest),)
+
+    monkeypatch.setitem(train_on_toys.__globals__, "Toys", Costly)
+    result, *_ = train_on_toys(monkeypatch, tmp_path)
+    assert result["train_success_rate"] == result["eval_success_rate"] == 1.0
+    assert result["train_return_mean"] == result["eval_return_mean"] == -23.0  # 3 chunks of 8 rewards of -1, and 1 at success
+
+
+def test_rollout_and_update_that_disagree_are_reported(monkeypatch, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_on_toys(monkeypatch, tmp_path / "plain")
+    original = vla.normalize_images
+    monkeypatch.setattr(vla, "normalize_images", lambda *args: original(*args) + torch.rand(()))  # as a random crop would
+    with pytest.warns(UserWarning, match=r"gipo/log_ratio_max is .*: with equal weights rollout and update give other"):
+        train_on_toys(monkeypatch, tmp_path / "noisy")
 
 
 def test_a_simulator_begins_an_episode(monkeypatch):
