@@ -416,7 +416,7 @@ def test_resumed_run_equals_uninterrupted_one(calls, tmp_path, monkeypatch, shor
     assert_equal_runs(folder, short_run)
 
 
-LONG = f"{TWO} --total-timesteps 2400 --eval-every 0"
+LONG = f"{TWO} --total-timesteps 2400 --eval-every 0 --checkpoint-every 80"
 
 
 @pytest.fixture(scope="module")
@@ -428,9 +428,11 @@ def long_run(tmp_path_factory):
 def test_stopped_by_a_signal(signum, expected, tmp_path, long_run):
     process = start_script("popo_countdown", tmp_path / "stopped", *LONG.split())
     wait_for_line(process, "eval at")
+    (folder,) = (path for path in (tmp_path / "stopped").iterdir() if path.name != "warmup")
+    while not (folder / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
     os.kill(process.pid, signum)
     output = process.communicate()[0]
-    (folder,) = (path for path in (tmp_path / "stopped").iterdir() if path.name != "warmup")
     assert process.returncode == expected and f"popo_countdown.py --resume {folder}" in output and "Traceback" not in output
     assert "stopping soon; Ctrl-C now stops at once, without a new checkpoint" in output
     assert read_pt(folder / "model.pt")["global_step"] == read_pt(folder / "checkpoint.pt")["global_step"]  # to be evaluated
