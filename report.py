@@ -609,10 +609,10 @@ EXPLANATION = (
 )
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
 README_TABLE = (
-    "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Area*: mean success over all of training, from 0 to 1, "
-    "larger where a task is learned earlier. *Success*: share of the 50 training goals reached by the final policy. Below, a "
-    "*lead* is a gap in area whose 95 % interval leaves out zero. All but `ppo`, textbook PPO, learn from the same replay: "
-    "`ppo-clip-0.2` with PPO's clip, `sapo` with the weight of SAPO, a rival, `none` with no weight."
+    "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Area*: mean success over all of training, from 0 to 1. "
+    "*Success*: share of the 50 training goals that the final policy reaches. A *lead* is a gap in area whose 95 % interval "
+    "leaves out zero. All rows but `ppo` (textbook PPO) share one setup with replay: `ppo-clip-0.2` with PPO's clip, `sapo` "
+    "with another published weight, `none` with no weight."
 )
 DIAGNOSTICS = "Diagnostics, mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
 BY_TASK = (
@@ -664,16 +664,6 @@ def aggregate_table(runs: list[dict]) -> str:
         row += ["-"] * 3 if method == "ppo" or not ours else improvements(ours, ppo)
         rows.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(rows)
-
-
-def has_success(run: dict) -> bool:
-    """Whether the task reports success: Meta-World's do, Gymnasium's own do not."""
-    return run["eval_success_rate"] is not None
-
-
-def is_variant(run: dict) -> bool:
-    """Another sigma, clip or step size than the main rows'."""
-    return run["method"] not in METHODS
 
 
 def comparable(runs: list[dict]) -> tuple[list[dict], str]:
@@ -784,7 +774,8 @@ def readme_table(runs: list[dict], intervals: bool = False) -> str:
     without replay stands in the first column."""
     table = cells(runs)
     sizes = [size for size in dict.fromkeys(regime for regime, _ in table) if is_size(size)]
-    words = ["method", *(f"replay of {int(size):,}: area · success" for size in sizes)]
+    words = ["area · success", *(f"{int(size):,}" for size in sizes)]
+    words[1] = f"replay of {words[1]}"
     rows = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
     for method in sorted({method for _, method in table}, key=method_order):
         without = table.get(("on-policy", method), {})
@@ -804,12 +795,12 @@ def readme_table(runs: list[dict], intervals: bool = False) -> str:
 def lead_table(runs: list[dict]) -> str:
     """GIPO against every method on the same replay that has its tasks with README_SEEDS, over the tasks and seeds that both
     have: mean areas and their gap."""
-    rows = ["| replay | against | runs of each | GIPO's area | the other's | gap | GIPO's is larger in |", "|---" * 7 + "|"]
+    rows = ["| replay | against | GIPO's area | the other's | gap | GIPO's is larger in |", "|---" * 6 + "|"]
     table = cells(runs)
     for (size, other), tasks in table.items():
         own = table.get((size, "gipo"), {})
         whole = all({run["seed"] for run in tasks.get(task, [])} >= set(README_SEEDS) for task in own)
-        if not own or not whole or other == "gipo" or is_variant({"method": other}):
+        if not own or not whole or other == "gipo" or other not in METHODS:
             continue
         pair = matched(own, tasks)
         areas = [values(cell, list(cell), SCORES["area"]) for cell in pair]
@@ -817,7 +808,7 @@ def lead_table(runs: list[dict]) -> str:
         (gap, (low, high)), count = gap_and_interval(gaps), sum(map(len, gaps))
         shown = span(gap, (low, high))
         name = {"none": "no weight", "sapo": "SAPO"}.get(other, other.replace("ppo-clip-", "clip of "))
-        row = [f"{int(size):,}", name, f"{count}", *(number(mean_of_tasks(area)) for area in areas)]
+        row = [f"{int(size):,}", name, *(number(mean_of_tasks(area)) for area in areas)]
         row += [f"**{shown}**" if low > 0 or high < 0 else shown, f"{sum((task > 0).sum() for task in gaps)} of {count}"]
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
@@ -871,7 +862,7 @@ def task_table(runs: list[dict]) -> str:
         for tasks in table.values():
             found = tasks.get(name, [])
             returns = [run["eval_return_mean"] for run in found]
-            rates = [run["eval_success_rate"] for run in found if has_success(run)]
+            rates = [run["eval_success_rate"] for run in found if run["eval_success_rate"] is not None]
             text = short(np.mean(returns)) if found else "-"
             if rates:
                 text = f"{np.mean(rates):.0%} ({text})"
@@ -1711,8 +1702,8 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         runs = [run for run in runs if run not in tuning]
         seeds, tasks = len({run["seed"] for run in runs}), len({run["env_id"] for run in runs})
         heading = f"{len(runs)} runs of {steps:,} steps each: {tasks} tasks, up to {seeds} seeds, algorithm version {version}."
-        scored = [run for run in runs if has_success(run)]
-        known = [run for run in scored if not is_variant(run)] or scored
+        scored = [run for run in runs if run["eval_success_rate"] is not None]  # Gymnasium's own tasks report none
+        known = [run for run in scored if run["method"] in METHODS] or scored
         main = [run for run in known if run["env_id"].removesuffix("-v3") in README_TASKS] or known
         common, scope = comparable(main) if main else ([], "")
         own = {run["env_id"] for run in main}
@@ -1746,8 +1737,9 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             tuned, tuned_scope = shared_if_any(tuning)
             parts += [f"{TUNING} {tuned_scope}", tuning_table(tuned)]
         on_main = [run for run in runs if run["env_id"] in own] or runs  # the paper's tasks have a few rows only
-        alike, alike_scope = shared_if_any([run for run in on_main if not is_variant(run)] or on_main)
-        of_others = [run for run in on_main if is_variant(run) and run["env_id"] in {one["env_id"] for one in alike}]
+        alike, alike_scope = shared_if_any([run for run in on_main if run["method"] in METHODS] or on_main)
+        tasks = {run["env_id"] for run in alike}
+        of_others = [run for run in on_main if run["method"] not in METHODS and run["env_id"] in tasks]
         alike += [run for run in of_others if run not in alike]
         parts += [f"{DIAGNOSTICS} {alike_scope}", diagnostics_table(alike)]
         write(results / f"benchmark-{name}.md", "\n\n".join(parts) + "\n")

@@ -1316,14 +1316,6 @@ def test_a_method_and_a_task_of_ones_own_are_in_the_tables(tmp_path):
     assert "| on-policy | mine-too | ppo | 1 | 2 | 0.80 against 0.40 |" in fourth
 
 
-def test_main_rows_and_variants():
-    """The six methods of the main rows at any replay size; all that has another sigma, clip or step size is a variant."""
-    assert report.METHODS == ("gipo", "ppo-clip-0.2", "ppo-clip-0.5", "sapo", "none", "ppo")
-    assert not any(report.is_variant({"method": method, "regime": "777"}) for method in report.METHODS)
-    for method in ("gipo-sigma-0.5", "ppo-clip-0.1", "ppo-clip-0.2-lr-6e-4", "ppo-clip", "mykernel"):
-        assert report.is_variant({"method": method, "regime": "5120"})
-
-
 def test_order_of_the_rows():
     """On-policy, replay sizes from the smallest on; the main rows, then others by name; tasks and seeds."""
     regimes = ["on-policy", "512", "5120", "20000", "100000"]
@@ -2071,7 +2063,7 @@ def test_the_benchmark_page_says_what_version_2_says():
         in text
     )
     three, five = (np.mean([gap[:count].mean() for gap in gaps(old, narrow)]) for count in (3, 5))
-    assert f"GIPO's lead over a clip of 0.2 smaller**: from {three:.2f} to {five:.2f}." in text
+    assert f"GIPO's lead over a clip of 0.2 smaller: from {three:.2f} to {five:.2f}." in text
     assert f"GIPO has reached {percent(old)} % of the goals, the clip {percent(narrow)} %." in text
     growth = [a[:3] - b for a, b in zip(gaps(old, narrow), gaps(("5120", "gipo"), ("5120", "ppo-clip-0.2")), strict=True)]
     growth = [report.span(*report.gap_and_interval(growth)), lead_growth("ppo-clip-0.2")]
@@ -2178,11 +2170,10 @@ def test_the_page_on_tuning():
     assert f"{words}smaller in {(ours < clip).sum()} of {ours.size} pairs." in page and ours.mean() < default.mean()
     gap, gain = (report.span(*report.gap_and_interval([*(clip - other)])) for other in (default, by_task("ppo-clip-0.5")))
     assert f"The tuned clip gains {gain} over its own default step size. Its gap to GIPO's defaults is {gap}." in page
-    words = f"On other seeds a clip of 0.5 has {clip.mean():.2f} with it, and {by_task('ppo-clip-0.5').mean():.2f} without. "
     larger = by_task("gipo-lr-6e-4")
-    words += f"GIPO has {larger.mean():.2f} with it, and {default.mean():.2f} without. "
-    words += f"With it and a sigma of 0.5, which looked best, GIPO has {ours.mean():.2f}."
-    assert words in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "gained nothing on other seeds, for GIPO or for a clip of 0.5" in readme
+    assert larger.mean() < default.mean() and gain.startswith("0.00 [-")
     gap = report.span(*report.gap_and_interval([*(larger - default)]))
     words = f"Its area is {larger.mean():.2f}, and the gap to the default step size is {gap}. It is larger in "
     assert f"{words}{(larger > default).sum()} of {larger.size} pairs." in page
