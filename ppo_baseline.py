@@ -609,17 +609,18 @@ def convert(tree, kind: type, function):
 
 
 def serve(pipe, parents_end, factory, args) -> None:
-    """Main function of a Worker's process: build the object, then answer calls; an exception is sent, and ends it."""
+    """Main function of a Worker's process: build the object, then answer calls; an exception, also of building it, is
+    the next call's answer, and ends it."""
     parents_end.close()
     follow_parent()
     with contextlib.ExitStack() as at_exit:
         try:
-            instance, answer = factory(*args), None
+            instance = factory(*args)
             at_exit.callback(instance.close)
             while True:
-                pipe.send((None, "", convert(answer, torch.Tensor, torch.Tensor.numpy)))
                 name, arguments = pipe.recv()
                 answer = getattr(instance, name)(*convert(arguments, np.ndarray, torch.from_numpy))
+                pipe.send((None, "", convert(answer, torch.Tensor, torch.Tensor.numpy)))
         except Exception as error:
             try:
                 pickle.loads(pickle.dumps(error))
@@ -645,11 +646,6 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, self.pipe, factory, args))
         self.process.start()
         theirs.close()
-        try:
-            self.result()  # of building the object
-        except BaseException:
-            self.close()
-            raise
 
     def start(self, name: str, *arguments) -> None:
         """Begin a call; in this process, also finish it."""
@@ -734,14 +730,10 @@ def get_end_values(agent, next_obs, dones):
     return values
 
 
-def get_next_values(values, end_values, dones):
-    """V of every row's real next observation, (T, S): the following row's value where the episode goes on."""
-    return torch.where(dones > 0, end_values, torch.cat([values[1:], end_values[-1:]]))
-
-
 def compute_advantages(values, mb, args, joint_logratio=None):
     """Advantages and value targets of segments, both (T, S), from the critic's `values` and mb["end_values"]."""
-    next_values = get_next_values(values, mb["end_values"], mb["dones"])
+    following = torch.cat([values[1:], mb["end_values"][-1:]])  # of the next row, where the episode goes on
+    next_values = torch.where(mb["dones"] > 0, mb["end_values"], following)
     gae_args = mb["rewards"] * args.reward_scale, values, next_values, mb["terminations"], mb["dones"]
     if args.vtrace:
         return compute_vtrace(*gae_args, joint_logratio, args.gamma, args.gae_lambda)
@@ -1317,11 +1309,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
-        # what is ignored, but no handler: terminate() can end them.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # of the others a launcher or a closing terminal may send copies
         with contextlib.suppress(OSError):  # of a closed terminal
             os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
 
@@ -1486,15 +1474,13 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # ==================== EVAL ====================
         evaluation = evaluation_phase()
 
+    if stop_signals or not args.eval_episodes:  # for --evaluate
+        save_models(run_folder, agent, config, None, global_step)
+    collector.close(timeout=60.0)  # simulators may take their time
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(shown)])
         say(f"\nstopped at step {global_step:,}; continue with: {how}")
-        save_models(run_folder, agent, config, None, global_step)  # for --evaluate
-        collector.close(timeout=60.0)  # simulators may take their time
         sys.exit(128 + stop_signals[0])
-    if not args.eval_episodes:
-        save_models(run_folder, agent, config, None, global_step)
-    collector.close(timeout=60.0)
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
     # Of children only where they are ours: git's counts what this process had when it was started.

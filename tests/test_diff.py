@@ -19,7 +19,7 @@ SPECIFIC = {"Args", "policy_objective", "check_args", "train"}  # in both, diffe
 GIPO_ONLY = {"gipo_log_weight"}
 SHARED = """
 make_env EpisodeRecorder FastRotation fast_meta_world meta_world_goals to_env_action layer_init mlp LogProbAndEntropy
-Agent Collector Worker serve compute_gae compute_vtrace compute_advantages get_end_values get_next_values
+Agent Collector Worker serve compute_gae compute_vtrace compute_advantages get_end_values
 sample_segments compute_loss lr_share seeded evaluate save_checkpoint load_checkpoint saved_run
 parse_args main
 """

@@ -1,5 +1,6 @@
 """What the scripts rely on in Gymnasium, Meta-World, tyro and torch, and the environment code built on it."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -1040,9 +1041,11 @@ def test_an_exception_stays_what_it_is_without_a_process():
 
 
 @PROCESS_OR_NOT
-def test_an_exception_of_the_constructor_arrives_at_once(own_process):
-    with pytest.raises(KeyError, match="goal"):
-        gipo.Worker(Tool, KeyError("goal"), own_process=own_process)
+def test_an_exception_of_the_constructor_arrives_with_the_first_call(own_process):
+    with pytest.raises(KeyError, match="goal"), contextlib.ExitStack() as at_exit:
+        worker = gipo.Worker(Tool, KeyError("goal"), own_process=own_process)
+        at_exit.callback(worker.close)
+        worker.call("add", {"x": torch.zeros(1)}, 1)
     assert multiprocessing.active_children() == []
 
 
