@@ -40,7 +40,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import operator
 import os
 import platform
@@ -91,7 +90,7 @@ LONGEST_WAIT = 6 * 3600  # seconds for another process that collects, clones or 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Arguments that concern the machine or the files, not the results: a resumed run may change them.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every capture_video track wandb_project render base".split()
-MACHINE_ARGS += "env_timeout env_start_timeout demo_timeout cuda micro_batch gradient_checkpointing torch_compile".split()
+MACHINE_ARGS += "env_timeout env_start_timeout cuda micro_batch gradient_checkpointing torch_compile".split()
 MACHINE_ARGS += ["torch_threads"]
 # What a policy was trained with: saved beside it, and refused if flags say otherwise.
 INTERFACE_ARGS = "num_images use_proprio append_stop preprocess jpeg center_crop camera_size reflections".split()
@@ -164,12 +163,8 @@ class Args:
     """numbers of the tasks to train and evaluate on (none: all of the suite)"""
     num_envs: int = 16
     """N: simulators of this process (each is a process of its own with 2 GB of memory)"""
-    env_groups: int = 2
-    """groups of simulators that take turns: one simulates while the policy acts for the other"""
     train_init_states: int = 50
     """RL starts episodes from the first k of the 50 initial states of a task; 50, as others do: all that evaluation uses"""
-    task_sampling: Literal["failure", "uniform"] = "failure"
-    """next task with probability proportional to 1 + its failures in its last 100 episodes, or uniformly"""
     episodes_per_task: int = 4
     """episodes in a row of a simulator on one task: another scene takes 3 to 6 s to compile, and its whole group waits"""
     render: Literal["auto", "egl", "osmesa"] = "auto"
@@ -189,11 +184,10 @@ class Args:
     noop_gripper: float = -1.0
     """the gripper's command in those steps: -1 opens, 0 holds (RLinf)"""
     env_timeout: float = 120.0
-    """seconds for a reset or a chunk, after which a simulator that does not answer is killed and started anew"""
+    """seconds for a chunk, after which a simulator that does not answer is killed and started anew"""
     env_start_timeout: float = 600.0
-    """seconds for the start of a simulator's process, and again for compiling a scene: minutes where many start at once"""
-    demo_timeout: float = 1_800.0
-    """seconds for a demonstration of the scripted expert"""
+    """the same for a reset, before which its process may start and a scene be compiled (minutes where many start at once),
+    and for a demonstration of the scripted expert"""
 
     # ---- policy
     model: str = ""
@@ -986,7 +980,7 @@ class Simulators:
 
     def __init__(self, args, config, num_envs: int):
         self.envs, self.args, self.config = VectorEnv(args, num_envs), args, config
-        self.groups = [g.tolist() for g in np.array_split(np.arange(num_envs), min(args.env_groups, num_envs))]
+        self.groups = [g.tolist() for g in np.array_split(np.arange(num_envs), min(2, num_envs))]  # they take turns
         size = config.image_size
         self.images = torch.zeros(num_envs, args.num_images, size, size, 3, dtype=torch.uint8)
         self.proprio = torch.zeros(num_envs, 8)
@@ -1055,17 +1049,15 @@ class Simulators:
         self.envs.close()
 
 
-def sample_task(failures: dict, args, rng) -> tuple[int, int]:
-    """The next episode's task, by its recent failures, and one of the initial states for training."""
-    weights = np.array([1.0 + (sum(failures[t]) if args.task_sampling == "failure" else 0.0) for t in args.tasks])
-    return int(rng.choice(args.tasks, p=weights / weights.sum())), int(rng.integers(args.train_init_states))
-
-
 def next_episode(episode: dict, failures: dict, args, rng) -> tuple[int, int, int]:
-    """Task, initial state and number in a row on its task of the episode that follows `episode` on a simulator."""
+    """Task, initial state and number in a row on its task of the episode that follows `episode` on a simulator.
+
+    The next task comes with a probability proportional to 1 + its failures in its last 100 episodes.
+    """
     if episode and episode["repeat"] < args.episodes_per_task:
         return episode["task"], int(rng.integers(args.train_init_states)), episode["repeat"] + 1
-    return *sample_task(failures, args, rng), 1
+    weights = np.array([1.0 + sum(failures[t]) for t in args.tasks])
+    return int(rng.choice(args.tasks, p=weights / weights.sum())), int(rng.integers(args.train_init_states)), 1
 
 
 # -------------------- Agent --------------------
@@ -1460,12 +1452,6 @@ def optimizer_parameters(agent: Agent) -> list[dict]:
     return [{"params": part} for part in parts if part]
 
 
-def trained_state(agent: Agent) -> dict:
-    """Tensors that a checkpoint needs on top of the frozen weights."""
-    trained = {name for name, p in agent.named_parameters() if p.requires_grad} | {"adv_std_peak"}
-    return {name: value for name, value in agent.state_dict().items() if name in trained}
-
-
 # -------------------- Many processes --------------------
 def ranks() -> tuple[int, int]:
     """Number of this process, and of all of them, as torchrun says."""
@@ -1807,7 +1793,6 @@ class LiberoEnv:
 
     def __init__(self, args):
         self.args, self.task, self.env, self.done, self.frames = args, None, None, True, []
-        self.enter = lambda phase: None  # a worker tells here what it begins, which decides how long it may take
         self.max_steps = args.max_steps or MAX_STEPS[args.suite]
         self.cameras = ["agentview", "robot0_eye_in_hand"][: args.num_images]
         if "libero.libero.envs" not in sys.modules:  # else it is too late for the variables
@@ -1865,9 +1850,7 @@ class LiberoEnv:
     def reset(self, task: int, init_state: int) -> dict:
         """Start the episode of one of the 50 initial states of a task; always the same one for the same numbers."""
         if task != self.task:
-            self.enter("compile")
             self.build(task)
-            self.enter("run")
         # The initial state does not hold where cabinets and stoves stand: reset() draws it (within 2 cm) from numpy's global
         # generator. set_init_state() alone is no reset: the controller would keep its goal. And robosuite's reset() forgets
         # what the gripper integrates its commands into: after an episode that ended with it closed, it would close again.
@@ -1927,17 +1910,14 @@ class LiberoEnv:
 def env_worker(connection, args, variables: dict) -> None:
     """A process with one simulator: carry out (function, arguments) until the connection is closed.
 
-    It sends ("phase", name) when it begins something that may take long, ("answer", result), or ("error", exception).
+    It sends ("answer", result), or ("error", exception).
     """
     os.environ.update(variables)
     try:
         setup_libero(Path(variables["LIBERO_ASSETS"]))
         env = LiberoEnv(args)
-        env.enter = lambda phase: connection.send(("phase", phase))
-        env.enter("ready")
         while True:
             function, arguments = connection.recv()
-            env.enter("run")
             name = getattr(function, "__name__", "")
             own = getattr(LiberoEnv, name, None) is function  # then a subclass may have its own
             connection.send(("answer", getattr(env, name)(*arguments) if own else function(env, *arguments)))
@@ -1953,15 +1933,14 @@ def env_worker(connection, args, variables: dict) -> None:
 class VectorEnv:
     """`num_envs` processes with a simulator each, which are replaced when they die or do not answer in time.
 
-    Starting a process, compiling a scene, and running what was asked for have a deadline each. Processes are spawned: forked
-    ones would inherit the threads and the GPU of this one.
+    Processes are spawned: forked ones would inherit the threads and the GPU of this one.
     """
 
     def __init__(self, args, num_envs: int | None = None):
         # robosuite would take CUDA_VISIBLE_DEVICES for numbers of EGL devices, which differ; workers do not use CUDA.
         variables = {"LIBERO_ASSETS": str(find_assets()), "CUDA_VISIBLE_DEVICES": ""} | render_variables(args.render)
         self.args, self.variables, self.num_envs = args, variables, num_envs or args.num_envs
-        self.processes, self.connections, self.calls, self.phases, self.inbox = ([None] * self.num_envs for _ in range(5))
+        self.processes, self.connections, self.calls, self.limits = ([None] * self.num_envs for _ in range(4))
         # multiprocessing's own exit handler, which runs after this one, waits for the workers for ever.
         atexit.register(self.close)
         for i in range(self.num_envs):
@@ -1983,13 +1962,6 @@ class VectorEnv:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.processes[i] = process
         theirs.close()
-        self._enter(i, "start")
-
-    def _enter(self, i: int, phase: str) -> None:
-        """From now on simulator i has the time of this phase."""
-        running = "demo_timeout" if self.calls[i] and self.calls[i][0] is scripted_expert else "env_timeout"
-        flag = "env_start_timeout" if phase in ("start", "compile") else running
-        self.phases[i] = phase, flag, time.monotonic() + getattr(self.args, flag)
 
     def _kill(self, i: int) -> None:
         self.connections[i].close()
@@ -1998,34 +1970,20 @@ class VectorEnv:
 
     def send(self, i: int, function, *arguments) -> None:
         """Ask worker i for function(env, *arguments); `receive` or `answer` has the result."""
-        self.calls[i] = (function, arguments)
-        if self.phases[i][0] != "start":  # else its time begins when it is ready
-            self._enter(i, "run")
+        flag = "env_timeout" if function is LiberoEnv.step else "env_start_timeout"
+        self.calls[i], self.limits[i] = (function, arguments), (flag, time.monotonic() + getattr(self.args, flag))
         with contextlib.suppress(OSError):  # a dead process: `receive` will notice
             self.connections[i].send((function, arguments))
 
-    def _read(self, i: int) -> None:
-        """Take in the next message of worker i, or that its time is up; `inbox` gets its answer, or what went wrong."""
-        phase, flag, deadline = self.phases[i]
-        try:
-            if not self.connections[i].poll(max(0.0, deadline - time.monotonic())):
-                limit = f"{getattr(self.args, flag):g} s (--{flag.replace('_', '-')})"
-                raise TimeoutError(f"no answer within {limit} of the phase '{phase}'")
-            kind, content = self.connections[i].recv()
-        except TimeoutError as reason:
-            kind, content = "error", reason
-        except (EOFError, OSError):
-            kind, content = "error", "its process died or froze"
-        if kind == "phase":
-            self._enter(i, "run" if content == "ready" else content)
-        else:
-            self.inbox[i] = kind, content
-
     def receive(self, i: int):
         """(answer,) of worker i, or the reason why it had to be replaced."""
-        while self.inbox[i] is None:
-            self._read(i)
-        (kind, content), self.inbox[i] = self.inbox[i], None
+        flag, deadline = self.limits[i]
+        kind, content = "error", f"no answer within {getattr(self.args, flag):g} s (--{flag.replace('_', '-')})"
+        try:
+            if self.connections[i].poll(max(0.0, deadline - time.monotonic())):
+                kind, content = self.connections[i].recv()
+        except (EOFError, OSError):
+            content = "its process died or froze"
         if kind == "answer":
             return (content,)
         if isinstance(content, ArgumentError):  # one of our sentences for the user
@@ -2036,16 +1994,6 @@ class VectorEnv:
         self._kill(i)
         self._start(i)
         return reason
-
-    def answered(self, indices) -> list[int]:
-        """Wait until some of these workers have answered or failed: -> those."""
-        while not any(self.inbox[i] for i in indices):
-            left = min(self.phases[i][2] for i in indices) - time.monotonic()
-            found = multiprocessing.connection.wait([self.connections[i] for i in indices], max(0.0, left))
-            for i in indices:
-                if self.connections[i] in found or self.phases[i][2] <= time.monotonic():
-                    self._read(i)
-        return [i for i in indices if self.inbox[i]]
 
     def answer(self, i: int, attempts: int = 3):
         """The result of what worker i was asked for last, again after a restart."""
@@ -2590,7 +2538,6 @@ PRESETS = {
     "tiny": {
         "tasks": (0,),
         "num_envs": 4,
-        "env_groups": 2,
         "train_init_states": 40,
         "episodes_per_task": 1,
         "render": "osmesa",
@@ -2619,11 +2566,6 @@ PRESETS = {
 }
 
 
-def with_absolute_model(args):
-    """A folder in --model by its whole path: the run may be resumed from elsewhere."""
-    return dataclasses.replace(args, model=os.path.abspath(args.model)) if os.path.isdir(args.model or "") else args
-
-
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; what it does not say, the run of --resume, the policy of --evaluate or --model, or --preset does."""
     argv = sys.argv[1:] if argv is None else argv
@@ -2633,20 +2575,21 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if preset not in PRESETS:
         raise ArgumentError(f"--preset {preset} must be one of {', '.join(PRESETS)}")
     default = Args(preset=preset, **PRESETS[preset])
-    args = with_absolute_model(tyro.cli(Args, args=argv, default=default))
+    args = tyro.cli(Args, args=argv, default=default)
     if args.resume is True and args.model and os.path.isdir(args.model):  # the suite in the folder's name may be the policy's
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
     if args.resume and not args.overwrite:
         saved = saved_args(run_folder_of(args))
-        return with_absolute_model(dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume))
-    if args.evaluate or args.model:
+        args = dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume)
+    elif args.evaluate or args.model:
         check_args(args)  # before a download
         saved = saved_interface(args)
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved))
         if args.suite != saved.get("suite", args.suite):  # whose numbers of tasks and statistics mean nothing here
             saved |= {name: getattr(default, name) for name in ("tasks", "unnorm_key")}
             args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved))
-    return with_absolute_model(args)
+    # A folder by its whole path: the run may be resumed from elsewhere.
+    return dataclasses.replace(args, model=os.path.abspath(args.model)) if os.path.isdir(args.model or "") else args
 
 
 def check_args(args) -> None:
@@ -2654,14 +2597,14 @@ def check_args(args) -> None:
     rollout = args.num_envs * args.num_steps * CHUNK
     buffer = max(args.buffer_size, rollout)
     limits = {name: (0, 1e12, "0 or more") for name, value in vars(args).items() if isinstance(value, int | float)}
-    positive = "total_timesteps num_envs env_groups train_init_states episodes_per_task camera_size env_timeout temperature"
+    positive = "total_timesteps num_envs train_init_states episodes_per_task camera_size env_timeout temperature"
     positive += " num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate reward_scale max_grad_norm"
     positive += " sigma sigma_neg_ratio clip_coef sapo_tau_pos sapo_tau_neg demos_per_state clone_batch clone_learning_rate"
-    positive += " checkpoint_every lora_rank lora_alpha env_start_timeout demo_timeout"
+    positive += " checkpoint_every lora_rank lora_alpha env_start_timeout"
     limits |= dict.fromkeys(positive.split(), (1e-12, 1e12, "positive"))
     limits |= dict.fromkeys("gamma gae_lambda lr_warmup".split(), (0, 1, "between 0 and 1"))
     limits["num_steps"] = (2, 1e12, "2 or more")  # a rollout of one chunk, in which all episodes end, teaches nothing
-    limits |= dict.fromkeys("env_timeout env_start_timeout demo_timeout".split(), (1e-12, 1e6, "positive, at most 1e6"))
+    limits |= dict.fromkeys("env_timeout env_start_timeout".split(), (1e-12, 1e6, "positive, at most 1e6"))
     limits |= {"noop_gripper": (-1, 1, "between -1 and 1"), "train_init_states": (1, 50, "between 1 and 50, a task's number")}
     least = 1 if args.evaluate else 0
     limits["eval_episodes"] = (least, 50, f"between {least} and 50: a task has 50 initial states")
@@ -2991,7 +2934,8 @@ def frozen_fingerprint(agent: Agent) -> int:
 def training_state(agent: Agent, optimizer) -> dict[str, torch.Tensor]:
     """Trained weights and AdamW's averages and step counts, under the names of the parameters."""
     names = {p: name for name, p in agent.named_parameters()}
-    state = {f"model/{name}": value for name, value in trained_state(agent).items()}
+    trained = {name for p, name in names.items() if p.requires_grad} | {"adv_std_peak"}
+    state = {f"model/{name}": value for name, value in agent.state_dict().items() if name in trained}
     return state | {f"{key}/{names[p]}": v for p, values in optimizer.state.items() for key, v in values.items()}
 
 
@@ -2999,12 +2943,11 @@ def load_training_state(folder: Path, agent: Agent, optimizer) -> None:
     """Put back what `training_state` gave, whatever number of processes has written it."""
     with reading(folder, "--overwrite instead of --resume starts the run anew"):
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        state = {f"model/{name}": value for name, value in trained_state(agent).items()}
         for name, p in agent.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}/{name}" in stored:
-                    step = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
-                    optimizer.state[p][key] = state[f"{key}/{name}"] = step if key == "step" else torch.zeros_like(p)
+            if f"step/{name}" in stored:
+                step = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
+                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state = training_state(agent, optimizer)
         if state.keys() != stored.keys():
             raise ArgumentError(f"{folder} trains other parameters: use its --model, --train, --lora-rank and --use-proprio")
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process reads alone
@@ -3223,16 +3166,16 @@ def collect_demonstrations(args, path: Path, tasks, init_states, per_state: int)
     envs = VectorEnv(args, min(args.num_envs, max(total, 1)))
     try:
         while todo or running:
-            for i in [i for i in range(envs.num_envs) if i not in running][: len(todo)]:
-                running[i] = todo.popleft()
-                rng = np.random.default_rng([1, *running[i]])  # runs of all seeds share them
-                envs.send(i, scripted_expert, *running[i][:2], args.demo_noise, rng)
-            for i in envs.answered(list(running)):
-                save_npz(parts / "{}-{}-{}.npz".format(*running[i]), envs.answer(i) or {})
-                del running[i]
-                done += 1
-                left = round((time.time() - start) / done * (total - done))
-                say(f"demonstrations: {done}/{total}, left {left // 60}m{left % 60:02d}s")
+            for i in range(envs.num_envs):
+                if i in running:
+                    save_npz(parts / "{}-{}-{}.npz".format(*running.pop(i)), envs.answer(i) or {})
+                    done += 1
+                    left = round((time.time() - start) / done * (total - done))
+                    say(f"demonstrations: {done}/{total}, left {left // 60}m{left % 60:02d}s")
+                if todo:
+                    running[i] = todo.popleft()
+                    rng = np.random.default_rng([1, *running[i]])  # runs of all seeds share them
+                    envs.send(i, scripted_expert, *running[i][:2], args.demo_noise, rng)
     finally:
         envs.close()
     demos, ends = [], [0]

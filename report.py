@@ -80,7 +80,7 @@ AS_BEFORE = {
     | {"sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05, "lr_schedule": "constant", "lr_warmup": 0.0, "generation_batch": None},
     "advantage": {"reward": "sparse", "success_reward": None, "step_penalty": 0.0, "generation_batch": None}
     | {"r_succ": 10.0, "normalize_distance": False, "slippery": 0.0, "plot_graph": False},
-    "suite": {"fast_env": False, "episodes_per_task": 1},
+    "suite": {"fast_env": False, "episodes_per_task": 1, "env_groups": 2, "task_sampling": "failure", "demo_timeout": 1800.0},
 }
 # What matters to a language model only, some under an earlier name.
 MODEL_ONLY = (

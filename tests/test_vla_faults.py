@@ -218,7 +218,7 @@ def test_adapters_in_pefts_format(public, tmp_path):
         (["--preset=huge"], "--preset huge must be one of none, tiny"),
         (["--preset", "tiny", "--noop-gripper", "2"], "--noop-gripper 2.0 must be between -1 and 1"),
         (["--preset", "tiny", "--eval-temperature", "-1"], "--eval-temperature"),
-        (["--preset", "tiny", "--demo-timeout", "0"], "--demo-timeout"),
+        (["--preset", "tiny", "--env-start-timeout", "0"], "--env-start-timeout"),
         (["--preset", "tiny", "--revision", "main"], "--revision"),
         (["--preset", "tiny", "--exp-name", "a/b"], "--exp-name"),
         (["--no-cuda", "--evaluate", ""], "--model is missing"),
@@ -330,7 +330,8 @@ def test_a_simulator_that_cannot_be_started_ends_the_program(monkeypatch):
     monkeypatch.setattr(vla, "render_variables", lambda render: {})
     args = dataclasses.replace(tiny_args(), num_envs=2)
     envs = vla.VectorEnv(args)
-    envs.inbox[0] = ("error", "its process died or froze")
+    envs.processes[0].kill()
+    envs.send(0, vla.LiberoEnv.reset, 0, 0)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with pytest.raises(BlockingIOError):
         envs.receive(0)

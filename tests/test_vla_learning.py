@@ -367,7 +367,7 @@ def test_rows_of_replaced_simulators_alone_in_a_piece():
 
 
 def test_a_simulator_stays_on_its_task():
-    args, rng = SimpleNamespace(tasks=(0, 1, 2), task_sampling="uniform", train_init_states=40), np.random.default_rng(0)
+    args, rng = SimpleNamespace(tasks=(0, 1, 2), train_init_states=40), np.random.default_rng(0)
     args.episodes_per_task = 4
     failures, episode, tasks, later = {t: [] for t in range(3)}, {}, [], set()
     for _ in range(400):
@@ -378,22 +378,15 @@ def test_a_simulator_stays_on_its_task():
     assert later == set(range(40))  # of training's initial states alone, and a new one each time
     blocks = np.reshape(tasks, (100, 4))
     assert (blocks == blocks[:, :1]).all() and set(blocks[:, 0]) == {0, 1, 2}
-    args.episodes_per_task = 1
-    a, b = np.random.default_rng(5), np.random.default_rng(5)
-    assert [vla.next_episode(episode, failures, args, a)[:2] for _ in range(9)] == [
-        vla.sample_task(failures, args, b) for _ in range(9)
-    ]
 
 
 def test_tasks_that_fail_are_drawn_more_often():
     failures = {0: [1.0] * 9, 1: [0.0] * 9}
-    args, rng = SimpleNamespace(tasks=(0, 1), task_sampling="failure", train_init_states=40), np.random.default_rng(0)
-    draws = [vla.sample_task(failures, args, rng) for _ in range(4000)]
-    share = np.mean([task == 0 for task, _ in draws])
+    args, rng = SimpleNamespace(tasks=(0, 1), episodes_per_task=1, train_init_states=40), np.random.default_rng(0)
+    draws = [vla.next_episode({}, failures, args, rng) for _ in range(4000)]
+    share = np.mean([task == 0 for task, *_ in draws])
     assert abs(share - 10 / 11) < 0.02
-    assert {state for _, state in draws} == set(range(40))
-    args.task_sampling = "uniform"
-    assert abs(np.mean([vla.sample_task(failures, args, rng)[0] for _ in range(4000)]) - 0.5) < 0.03
+    assert {state for _, state, _ in draws} == set(range(40)) and {repeat for *_, repeat in draws} == {1}
 
 
 def test_videos_show_their_own_task(tmp_path, monkeypatch):

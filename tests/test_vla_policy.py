@@ -585,7 +585,7 @@ def test_trained_state(weights, tmp_path):
             if p.requires_grad:
                 p.data.add_(0.01 * torch.randn_like(p))
         agents.append(agent)
-    state = vla.trained_state(agents[0])
+    state = vla.training_state(agents[0], optimizer_of(agents[0]))  # without a step yet: the trained weights alone
     assert sum(v.numel() for v in state.values()) < 0.5 * sum(p.numel() for p in agents[0].parameters())
     assert not torch.equal(agents[0](*inputs())[0], agents[1](*inputs())[0])
     vla.dcp.save(vla.training_state(agents[0], optimizer_of(agents[0])), checkpoint_id=tmp_path / "weights", no_dist=True)

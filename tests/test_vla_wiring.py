@@ -36,7 +36,7 @@ class Toys:
 
 def train_on_toys(monkeypatch, tmp_path, **flags):
     """train() of a random policy: -> result, replay at the checkpoints, names of the saved policies."""
-    settings = {"tasks": (0,), "num_envs": 2, "env_groups": 1, "minibatch_size": 64, "buffer_size": 128}
+    settings = {"tasks": (0,), "num_envs": 2, "minibatch_size": 64, "buffer_size": 128}
     settings |= {"updates_per_iteration": 1, "critic_warmup": 1, "total_timesteps": 128, "eval_every": 0, "eval_episodes": 1}
     args, replays, saved = tiny_args(**settings | {"run_dir": str(tmp_path)} | flags), [], []
     agent, interface = tiny_agent(args)
