@@ -2120,13 +2120,16 @@ def test_the_benchmark_page_says_what_version_2_says():
     never = {task.removesuffix("-v3"): (np.array(end) == 0).sum() for task, end in zip(tasks, ends, strict=True)}
     assert never == {"button-press-topdown": 0, "door-open": 0, "drawer-open": 1, "push": 3}
     assert "it reaches no goal of push in three seeds, and none of drawer-open in one." in text
-    without, ends = (report.values(rows["20000", "none"], tasks, report.SCORES[score]) for score in ("area", "success"))
-    assert sum(map(len, without)) == sum(map(len, sapo)) == 12
-    area = f"{report.mean_of_tasks(without):.2f}"
-    words = f"With 20,000 steps the area is {area} without "
-    assert f"{words}either. With 100,000" in readme
-    assert f"{words}either. GIPO's is larger in all twelve pairs." in text
-    assert f"such runs have reached {100 * report.mean_of_tasks(ends):.0f} % of the goals." in text
+    without, ends = [], []
+    for size in (5_120, 20_000):
+        areas = [very_old_areas(name, size) for name in ("gipo", "none")]
+        assert areas[1].size == 12 and (areas[0] > areas[1]).all()  # "larger in every pair"
+        without.append(areas[1].mean())
+        ends.append(100 * very_old_areas("none", size, "success").mean())
+        assert areas[1].mean() < areas[0].mean() * (0.51 if size == 5_120 else 1 / 3)  # "half of GIPO's", "less than a third"
+    words = "Without either the area is {:.2f} with 5,120 steps, and {:.2f} with 20,000.".format(*without)
+    assert f"{words} GIPO's is larger in every pair." in text
+    assert "Such runs end at {:.0f} % and {:.0f} % of the goals.".format(*ends) in text
     leads = dict(zip(tasks, gaps(old, narrow), strict=True))  # "all ten pairs on the first two tasks, and in four of ten"
     first = [leads.pop(f"{name}-v3") for name in ("door-open", "button-press-topdown")]
     assert (np.concatenate(first) > 0).all() and (np.concatenate([*leads.values()]) > 0).sum() == 4
