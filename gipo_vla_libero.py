@@ -166,7 +166,7 @@ class Args:
     train_init_states: int = 50
     """RL starts episodes from the first k of the 50 initial states of a task; 50, as others do: all that evaluation uses"""
     episodes_per_task: int = 4
-    """episodes in a row of a simulator on one task: another scene takes 3 to 6 s to compile, and its whole group waits"""
+    """episodes in a row of a simulator on one task: another scene takes 3 to 6 s to compile, while others wait"""
     render: Literal["auto", "egl", "osmesa"] = "auto"
     """MuJoCo's renderer; auto: EGL on a machine with an NVIDIA GPU, else (or when EGL fails) OSMesa"""
     camera_size: int = 256
@@ -185,7 +185,7 @@ class Args:
     """the gripper's command in those steps: -1 opens, 0 holds (RLinf)"""
     env_timeout: float = 120.0
     """seconds for a chunk, after which a simulator that does not answer is killed and started anew"""
-    env_start_timeout: float = 600.0
+    env_start_timeout: float = 1_200.0
     """the same for a reset, before which its process may start and a scene be compiled (minutes where many start at once),
     and for a demonstration of the scripted expert"""
 
@@ -3166,16 +3166,15 @@ def collect_demonstrations(args, path: Path, tasks, init_states, per_state: int)
     envs = VectorEnv(args, min(args.num_envs, max(total, 1)))
     try:
         while todo or running:
-            for i in range(envs.num_envs):
-                if i in running:
-                    save_npz(parts / "{}-{}-{}.npz".format(*running.pop(i)), envs.answer(i) or {})
-                    done += 1
-                    left = round((time.time() - start) / done * (total - done))
-                    say(f"demonstrations: {done}/{total}, left {left // 60}m{left % 60:02d}s")
-                if todo:
-                    running[i] = todo.popleft()
-                    rng = np.random.default_rng([1, *running[i]])  # runs of all seeds share them
-                    envs.send(i, scripted_expert, *running[i][:2], args.demo_noise, rng)
+            for i in [i for i in range(envs.num_envs) if i not in running][: len(todo)]:
+                running[i] = todo.popleft()
+                rng = np.random.default_rng([1, *running[i]])  # runs of all seeds share them
+                envs.send(i, scripted_expert, *running[i][:2], args.demo_noise, rng)
+            for i in [i for i in running if envs.connections[i].poll()] or [next(iter(running))]:
+                save_npz(parts / "{}-{}-{}.npz".format(*running.pop(i)), envs.answer(i) or {})
+                done += 1
+                left = round((time.time() - start) / done * (total - done))
+                say(f"demonstrations: {done}/{total}, left {left // 60}m{left % 60:02d}s")
     finally:
         envs.close()
     demos, ends = [], [0]

@@ -1309,9 +1309,10 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # of the others a launcher or a closing terminal may send copies
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # of a closed terminal
-            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
+            if len(stop_signals) == 1:  # a launcher or that terminal may send copies
+                os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
 
     for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
         before = signal.getsignal(signum) or signal.SIG_DFL
@@ -1474,13 +1475,15 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # ==================== EVAL ====================
         evaluation = evaluation_phase()
 
-    if stop_signals or not args.eval_episodes:  # for --evaluate
-        save_models(run_folder, agent, config, None, global_step)
-    collector.close(timeout=60.0)  # simulators may take their time
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(shown)])
         say(f"\nstopped at step {global_step:,}; continue with: {how}")
+        save_models(run_folder, agent, config, None, global_step)  # for --evaluate
+        collector.close(timeout=60.0)  # simulators may take their time
         sys.exit(128 + stop_signals[0])
+    if not args.eval_episodes:
+        save_models(run_folder, agent, config, None, global_step)
+    collector.close(timeout=60.0)
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
     # Of children only where they are ours: git's counts what this process had when it was started.

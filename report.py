@@ -59,7 +59,7 @@ CURVES = {  # name in the JSON -> TensorBoard tag
 }
 # Arguments that name the run or its machine, not its outcome.
 NOT_OUTCOME = set("run_dir resume overwrite evaluate eval_every checkpoint_every capture_video track wandb_project".split())
-NOT_OUTCOME |= {"torch_threads", "async_envs", "overlap", "wandb_id", "script"}
+NOT_OUTCOME |= set("torch_threads async_envs overlap wandb_id script env_timeout env_start_timeout demo_timeout".split())
 POPO_METHODS = {  # by --exp-name, in the order of the table and of the colours; the panel of the plots
     "grpo": "methods",
     "grpo-filter": "methods",
@@ -80,7 +80,7 @@ AS_BEFORE = {
     | {"sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05, "lr_schedule": "constant", "lr_warmup": 0.0, "generation_batch": None},
     "advantage": {"reward": "sparse", "success_reward": None, "step_penalty": 0.0, "generation_batch": None}
     | {"r_succ": 10.0, "normalize_distance": False, "slippery": 0.0, "plot_graph": False},
-    "suite": {"fast_env": False, "episodes_per_task": 1, "env_groups": 2, "task_sampling": "failure", "demo_timeout": 1800.0},
+    "suite": {"fast_env": False, "episodes_per_task": 1, "env_groups": 2, "task_sampling": "failure"},
 }
 # What matters to a language model only, some under an earlier name.
 MODEL_ONLY = (

@@ -2114,19 +2114,21 @@ def test_the_benchmark_page_says_what_version_2_says():
     assert f"Its area is {mean_of_sapo}, and its runs end at {100 * report.mean_of_tasks(ends):.0f} % of the goals." in text
     for size in (5_120, 20_000):
         low, high = report.gap_and_interval([*(very_old_areas("gipo", size) - very_old_areas("sapo", size))])[1]
-        assert low < 0 < high  # "so uneven that the interval includes zero"
+        assert low < 0 < high  # "with no size of the replay are their areas told apart"
     on_push = [100 * very_old_areas(name, 5_120, "success")[VERY_OLD_TASKS.index("push")].mean() for name in ("sapo", "gipo")]
     assert "on push its runs end at {:.0f} % of the goals and GIPO's at {:.0f} %.".format(*on_push) in text
     never = {task.removesuffix("-v3"): (np.array(end) == 0).sum() for task, end in zip(tasks, ends, strict=True)}
     assert never == {"button-press-topdown": 0, "door-open": 0, "drawer-open": 1, "push": 3}
     assert "it reaches no goal of push in three seeds, and none of drawer-open in one." in text
-    without, ends = [], []
+    without, ends, shares = [], [], []
     for size in (5_120, 20_000):
         areas = [very_old_areas(name, size) for name in ("gipo", "none")]
         assert areas[1].size == 12 and (areas[0] > areas[1]).all()  # "larger in every pair"
         without.append(areas[1].mean())
         ends.append(100 * very_old_areas("none", size, "success").mean())
-        assert areas[1].mean() < areas[0].mean() * (0.51 if size == 5_120 else 1 / 3)  # "half of GIPO's", "less than a third"
+        shares.append(areas[1].mean() / areas[0].mean())
+    assert "the area is half of GIPO's with 5,120 steps, and less than a third with 20,000." in readme
+    assert abs(shares[0] - 0.5) < 0.02 and 0.25 < shares[1] < 1 / 3
     words = "Without either the area is {:.2f} with 5,120 steps, and {:.2f} with 20,000.".format(*without)
     assert f"{words} GIPO's is larger in every pair." in text
     assert "Such runs end at {:.0f} % and {:.0f} % of the goals.".format(*ends) in text

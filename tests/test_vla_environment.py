@@ -36,7 +36,7 @@ def make_args(**changes):
         "noop_steps": 10,
         "noop_gripper": -1.0,
         "env_timeout": 120.0,
-        "env_start_timeout": 600.0,
+        "env_start_timeout": 1200.0,
         "seed": 1,
         "num_envs": 2,
     }

@@ -383,7 +383,8 @@ def test_a_simulator_stays_on_its_task():
 def test_tasks_that_fail_are_drawn_more_often():
     failures = {0: [1.0] * 9, 1: [0.0] * 9}
     args, rng = SimpleNamespace(tasks=(0, 1), episodes_per_task=1, train_init_states=40), np.random.default_rng(0)
-    draws = [vla.next_episode({}, failures, args, rng) for _ in range(4000)]
+    before = {"task": 1, "init_state": 0, "repeat": 1}  # of one episode on a task no second follows
+    draws = [vla.next_episode(before, failures, args, rng) for _ in range(4000)]
     share = np.mean([task == 0 for task, *_ in draws])
     assert abs(share - 10 / 11) < 0.02
     assert {state for _, state, _ in draws} == set(range(40)) and {repeat for *_, repeat in draws} == {1}

@@ -575,7 +575,7 @@ def optimizer_of(agent):
     return torch.optim.AdamW(vla.optimizer_parameters(agent), lr=1e-3)
 
 
-def test_trained_state(weights, tmp_path):
+def test_training_state(weights, tmp_path):
     agents = []
     for seed in (1, 2):
         torch.manual_seed(seed)
