@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -360,12 +361,14 @@ def test_logprobs_of_training_are_at_the_sampling_temperature(tmp_path):
 
 @pytest.mark.parametrize("method", ["popo", "grpo"])
 def test_it_learns(method, tmp_path):
-    """Two numbers from nothing but the reward; with the sign flipped it gets worse instead."""
+    """Two numbers from nothing but the reward; with the sign flipped it gets worse instead. Single seeds may gain little."""
     flags = f"--env-id countdown-2 {NET} --warmup-steps 150 --warmup-learning-rate 3e-3 --learning-rate 1e-3 --eval-every 0"
     flags += " --total-timesteps 15000"
-    result, _ = run_inline(tmp_path, f"{flags} --eval-episodes 64 --eval-samples 8 --method {method}")
-    start = result["curve"][0]["success_rate"]
-    assert 0.15 < start < 0.3 and result["eval_success_rate"] > start + 0.08
+    flags += f" --eval-episodes 64 --eval-samples 8 --method {method}"
+    results = [run_inline(tmp_path, f"{flags} --seed {seed}")[0] for seed in (2, 3, 4)]
+    start = statistics.mean(result["curve"][0]["success_rate"] for result in results)
+    end = statistics.mean(result["eval_success_rate"] for result in results)
+    assert 0.15 < start < 0.3 and end > start + 0.08
 
 
 # -------------------- Resuming --------------------
