@@ -215,8 +215,7 @@ class Args:
     """--model: answers per training pass. Lower it if the memory runs out (with TextWorld's prompts of 200 tokens 8 take 8 GB,
     32 take 15)"""
     generation_batch: int | None = None
-    """--model: answers generated at once, side by side; their keys and values must fit (default: 8 *
-    micro_batch)"""
+    """--model: answers generated at once, side by side; their keys and values must fit (default: 8 * micro_batch)"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """--model: autocast to this type; weights stay float32, logits do not, so log-probabilities are rounded"""
 

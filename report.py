@@ -1461,9 +1461,8 @@ def read_runs(folders: list[Path]) -> tuple[dict[tuple[str, str], list[dict]], l
     finished = [run for by_seed in found.values() for _, run in by_seed.values()]
     own |= {(run["env_id"], run["args"].get("buffer_size")) for run in finished}
     own |= {(task, 0) for task, _ in own}  # without replay
-    copies = {
-        (identity(run), run["sps"]) for run in finished
-    }  # benchmark.sh collects its runs; a repetition has another speed
+    # benchmark.sh collects its runs; a repetition has another speed.
+    copies = {(identity(run), run["sps"]) for run in finished}
     for folder in (folder for folder in folders if stored_files(folder)):
         if "curves" not in read(stored_files(folder)[0], COMPARED):
             raise ReportError(f"--compare {folder}: its runs have no training curves, so that only their own table shows them")
@@ -1721,11 +1720,9 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             parts += [f"On the same replay, by the tasks and seeds that both have{words}:", table] if table else []
         complete = readme_runs(main)
         three = readme_runs([run for run in main if run["seed"] in README_SEEDS])  # equal seeds at every size
-        parts += (
-            ["Means instead of interquartile means, seeds 4 to 6, as in the README:", readme_table(three, intervals=True)]
-            if three
-            else []
-        )
+        if three:
+            parts += ["Means instead of interquartile means, seeds 4 to 6, as in the README:"]
+            parts += [readme_table(three, intervals=True)]
         by_task = [found for tasks in cells(main).values() for found in tasks.values()]
         whole = [run for found in by_task if {run["seed"] for run in found} >= {*README_SEEDS} for run in found]
         every_row, shared_scope = shared(whole or main) if main else ([], "")  # without rows that were only begun
@@ -1769,9 +1766,8 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             words["seeds"] = f"seeds {min(README_SEEDS)} to {max(README_SEEDS)}"
             link = f"[Per task, with intervals and diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
-            readme_block = (
-                "\n\n".join([text, readme_table([run for run in three if run["regime"] in README_SIZES]), link]) + "\n"
-            )
+            shown = readme_table([run for run in three if run["regime"] in README_SIZES])
+            readme_block = f"{text}\n\n{shown}\n\n{link}\n"
             own_cells = {(run["regime"], run["env_id"], run["seed"]) for run in complete}  # other methods may lack some
             lead_block = lead_table([r for r in main if (r["regime"], r["env_id"], r["seed"]) in own_cells]) + "\n"
             paper_block = paper_table(known) + "\n"

@@ -179,6 +179,7 @@ def test_a_signal_and_its_copies(script, signum, tmp_path):
         time.sleep(0.005)  # time to handle one: those that wait together arrive as one
     output = process.communicate(timeout=120)[0]
     assert process.returncode in (128 + signum, -signum)  # the latter: one came after all was done
+    assert output.count("stopping soon") == 1
     (steps,) = re.findall(r"stopped at step ([0-9,]+)", output)
     args = read_json(folder / "args.json")
     rollout = args["num_envs"] * args["num_steps"]
