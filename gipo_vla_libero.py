@@ -239,8 +239,9 @@ class Args:
     """rollouts whose updates train the critic only (15 helped the tiny preset; never tuned at full size)"""
     learning_rate: float = 1e-5
     """AdamW step size of the policy (AcceRL's; LoRA: 1e-5 to 1e-4)"""
-    critic_learning_rate: float = 1e-4
-    """AdamW step size of the value head (AcceRL's)"""
+    critic_learning_rate: float = 1e-5
+    """AdamW step size of the value head (AcceRL's is 1e-4 after 500 steps of warm-up; here the first step of that size would
+    move all values by 1 to 4, more than the rewards' whole range)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """how both step sizes fall to 0 over the run"""
     lr_warmup: float = 0.02
@@ -2440,7 +2441,7 @@ def self_check(agent: Agent, batch: dict, temperature: float = 1.0) -> dict:
     exact = agent.language_model["model"].norm.weight.dtype == torch.float32
     if not result["fresh_log_ratio"] < (1e-2 if exact else 0.1):
         text = f"the log ratio on fresh data is {result['fresh_log_ratio']:.3f}, not 0: rollout and update disagree"
-        raise ArgumentError(f"{text}; with --torch-compile they round bfloat16 in different places: drop it")
+        raise ArgumentError(f"{text}; if --torch-compile is given, drop it: it may round bfloat16 in different places")
     uniform = math.log(agent.config.bins)
     if result["entropy"] > 0.9 * uniform:
         text = f"the actions are nearly uniform (entropy per token {result['entropy']:.2f}, uniform {uniform:.2f})"

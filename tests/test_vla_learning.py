@@ -317,6 +317,17 @@ def test_policy_gradient_on_fresh_data(method):
     assert stats["gipo/replay_logratio_max"] < 1e-4
 
 
+def test_the_critics_first_step_at_full_width_stays_within_the_rewards_range():
+    """Adam moves every weight by the step size, so that the wider the head, the further the first step moves its values."""
+    torch.manual_seed(0)
+    head, hidden, targets = vla.ValueHead(4096, 4096), torch.randn(32, 8, 4096), torch.rand(32)
+    before = head(hidden)
+    optimizer = torch.optim.AdamW(head.parameters(), vla.Args().critic_learning_rate)
+    (before - targets).square().mean().backward()
+    optimizer.step()
+    assert 0.02 < float((head(hidden) - before).abs().mean()) < 0.5
+
+
 def test_critic_warmup_leaves_the_policy_alone():
     args = tiny_args(max_grad_norm=1e9)
     agent, interface = tiny_agent(args)
