@@ -406,7 +406,7 @@ class Sokoban:
         self.held_out, self.made = frozenset(), {}
 
     def make_level(self, level: tuple) -> tuple:
-        """-> walls, boxes, targets (cells,) bool, player, shortest solution. Training levels are never held-out ones."""
+        """-> walls, boxes, targets (cells,) bool, player, shortest solution. No training level is a held-out one."""
         args, rng = self.args, np.random.default_rng(level)
         for _ in range(10_000):
             walls = self.border.ravel().copy()
@@ -629,12 +629,16 @@ def observations(envs, rows, args) -> np.ndarray:
 
 
 def make_env(args, num_envs: int):
-    """N parallel episodes of `--env-id`."""
+    """N parallel episodes of `--env-id`, all at the start of the first held-out level: one that can be made."""
     kinds = {"Sokoban": Sokoban, "tw": TextWorld, "MiniGrid": MiniGrid, "BabyAI": MiniGrid}
     kind = kinds[args.env_id.split("-")[0]]
     try:
-        return kind(args, num_envs)
-    except Exception as error:  # an id that the package does not know, another package missing, ...
+        envs = kind(args, num_envs)
+        envs.reset([(0, 0)] * num_envs)
+        return envs
+    except ArgumentError:
+        raise
+    except Exception as error:  # an id that the package does not know, another package or a file of it missing, ...
         raise ArgumentError(f"--env-id {args.env_id} cannot be built: {' '.join(str(error).split())}") from error
 
 
@@ -741,9 +745,13 @@ def load_language_model(name: str):
     ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:  # a base model's own end may be another token than the one that ends its template's turns
         turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
-        _, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
-        first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
-        ends |= {token for token in first if getattr(tokenizer.added_tokens_decoder.get(token), "special", False)}
+        try:
+            _, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
+            first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+            ends |= {token for token in first if getattr(tokenizer.added_tokens_decoder.get(token), "special", False)}
+        except Exception as error:  # a translation model's template, say, takes no such turns
+            say(f"warning: the chat template of --model {name} is left out, it fails: {' '.join(str(error).split())[:300]}")
+            tokenizer.chat_template = None
     return model, tokenizer, ends
 
 
@@ -868,7 +876,6 @@ def make_agent(args, envs):
     if args.model is None:
         return Agent(envs.obs_dim, envs.num_actions, args)
     agent = LanguageAgent(args)
-    envs.reset([(0, 0)] * envs.num_envs)
     refuse_too_long(agent.model, agent.encode(envs.prompts([0]))[0], args)
     return agent
 

@@ -929,9 +929,13 @@ def load_language_model(name: str):
     ends = {*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:  # a base model's own end may be another token than the one that ends its template's turns
         turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
-        _, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
-        first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
-        ends |= {token for token in first if getattr(tokenizer.added_tokens_decoder.get(token), "special", False)}
+        try:
+            _, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
+            first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+            ends |= {token for token in first if getattr(tokenizer.added_tokens_decoder.get(token), "special", False)}
+        except Exception as error:  # a translation model's template, say, takes no such turns
+            say(f"warning: the chat template of --model {name} is left out, it fails: {' '.join(str(error).split())[:300]}")
+            tokenizer.chat_template = None
     return model, tokenizer, ends
 
 
@@ -1541,7 +1545,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         line += f"  effective {scalars['batch/effective_frac_fresh']:4.0%}  {sps:5.1f} rollouts/s"
         line += f"  left {left // 60}m{left % 60:02d}s"
         progress(line, last=iteration == num_iterations)
-        idle = 0 if effective or replayed or not arrived else idle + 1
+        useful = effective or any(is_effective(group["rewards"]) for group in replayed)  # --replay ineff replays no such ones
+        idle = 0 if useful or not arrived else idle + 1
         if idle in (1, 10, 100):
             progress.message(why_nothing_is_learned(torch.stack([group["rewards"] for group in arrived]), args))
         if passed(args.eval_every) or iteration == 1:

@@ -242,6 +242,8 @@ def test_minigrid_is_learned(tmp_path):
         ({"min_solution": 9, "max_solution": 8}, "--min-solution 9 must be from 1 to --max-solution 8"),
         ({"max_solution": 20}, "--max-solution 20 must not exceed the 15 steps of --max-steps"),
         ({"wall_density": 1.0}, "--wall-density, --min-solution and --max-solution leave hardly any Sokoban level"),
+        ({"wall_density": 1.0, "eval_episodes": 0}, "--wall-density, --min-solution and --max-solution leave hardly any"),
+        ({"env_id": "MiniGrid-WFC-MazeSimple-v0"}, "--env-id MiniGrid-WFC-MazeSimple-v0 cannot be built: "),  # at its reset
         ({"evaluate": "nothing.pt"}, "--evaluate 'nothing.pt' is no file"),
         ({"learning_rate": math.inf}, "--learning-rate inf must be positive and finite"),
         ({"seed": 2**64}, "--seed 18446744073709551616 must be between 0 and 4,294,967,295"),

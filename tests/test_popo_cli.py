@@ -531,6 +531,14 @@ def test_a_checkpoint_of_another_network_is_refused(flag, tmp_path, monkeypatch)
     assert (folder / "args.json").read_text() == before
 
 
+@pytest.mark.parametrize("replay", ["popo", "ineff"])
+def test_a_run_that_learns_nothing_says_so_again(replay, tmp_path, capsys):
+    """At the first and the tenth such iteration; `ineff` replays groups from which nothing can be learned either."""
+    flags = "--env-id countdown-4 --warmup-steps 0 --num-prompts 2 --group-size 2 --updates-per-iteration 1 --hidden-size 16"
+    run_inline(tmp_path, f"{flags} --total-timesteps 48 --eval-episodes 0 --replay {replay}")
+    assert capsys.readouterr().out.count("answers scored 0: nothing to learn from") == 2
+
+
 def test_a_forks_run_is_continued_by_the_fork(tmp_path, command):
     """It may differ in the code alone."""
     _, folder = run_inline(tmp_path, f"{TWO} --total-timesteps 64")

@@ -71,6 +71,16 @@ def test_base_models_without_a_chat_template_get_plain_text(tmp_path, capsys):
     assert capsys.readouterr().out == f"--model {tmp_path} has no chat template: it is asked in plain text\n"
 
 
+@pytest.mark.parametrize("prompt", ["chat", "few-shot"])
+def test_a_chat_template_that_fails_is_left_out(prompt, tmp_path, capsys):
+    """As that of a translation model, which wants other turns than a question and an answer."""
+    refusing = "{{ raise_exception('a system turn is needed') }}"
+    task, _ = popo.make_task_and_policy(arguments(save_model(tmp_path, refusing), tmp_path, prompt=prompt))
+    tokens, mask = task.prompts(task.problems(1, test=False))
+    assert task.tokenizer.decode(tokens[0][mask[0]]).startswith("Using" if prompt == "chat" else "use 3 5 2")
+    assert f"the chat template of --model {tmp_path} is left out, it fails: a system turn is nee" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("date", ["date_string if date_string is defined else strftime_now('%d')", "strftime_now('%d %b %Y')"])
 def test_a_template_that_writes_the_date_writes_always_the_same(date, tmp_path):
     """As Llama 3.2's and SmolLM3's do, or a run that is resumed on another day would have other prompts."""
