@@ -506,7 +506,17 @@ class Collector:
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
         vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
         thunks = [functools.partial(build_env, make_env(args, i), i, args.seed, os.getpid()) for i in range(args.num_envs)]
-        self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        # Gymnasium shows the traceback of a process by this function, which fails where there is a % in it.
+        gym.logger.error = lambda text, *_: warnings.warn(text, stacklevel=2)
+        before = multiprocessing.active_children()
+        try:
+            self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        except (EOFError, ConnectionError) as error:
+            for process in {*multiprocessing.active_children()} - {*before}:  # for which Python would wait at its end
+                process.kill()
+            if not args.async_envs:  # the environment's own
+                raise
+            raise RuntimeError("a process of --async-envs could not build its environment; it tells why above") from error
         self.obs_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
 
     def sizes(self) -> tuple[int, int, int]:
@@ -552,7 +562,7 @@ class Collector:
             try:
                 obs_np, rewards, terminations, truncations, infos = self.envs.step(env_action)
             except (EOFError, ConnectionError) as error:
-                if not self.args.async_envs:  # the environment's own
+                if not self.args.async_envs or None in self.envs.parent_pipes:  # the environment's own
                     raise
                 raise RuntimeError("a process of --async-envs has died, perhaps killed for want of memory") from error
             seconds["policy"] += t1 - t0
@@ -588,8 +598,14 @@ class Collector:
             raise BadNumber(f"--env-id {self.args.env_id}: {what}")
 
     def close(self) -> None:
-        with contextlib.suppress(EOFError, BrokenPipeError):  # a process of --async-envs that has died
-            self.envs.close(timeout=1.0)  # it waits for the others, which have answered already
+        try:
+            self.envs.close(timeout=1.0)  # it waits for all answers, which have come already
+        except (EOFError, ConnectionError):  # a process of --async-envs has died, and the others were told nothing
+            for pipe in filter(None, self.envs.parent_pipes):
+                pipe.close()
+            for process in self.envs.processes:
+                process.join(1.0)
+                process.kill()
 
 
 def follow_parent() -> None:
@@ -608,7 +624,26 @@ def build_env(thunk, idx: int, seed: int, creator: int) -> gym.Env:
         random.seed(1000 * seed + idx)  # or all would draw the same numbers
         np.random.seed(1000 * seed + idx)
         torch.manual_seed(1000 * seed + idx)
+        env = thunk()
+        env.reset, env.step = sendable(env.reset), sendable(env.step)
+        return env
     return thunk()
+
+
+def sendable(function):
+    """The function, with exceptions that AsyncVectorEnv can send and raise again: for others it waits for ever."""
+
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            try:
+                type(error)(pickle.loads(pickle.dumps(error)))
+            except Exception:
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+            raise
+
+    return call
 
 
 def convert(tree, kind: type, function):
@@ -869,39 +904,44 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
         if stop_signals:
             break
         render = ["rgb_array" if video_dir and i == 0 else None for i in range(min(num_episodes, MAX_EVAL_ENVS))]
-        envs = [make_env(args, task_idx, render_mode)() for render_mode in render]
-        for first in range(0, num_episodes, len(envs)):
-            running, frames, last_infos = {}, [], {}  # running: env -> observation
-            for episode, env in zip(range(first, num_episodes), envs, strict=False):
-                if has_goals:
-                    env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
-                    env.unwrapped.set_task(env.get_wrapper_attr("tasks")[episode])
-                running[env] = env.reset(seed=10_000 + episode)[0]
-            while running and not stop_signals:
-                if video_dir and first == 0 and envs[0] in running and len(envs[0].get_wrapper_attr("actions")) % 4 == 0:
-                    frames.append(envs[0].render())
-                obs = torch.as_tensor(np.stack([*running.values()]), dtype=torch.float32, device=agent.obs_mean.device)
-                if not obs.abs().max() <= MAX_MAGNITUDE:
-                    raise BadNumber(f"--env-id {args.env_id}: an observation of an evaluation is {obs.abs().max().item()}")
-                action, *_ = agent.get_action_and_logprob(obs, deterministic=True)
-                for env, env_action in zip([*running], to_env_action(action.cpu().numpy(), envs[0].action_space), strict=True):
-                    running[env], _, terminated, truncated, info = env.step(env_action)
-                    if terminated or truncated:
-                        del running[env]
-                        last_infos[env] = info
-            if stop_signals:
-                break
-            for env in envs[: num_episodes - first]:
-                returns.append(last_infos[env]["return"])
-                successes.append(last_infos[env]["success"])
-            if frames:
-                from moviepy import ImageSequenceClip
+        with contextlib.ExitStack() as at_end:
+            envs = [at_end.enter_context(contextlib.closing(make_env(args, task_idx, mode)())) for mode in render]
+            for first in range(0, num_episodes, len(envs)):
+                running, frames, last_infos = {}, [], {}  # running: env -> observation
+                for episode, env in zip(range(first, num_episodes), envs, strict=False):
+                    if has_goals:
+                        env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
+                        env.unwrapped.set_task(env.get_wrapper_attr("tasks")[episode])
+                    running[env] = env.reset(seed=10_000 + episode)[0]
+                while running and not stop_signals:
+                    if video_dir and first == 0 and envs[0] in running and len(envs[0].get_wrapper_attr("actions")) % 4 == 0:
+                        frames.append(envs[0].render())
+                    obs = torch.as_tensor(np.stack([*running.values()]), dtype=torch.float32, device=agent.obs_mean.device)
+                    if not obs.abs().max() <= MAX_MAGNITUDE:
+                        raise BadNumber(f"--env-id {args.env_id}: an observation of an evaluation is {obs.abs().max().item()}")
+                    action, *_ = agent.get_action_and_logprob(obs, deterministic=True)
+                    env_actions = to_env_action(action.cpu().numpy(), envs[0].action_space)
+                    for env, env_action in zip([*running], env_actions, strict=True):
+                        running[env], _, terminated, truncated, info = env.step(env_action)
+                        if terminated or truncated:
+                            del running[env]
+                            last_infos[env] = info
+                if stop_signals:
+                    break
+                for env in envs[: num_episodes - first]:
+                    returns.append(last_infos[env]["return"])
+                    successes.append(last_infos[env]["success"])
+                if frames:
+                    from moviepy import ImageSequenceClip
 
-                video_dir.mkdir(parents=True, exist_ok=True)
-                ImageSequenceClip(frames, fps=20).write_videofile(str(video_dir / f"task{task_idx}.mp4"), logger=None)
-                say(f"video: {video_dir / f'task{task_idx}.mp4'}")
-        for env in envs:
-            env.close()
+                    video_dir.mkdir(parents=True, exist_ok=True)
+                    try:
+                        ImageSequenceClip(frames, fps=20).write_videofile(str(video_dir / f"task{task_idx}.mp4"), logger=None)
+                    except OSError:  # Ctrl-C also ends ffmpeg
+                        if not stop_signals:
+                            raise
+                        break
+                    say(f"video: {video_dir / f'task{task_idx}.mp4'}")
     if not np.isfinite(returns).all():
         raise BadNumber(f"--env-id {args.env_id}: the returns of an evaluation are {returns}")
     mean = float(np.mean(returns)) if returns else None
@@ -1069,7 +1109,7 @@ def check_args(args) -> None:
     known = [*META_WORLD, "MT10", *gym.registry]
     if not module and (colon or name not in known):  # module:Name-v0 registers itself
         nearest = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5) or ["reach-v3", "HalfCheetah-v5"]
-        require("env_id", False, f"is unknown; try {', '.join(nearest)}")
+        require("env_id", False, f"is unknown; try {', '.join(nearest)}; or module:Name-v0, your own")
     equal_share = args.env_id != "MT10" or args.num_envs % 10 == 0
     goals = 50 if args.env_id in [*META_WORLD, "MT10"] else math.inf
     require("num_envs", equal_share, "must be a multiple of 10 for MT10, as many for every task")
@@ -1137,7 +1177,7 @@ def check_video(args) -> None:
 def saved_run(args) -> tuple:
     """Of the run that --evaluate or --resume names: (its arguments, with that flag set; its weights or its wandb id)."""
     if args.evaluate is not None:
-        path, how = args.evaluate, "give the model.pt or best_model.pt of a run"
+        path, how = args.evaluate, "give the model.pt or best_model.pt of a run of this file"
         idle = [flag for flag in ("resume", "overwrite", "track", "cuda") if getattr(args, flag)]
         if idle:
             raise ArgumentError(f"--{idle[0]} means nothing with --evaluate: drop it")

@@ -1289,10 +1289,10 @@ def refuse_contradictions(args, saved, what: str) -> None:
 def load_model(path: str):
     """A saved model: -> its weights, and its run's arguments with `evaluate` set; ArgumentError if it is no model of ours."""
     if not os.path.isfile(path):
-        raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run")
+        raise ArgumentError(f"--evaluate {path!r} is no file: give the model.pt or best_model.pt of a run of this file")
     saved = load_checkpoint(Path(path))
     if not isinstance(saved, dict) or not {"model", "args"} <= saved.keys() or not saved["args"].keys() <= vars(Args()).keys():
-        raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of a run")
+        raise ArgumentError(f"--evaluate {path} is no model of this script: give the model.pt or best_model.pt of its runs")
     machine = {"evaluate": path, "resume": False, "overwrite": False, "track": False, "export": None}
     machine |= {"cuda": saved["args"].get("cuda", False) and torch.cuda.is_available()}
     return saved["model"], with_defaults(Args(**saved["args"] | machine))

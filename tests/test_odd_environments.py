@@ -1,8 +1,10 @@
 """Environments of other people, trained through main(): their generators, types, spaces, arguments, bad numbers and bugs."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -14,6 +16,7 @@ import traceback
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -737,6 +740,13 @@ class Unpicklable(Exception):
         return self.args[0]
 
 
+class OfTwo(Exception):
+    """Nobody can build it from its text."""
+
+    def __init__(self, text, number):
+        super().__init__(text)
+
+
 class Buggy(Walk):
     """It fails in one of its functions, in the second episode if it gets there."""
 
@@ -763,7 +773,12 @@ class Buggy(Walk):
         return super().step(action)
 
 
-ERRORS = [ValueError("operands could not be broadcast"), KeyError("goal"), AssertionError()]
+ERRORS = [
+    ValueError("operands could not be broadcast"),
+    KeyError("goal"),
+    AssertionError(),
+    OSError("98 % of the disk is full"),
+]
 ERRORS += [TypeError("Robot.__init__() missing 1 required positional argument: 'arms'")]
 OF_A_CONNECTION = [ConnectionResetError("the simulator hung up"), EOFError("no more frames")]  # not of ours
 
@@ -799,7 +814,7 @@ def test_a_new_run_that_fails_does_not_point_to_the_one_it_was_to_replace(script
         assert bool(getattr(caught.value, "__notes__", [])) == notes
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=[type(error).__name__ for error in ERRORS])
+@pytest.mark.parametrize("error", ERRORS + OF_A_CONNECTION, ids=lambda error: type(error).__name__)
 def test_a_bug_in_a_process_of_one_environment_keeps_its_type(error, register, tmp_path, monkeypatch, recwarn):
     """Gymnasium shows the traceback, and what it raises has no other text."""
     monkeypatch.setattr(Buggy, "where", "step")
@@ -820,6 +835,44 @@ def test_a_bug_that_cannot_be_sent_is_described(script, overlap, register, tmp_p
     with pytest.raises(RuntimeError if overlap else Unpicklable, match="no way") as caught:
         script.main(args)
     assert "in fail_if" in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("text", ["no way", "98 % of the disk is full"])
+@SCRIPTS
+def test_a_bug_that_gymnasium_cannot_send_ends_the_run(script, text, register, tmp_path, monkeypatch):
+    """AsyncVectorEnv would wait for it for ever, or raise what its own attempt raises."""
+    monkeypatch.setattr(Buggy, "where", "step")
+    args = script.Args(env_id=register(Buggy), run_dir=str(tmp_path), async_envs=True, **SIZES)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    for error in (Unpicklable(text), OfTwo(text, 2)):
+        monkeypatch.setattr(Buggy, "error", error)
+        signal.alarm(30)
+        try:
+            with pytest.raises(RuntimeError, match=rf"{type(error).__name__}: .*{text}"):
+                script.main(dataclasses.replace(args, overwrite=True))
+        finally:
+            signal.alarm(0)
+    assert not multiprocessing.active_children()
+
+
+class Elsewhere(Walk):
+    """It can be built in the process that has the number `here` only."""
+
+    here = None
+
+    def __init__(self):
+        if os.getpid() != self.here:
+            raise OSError("the port is taken")
+
+
+@SCRIPTS
+def test_a_constructor_that_fails_in_a_process_of_its_own_ends_the_run(script, register, tmp_path, monkeypatch):
+    """Not in the main process, where spaces are asked for; Python would wait for the other processes at its end."""
+    monkeypatch.setattr(Elsewhere, "here", os.getpid())
+    args = script.Args(env_id=register(Elsewhere), run_dir=str(tmp_path), overlap=False, async_envs=True, **SIZES)
+    with pytest.raises(RuntimeError, match="a process of --async-envs could not build its environment"):
+        script.main(args)
+    assert not multiprocessing.active_children()
 
 
 class Exits(Walk):
@@ -1006,6 +1059,64 @@ def test_a_process_that_ends_between_two_steps_is_named(script, register, tmp_pa
     with pytest.raises(RuntimeError, match="a process of --async-envs has died"):
         collector.collect(collector.agent.state_dict(), 1)
     collector.close()
+    deadline = time.time() + 10
+    while any(process.is_alive() for process in collector.envs.processes) and time.time() < deadline:
+        time.sleep(0.01)
+    assert not any(process.is_alive() for process in collector.envs.processes)  # Python would wait for them at its end
+
+
+class Closed(Buggy):
+    """It counts those that are open."""
+
+    open = 0
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        Closed.open += 1
+
+    def close(self):
+        Closed.open -= 1
+
+
+@pytest.mark.parametrize("where", ["constructor", "step", None])
+@SCRIPTS
+def test_an_evaluation_closes_its_environments(script, where, register, monkeypatch):
+    """Also after an error: what a simulator has started would go on."""
+    args = script.Args(env_id=register(Closed), **SIZES)
+    agent = script.Agent(2, 1, args)
+    monkeypatch.setattr(Closed, "error", ValueError("lost"))
+    if where == "constructor":  # of the third
+        monkeypatch.setattr(Closed, "fail_if", lambda self, at: None if Closed.open < 2 else (_ for _ in ()).throw(self.error))
+    elif where:
+        monkeypatch.setattr(Closed, "step", lambda self, action: (_ for _ in ()).throw(self.error))
+    with pytest.raises(ValueError, match="lost") if where else contextlib.nullcontext():
+        script.evaluate(agent, args, 3)
+    assert Closed.open == 0
+
+
+class Filmed(Walk):
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+@SCRIPTS
+def test_ctrl_c_ends_the_encoder_of_a_video_too(script, stopped, register, tmp_path, monkeypatch):
+    """That is no error of the run, which goes on to its checkpoint; without a signal it is one."""
+    from moviepy import ImageSequenceClip
+
+    signals = []
+
+    def fail(self, *args, **kwargs):
+        signals.extend([signal.SIGINT] * stopped)
+        raise BrokenPipeError("ffmpeg has ended")
+
+    monkeypatch.setattr(ImageSequenceClip, "write_videofile", fail)
+    args = script.Args(env_id=register(Filmed), **SIZES)
+    with contextlib.nullcontext() if stopped else pytest.raises(BrokenPipeError):
+        script.evaluate(script.Agent(2, 1, args), args, 1, tmp_path, signals)
 
 
 BUG = """
