@@ -2282,3 +2282,28 @@ def test_the_benchmark_page_says_what_mujoco_gave():
             run = read_json(ROOT / "results" / "runs" / "1000000-v2" / f"{task}__{name}__4.json")
             cells.append(f"{run['eval_return_mean']:,.0f} ({report.mean_from_start(run, 'return'):,.0f})")
         assert f" | {' | '.join(cells)} |\n" in page[page.index(f"| {task}") :]
+
+
+def test_the_benchmark_page_says_what_new_goals_gave():
+    """Reacher and Pusher: every cell, and the claims of pairs."""
+    page, found = (ROOT / "docs" / "benchmark.md").read_text(), {}
+    for path in (ROOT / "results" / "random_goals").glob("*.json"):
+        run = read_json(path)
+        assert run["args"]["reward_scale"] == 0.1 and run["eval_episodes"] == 20 and run["args"]["eval_every"] == 0
+        scores = run["eval_return_mean"], report.mean_from_start(run, "return")
+        found.setdefault((run["exp_name"], run["env_id"]), {})[run["seed"]] = np.array(scores)
+    assert len(found) == 10 and all(sorted(runs) == [4, 5, 6] for runs in found.values())
+    rows = {
+        "ppo": "`ppo_baseline.py` (textbook)",
+        "gipo": "`gipo_continuous.py`",
+        "ppo-clip-0.5": "the row `ppo-clip-0.5`",
+        "gipo-stored": "`gipo_continuous.py --no-recompute-advantages`",
+        "gipo-gaussian-stored": "the same with `--policy-head gaussian`",
+    }
+    for name, row in rows.items():
+        means = [np.mean([*found[name, task].values()], axis=0) for task in ("Reacher-v5", "Pusher-v5")]
+        assert f"| {row} | {' | '.join(f'{end:.1f} ({whole:.1f})' for end, whole in means)} |\n" in page
+        flags = found[name, "Reacher-v5"], found["ppo", "Reacher-v5"]
+        assert name == "ppo" or all((flags[1][seed] > flags[0][seed]).all() for seed in (4, 5, 6)), name
+    clip, gipo = found["ppo-clip-0.5", "Pusher-v5"], found["gipo", "Pusher-v5"]
+    assert all(clip[seed][1] > gipo[seed][1] for seed in (4, 5, 6))
