@@ -168,7 +168,8 @@ def test_a_run_trains_on_new_levels_that_are_not_held_out(tmp_path, monkeypatch)
     calls = recorded(monkeypatch, graphgpo.Sokoban, "reset", lambda args, _: (args[1], len(args[0].held_out)))
     flags = {"seed": 5, "num_groups": 2, "group_size": 3, "total_episodes": 12, "eval_episodes": 4, "eval_every": 0}
     graphgpo.main(graphgpo.Args(run_dir=str(tmp_path), **flags))
-    (first, held_out), (second, _), (evaluated, _) = calls
+    *tried, (first, held_out), (second, _), (evaluated, _) = calls
+    assert tried == [([(0, 0)] * 6, 0), ([(0, 0)] * 4, 0)]  # whether a level can be made, before anything is written
     assert first == [(1, 5, 1, 0)] * 3 + [(1, 5, 1, 1)] * 3 and second == [(1, 5, 2, 0)] * 3 + [(1, 5, 2, 1)] * 3
     assert evaluated == [(0, i) for i in range(4)] and held_out == 4
 
