@@ -122,3 +122,12 @@ def test_the_page_has_its_results():
     lead = span("setup", "defaults")
     assert f"on fresh data leads stable-baselines3's own settings** by {lead}, on door-open and drawer-open." in page
     assert (areas["defaults"][3] > areas["setup"][3]).all()  # "On push their own settings lead on all three seeds."
+
+
+def test_the_page_has_its_returns_on_mujoco():
+    runs = [run for run in read_json(ROOT / "results" / "sb3_ppo.json")["runs"] if run["steps"] == 1_000_000]
+    page = (ROOT / "docs" / "benchmark.md").read_text()
+    ends = {(run["method"], run["task"]): f"{run['eval_return_mean']:,.0f}" for run in runs}
+    assert len(ends) == len(runs) == 4 and {run["seed"] for run in runs} == {4}
+    for method, words in (("matched", "with the settings of `ppo`, has"), ("defaults", "With its own settings it has")):
+        assert f"{words} {ends[method, 'HalfCheetah-v5']} and {ends[method, 'Hopper-v5']}" in page
