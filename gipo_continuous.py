@@ -506,8 +506,8 @@ class Collector:
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
         vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
         thunks = [functools.partial(build_env, make_env(args, i), i, args.seed, os.getpid()) for i in range(args.num_envs)]
-        # Gymnasium shows the traceback of a process by this function, which fails where there is a % in it.
-        gym.logger.error = lambda text, *_: warnings.warn(text, stacklevel=2)
+        if args.async_envs:  # Gymnasium shows a process's traceback by this function, which fails where there is a % in it
+            gym.logger.error = lambda text, *_: warnings.warn(text, stacklevel=2)
         before = multiprocessing.active_children()
         try:
             self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)

@@ -1545,7 +1545,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         line += f"  effective {scalars['batch/effective_frac_fresh']:4.0%}  {sps:5.1f} rollouts/s"
         line += f"  left {left // 60}m{left % 60:02d}s"
         progress(line, last=iteration == num_iterations)
-        useful = effective or any(is_effective(group["rewards"]) for group in replayed)  # --replay ineff replays no such ones
+        useful = effective or any(
+            is_effective(group["rewards"]) for group in replayed
+        )  # those of --replay ineff teach nothing
         idle = 0 if useful or not arrived else idle + 1
         if idle in (1, 10, 100):
             progress.message(why_nothing_is_learned(torch.stack([group["rewards"] for group in arrived]), args))

@@ -843,7 +843,7 @@ def test_a_bug_that_gymnasium_cannot_send_ends_the_run(script, text, register, t
     """AsyncVectorEnv would wait for it for ever, or raise what its own attempt raises."""
     monkeypatch.setattr(Buggy, "where", "step")
     args = script.Args(env_id=register(Buggy), run_dir=str(tmp_path), async_envs=True, **SIZES)
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     for error in (Unpicklable(text), OfTwo(text, 2)):
         monkeypatch.setattr(Buggy, "error", error)
         signal.alarm(30)
@@ -852,6 +852,7 @@ def test_a_bug_that_gymnasium_cannot_send_ends_the_run(script, text, register, t
                 script.main(dataclasses.replace(args, overwrite=True))
         finally:
             signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
     assert not multiprocessing.active_children()
 
 

@@ -722,14 +722,15 @@ def test_a_fault_in_the_users_environment(script, mode, fault, tasks, tmp_path, 
     assert code == 0, error
 
 
-@pytest.mark.parametrize("mode", ["process", "async", "async-turns"])
-def test_a_process_of_the_environments_that_is_killed(mode, tasks, tmp_path, inline):
+@pytest.mark.parametrize(("mode", "which"), [("process", -1), ("async", -1), ("async-turns", -1), ("async-turns", 1)])
+def test_a_process_of_the_environments_that_is_killed(mode, which, tasks, tmp_path, inline):
     """By the out-of-memory killer, say: exit code 1, nothing goes on, and --resume does."""
     process = start_script("gipo_continuous", tmp_path / "runs", *GATE, *MODES[mode])
     wait_for_line(process, "from step")
     folder = only_folder(tmp_path / "runs")
     wait_for_gate(tasks)
-    os.kill(max(running(process.pid)), signal.SIGKILL)  # the process of the environments, or the last one's own
+    # The process of the environments, or the last or first one's own: the main process, or that, is before it.
+    os.kill(sorted(running(process.pid))[which], signal.SIGKILL)
     tasks.unlink()
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1 and left_running(process.pid) == [], output

@@ -2317,3 +2317,23 @@ def test_the_benchmark_page_says_what_new_goals_gave():
         assert name == "ppo" or all((flags[1][seed] > flags[0][seed]).all() for seed in (4, 5, 6)), name
     clip, gipo = found["ppo-clip-0.5", "Pusher-v5"], found["gipo", "Pusher-v5"]
     assert all(clip[seed][1] > gipo[seed][1] for seed in (4, 5, 6))
+
+
+def test_the_benchmark_page_says_what_unlearned():
+    """On the easy task of results/notes: the defaults get worse, the two flags solve it with two seeds of three."""
+    page = (ROOT / "docs" / "benchmark.md").read_text()
+    runs = read_json(ROOT / "results" / "notes" / "new_goals_screening.json")["runs"]
+    two = {"policy_head": "gaussian", "recompute_advantages": False}
+
+    def scores(task, script, flags):
+        found = [r for r in runs if (r["env_id"], r["script"]) == (task, f"{script}.py")]
+        return [r for r in found if {k: v for k, v in r["flags"].items() if k != "reward_scale"} == flags]
+
+    defaults, flags = (scores("MyEnv-v0", "gipo_continuous", f) for f in ({}, two))
+    textbook = scores("MyEnv-v0", "ppo_baseline", {"recompute_advantages": False})
+    assert all(sorted(r["seed"] for r in rows) == [1, 2, 3] for rows in (defaults, flags, textbook))
+    assert all(run["last_fifth"] < run["first_tenth"] for run in defaults)
+    assert all(run["last_fifth"] > run["first_tenth"] + 10 for run in flags)
+    assert sum(run["eval_return"] > -10 for run in flags) == 2 and all(run["eval_return"] > -10 for run in textbook)
+    ends = [next(r["eval_return"] for r in scores("Hopper-v5", "gipo_continuous", f) if r["seed"] == 1) for f in (two, {})]
+    assert "they had {:,.0f}, the defaults {:,.0f} (one seed".format(*ends) in page
