@@ -1212,7 +1212,10 @@ def saved_run(args) -> tuple:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
-    args = tyro.cli(Args, args=argv)
+    try:
+        args = tyro.cli(Args, args=argv)
+    except BrokenPipeError:  # of `--help | head`
+        os._exit(0)
     saved, _ = saved_run(args)
     return dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume) if saved else args
 

@@ -2576,7 +2576,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if preset not in PRESETS:
         raise ArgumentError(f"--preset {preset} must be one of {', '.join(PRESETS)}")
     default = Args(preset=preset, **PRESETS[preset])
-    args = tyro.cli(Args, args=argv, default=default)
+    try:
+        args = tyro.cli(Args, args=argv, default=default)
+    except BrokenPipeError:  # of `--help | head`
+        os._exit(0)
     if args.resume is True and args.model and os.path.isdir(args.model):  # the suite in the folder's name may be the policy's
         args = tyro.cli(Args, args=argv, default=dataclasses.replace(default, **saved_interface(args)))
     if args.resume and not args.overwrite:

@@ -1300,7 +1300,10 @@ def load_model(path: str):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
-    args = tyro.cli(Args, args=argv)
+    try:
+        args = tyro.cli(Args, args=argv)
+    except BrokenPipeError:  # of `--help | head`
+        os._exit(0)
     if args.evaluate is not None:
         args = tyro.cli(Args, args=argv, default=load_model(args.evaluate)[1])
     elif args.resume and not args.overwrite:

@@ -651,6 +651,16 @@ def test_a_closed_stdout_ends_nothing(script, reader, lines, tmp_path):
     assert_finished(only_folder(tmp_path), 1280)
 
 
+@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*.py")))
+def test_help_that_nobody_reads_to_its_end(script):
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does once it has its lines
+    command = [sys.executable, ROOT / f"{script}.py", "--help"]
+    process = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert process.returncode == 0 and process.stderr == ""
+
+
 def test_nohup(tmp_path):
     """The terminal is closed: SIGHUP to all of it, which nohup has them ignore."""
     command = ["nohup", *command_line("gipo_continuous", tmp_path, [*FLAGS, "--total-timesteps", "6400"])]
