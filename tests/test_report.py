@@ -2146,8 +2146,8 @@ def test_the_benchmark_page_says_what_version_2_says():
 
 
 def test_the_page_on_tuning():
-    """docs/benchmark.md: `tune`, both tasks and seeds, seven settings with two step sizes."""
-    folder, page = ROOT / "results" / "runs" / "300000-v2", (ROOT / "docs" / "benchmark.md").read_text()
+    """docs/fair_to_ppo.md: `tune`, both tasks and seeds, seven settings with two step sizes."""
+    folder, page = ROOT / "results" / "runs" / "300000-v2", (ROOT / "docs" / "fair_to_ppo.md").read_text()
     places = [(f"{task}-v3", seed) for task in ("button-press-topdown", "door-open") for seed in (1, 2)]
 
     def areas(row):
@@ -2273,9 +2273,9 @@ def test_the_paper_page_says_what_its_tasks_gave():
     )
 
 
-def test_the_benchmark_page_says_what_mujoco_gave():
+def test_the_page_beyond_meta_world_says_what_mujoco_gave():
     """HalfCheetah and Hopper: the return at the end, and its mean over all of training; how many pairs either wins."""
-    page = (ROOT / "docs" / "benchmark.md").read_text()
+    page = (ROOT / "docs" / "beyond_meta_world.md").read_text()
     ahead = {}
     for task in ("HalfCheetah-v5", "Hopper-v5"):
         cells, found = [], {}
@@ -2294,9 +2294,9 @@ def test_the_benchmark_page_says_what_mujoco_gave():
     assert "GIPO is ahead on HalfCheetah with two of three, on Hopper with one." in page
 
 
-def test_the_benchmark_page_says_what_new_goals_gave():
+def test_the_page_beyond_meta_world_says_what_new_goals_gave():
     """Reacher and Pusher: every cell, and the claims of pairs."""
-    page, found = (ROOT / "docs" / "benchmark.md").read_text(), {}
+    page, found = (ROOT / "docs" / "beyond_meta_world.md").read_text(), {}
     for path in (ROOT / "results" / "random_goals").glob("*.json"):
         run = read_json(path)
         assert run["args"]["reward_scale"] == 0.1 and run["eval_episodes"] == 20 and run["args"]["eval_every"] == 0
@@ -2319,9 +2319,9 @@ def test_the_benchmark_page_says_what_new_goals_gave():
     assert all(clip[seed][1] > gipo[seed][1] for seed in (4, 5, 6))
 
 
-def test_the_benchmark_page_says_what_unlearned():
+def test_the_page_beyond_meta_world_says_what_unlearned():
     """On the easy task of results/notes: the defaults get worse, the two flags solve it with two seeds of three."""
-    page = (ROOT / "docs" / "benchmark.md").read_text()
+    page = (ROOT / "docs" / "beyond_meta_world.md").read_text()
     runs = read_json(ROOT / "results" / "notes" / "new_goals_screening.json")["runs"]
     two = {"policy_head": "gaussian", "recompute_advantages": False}
 

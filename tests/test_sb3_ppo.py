@@ -94,7 +94,7 @@ def test_a_box_that_they_would_not_map_is_refused():
 
 
 def test_the_page_has_its_results():
-    """docs/benchmark.md: mean areas by task and over all, goals reached; of these runs and of ppo_baseline.py's."""
+    """docs/fair_to_ppo.md: mean areas by task and over all, goals reached; of these runs and of ppo_baseline.py's."""
     runs = read_json(ROOT / "results" / "sb3_ppo.json")["runs"]
     tasks = ["button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "push-v3"]
     rows = {
@@ -103,7 +103,7 @@ def test_the_page_has_its_results():
     }
     folder = ROOT / "results" / "runs" / "300000-v2"
     rows["ppo"] = [[read_json(folder / f"{task}__ppo_on-policy__{seed}.json") for seed in (4, 5, 6)] for task in tasks]
-    page, readme = ((ROOT / name).read_text() for name in ("docs/benchmark.md", "README.md"))
+    page, readme = ((ROOT / name).read_text() for name in ("docs/fair_to_ppo.md", "README.md"))
     rows["setup"] = [[read_json(folder / f"{task}__ppo-clip-0.2_512__{seed}.json") for seed in (4, 5, 6)] for task in tasks]
     areas = {}
     for method, cells in rows.items():
@@ -126,7 +126,7 @@ def test_the_page_has_its_results():
 
 def test_the_page_has_its_returns_on_mujoco():
     runs = [run for run in read_json(ROOT / "results" / "sb3_ppo.json")["runs"] if run["steps"] == 1_000_000]
-    page = (ROOT / "docs" / "benchmark.md").read_text()
+    page = (ROOT / "docs" / "beyond_meta_world.md").read_text()
     ends = {(run["method"], run["task"]): f"{run['eval_return_mean']:,.0f}" for run in runs}
     assert len(ends) == len(runs) == 4 and {run["seed"] for run in runs} == {4}
     for method, words in (("matched", "settings of `ppo`"), ("defaults", "its own settings")):
