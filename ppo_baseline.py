@@ -53,8 +53,9 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
 try:  # before mujoco: with MUJOCO_GL=osmesa the LLVM of triton, part of PyTorch's CUDA builds, crashes after that of OSMesa
     import triton  # noqa: F401
@@ -221,10 +222,8 @@ class EpisodeRecorder(gym.Wrapper):
     and nan where the environment reported none. Rewards and flags may be arrays or tensors of one element.
     """
 
-    resume_from: dict | None = None  # set from outside before reset(): a snapshot to rebuild instead of a new episode
-
-    def reset(self, *, seed=None, options=None):
-        snapshot, self.resume_from = self.resume_from, None
+    def reset(self, *, seed=None, options=None, snapshot=None):
+        """Begin an episode, or with a snapshot go back to where it was taken."""
         state, rng = snapshot and snapshot["generator"], getattr(self.unwrapped, "np_random", None)
         if isinstance(rng, np.random.RandomState):  # the older generator, of dm_control
             if state:
@@ -237,7 +236,7 @@ class EpisodeRecorder(gym.Wrapper):
         self.generator = convert(state, np.ndarray, np.ndarray.tolist)  # plain types, so that a checkpoint needs no pickle
         self.actions, self.episode_return, self.success = [], 0.0, math.nan
         obs, _ = self.env.reset(seed=seed, options=options)
-        for action in snapshot["actions"] if snapshot else ():
+        for action in snapshot["actions"].numpy() if snapshot else ():
             obs, _, terminated, truncated, _ = self.step(action)
             if terminated or truncated:  # it has random numbers that we do not know of
                 return self.reset()
@@ -256,6 +255,11 @@ class EpisodeRecorder(gym.Wrapper):
             return obs, reward, terminated, truncated, {}
         last_info = {"return": self.episode_return, "length": len(self.actions), "success": self.success}
         return np.array(obs), reward, terminated, truncated, last_info  # a copy: the reset that follows may reuse the memory
+
+    def step_and_reset(self, action) -> tuple:
+        """step(), and reset() if that ended the episode: -> the observation to act on next, and what step() returned."""
+        result = self.step(action)
+        return self.reset()[0] if result[2] or result[3] else result[0], *result
 
     def snapshot(self) -> dict:
         """What rebuilds the current episode, as tensors and plain types."""
@@ -492,34 +496,31 @@ class Collector:
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
-        vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-        thunks = [functools.partial(build_env, make_env(args, i), i, args.seed, os.getpid()) for i in range(args.num_envs)]
-        if args.async_envs:  # Gymnasium shows a process's traceback by this function, which fails where there is a % in it
-            gym.logger.error = lambda text, *_: warnings.warn(text, stacklevel=2)
-        before = multiprocessing.active_children()
-        try:
-            self.envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        except (EOFError, ConnectionError) as error:
-            for process in {*multiprocessing.active_children()} - {*before}:  # for which Python would wait at its end
-                process.kill()
-            if not args.async_envs:  # the environment's own
-                raise
-            raise RuntimeError("a process of --async-envs could not build its environment; it tells why above") from error
-        self.obs_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        self.envs = []
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.close)
+            for i in range(args.num_envs):
+                make_env(args, i)  # makes the goals before the processes are forked, not in each of them
+                self.envs.append(Worker(build_env, args, i, own_process=args.async_envs))
+            spaces = [self.envs[0].call("get_wrapper_attr", f"{kind}_space") for kind in ("observation", "action")]
+            self.max_episode_steps = max(env.call("get_wrapper_attr", "_max_episode_steps") for env in self.envs)
+            on_error.pop_all()
+        self.obs_space, self.action_space = spaces
 
     def sizes(self) -> tuple[int, int, int]:
         """Of an observation, of an action, and of an episode: its time limit."""
-        return self.obs_space.shape[0], self.action_space.shape[0], max(self.envs.get_attr("_max_episode_steps"))
+        return self.obs_space.shape[0], self.action_space.shape[0], self.max_episode_steps
 
     def reset(self, snapshot: dict | None = None) -> None:
         """Begin, or go on where the snapshot was taken."""
         with seeded(self.args.seed):
             self.agent = Agent(self.obs_space.shape[0], self.action_space.shape[0], self.args)
         if snapshot:
-            self.envs.set_attr("resume_from", [{**e, "actions": list(e["actions"].numpy())} for e in snapshot["envs"]])
             self.generator.set_state(snapshot["generator"])
             self.steps = snapshot["steps"]
-        self.next_obs = torch.as_tensor(self.envs.reset()[0], dtype=torch.float32)
+        for env, episode in zip(self.envs, snapshot["envs"] if snapshot else [None] * len(self.envs), strict=True):
+            env.start("reset", snapshot=episode)
+        self.next_obs = stack([env.result()[0] for env in self.envs])
         self.check_numbers("observation", self.next_obs)
         if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
             text = f"{self.args.env_id} has numbers, random ones or from earlier episodes, that no checkpoint holds"
@@ -529,7 +530,7 @@ class Collector:
     def snapshot(self) -> dict:
         """What reset() needs, as tensors and plain types."""
         state = {"next_obs": self.next_obs, "generator": self.generator.get_state(), "steps": self.steps}
-        return state | {"envs": list(self.envs.call("snapshot"))}
+        return state | {"envs": [env.call("snapshot") for env in self.envs]}
 
     def collect(self, weights: dict, version: int) -> dict:
         """Act with these weights, those of iteration `version`, for T steps.
@@ -545,26 +546,18 @@ class Collector:
             t0 = time.perf_counter()
             with torch.no_grad():
                 action, logprob, _ = self.agent.get_action_and_logprob(self.next_obs, generator=self.generator)
-            env_action = to_env_action(action.numpy(), self.action_space)
             t1 = time.perf_counter()
-            try:
-                obs_np, rewards, terminations, truncations, infos = self.envs.step(env_action)
-            except (EOFError, ConnectionError) as error:
-                if not self.args.async_envs or None in self.envs.parent_pipes:  # the environment's own
-                    raise
-                raise RuntimeError("a process of --async-envs has died, perhaps killed for want of memory") from error
+            for env, env_action in zip(self.envs, to_env_action(action.numpy(), self.action_space), strict=True):
+                env.start("step_and_reset", env_action)
+            results = [env.result() for env in self.envs]
             seconds["policy"] += t1 - t0
             seconds["env"] += time.perf_counter() - t1
-            dones = terminations | truncations
-            obs, self.next_obs = self.next_obs, torch.as_tensor(obs_np, dtype=torch.float32)
-            real_next_obs = self.next_obs
+            next_obs, real_next_obs, rewards, terminations, truncations, infos = zip(*results, strict=True)
+            dones = np.logical_or(terminations, truncations)
+            obs, self.next_obs, real_next_obs = self.next_obs, stack(next_obs), stack(real_next_obs)
             self.steps += self.args.num_envs
-            if dones.any():  # SAME_STEP autoreset: `obs_np` is the next episode's first, the last one is in final_obs
-                done_idx, final_info = np.flatnonzero(dones), infos["final_info"]
-                real_next_obs = self.next_obs.clone()
-                real_next_obs[done_idx] = torch.as_tensor(np.stack(infos["final_obs"][done_idx])).float()
-                for i in done_idx:
-                    episodes.append((self.steps, *(float(final_info[key][i]) for key in ("return", "length", "success"))))
+            for info in filter(None, infos):
+                episodes.append((self.steps, info["return"], info["length"], info["success"]))
             transition = {"obs": obs, "next_obs": real_next_obs, "actions": action, "logprobs": logprob}
             transition |= {"rewards": rewards, "terminations": terminations, "dones": dones}
             for key, value in transition.items():
@@ -586,14 +579,15 @@ class Collector:
             raise BadNumber(f"--env-id {self.args.env_id}: {what}")
 
     def close(self) -> None:
-        try:
-            self.envs.close(timeout=1.0)  # it waits for all answers, which have come already
-        except (EOFError, ConnectionError):  # a process of --async-envs has died, and the others were told nothing
-            for pipe in filter(None, self.envs.parent_pipes):
-                pipe.close()
-            for process in self.envs.processes:
-                process.join(1.0)
-                process.kill()
+        for env in self.envs:  # all at once
+            env.hang_up()
+        for env in self.envs:
+            env.close(timeout=60.0)
+
+
+def stack(observations) -> torch.Tensor:
+    """Observations of the environments, one each -> (N, obs_dim) in float32."""
+    return torch.as_tensor(np.stack(observations), dtype=torch.float32)
 
 
 def follow_parent() -> None:
@@ -601,37 +595,28 @@ def follow_parent() -> None:
     for signum in STOP_SIGNALS:
         # A program that the environment starts inherits what is ignored, not a handler, so that terminate() can end it.
         signal.signal(signum, (lambda *_: None) if signum == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def build_env(thunk, idx: int, seed: int, creator: int) -> gym.Env:
-    """Build an environment in its own process of --async-envs, or in its creator's."""
-    if os.getpid() != creator:
-        follow_parent()
-        random.seed(1000 * seed + idx)  # or all would draw the same numbers
-        np.random.seed(1000 * seed + idx)
-        torch.manual_seed(1000 * seed + idx)
-        env = thunk()
-        env.reset, env.step = sendable(env.reset), sendable(env.step)
-        return env
-    return thunk()
+def build_env(args, idx: int) -> gym.Env:
+    """make_env()'s; in a process of its own with random numbers of its own, or all would draw the same."""
+    if args.async_envs:
+        random.seed(1000 * args.seed + idx)
+        np.random.seed(1000 * args.seed + idx)
+        torch.manual_seed(1000 * args.seed + idx)
+    return make_env(args, idx)()
 
 
-def sendable(function):
-    """The function, with exceptions that AsyncVectorEnv can send and raise again: for others it waits for ever."""
+class SentTensor:
+    """A tensor on its way to another process: torch would pass it as an open file, and pickles it ten times as slowly."""
 
-    def call(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            try:
-                type(error)(pickle.loads(pickle.dumps(error)))
-            except Exception:
-                raise RuntimeError(f"{type(error).__name__}: {error}") from error
-            raise
+    def __init__(self, tensor: torch.Tensor):
+        self.array = tensor.numpy()
 
-    return call
+    def tensor(self) -> torch.Tensor:
+        return torch.from_numpy(self.array)
 
 
 def convert(tree, kind: type, function):
@@ -643,19 +628,19 @@ def convert(tree, kind: type, function):
     return function(tree) if isinstance(tree, kind) else tree
 
 
-def serve(pipe, parents_end, factory, args) -> None:
+def serve(pipe, factory, args) -> None:
     """Main function of a Worker's process: build the object, then answer calls; an exception, also of building it, is
     the next call's answer, and ends it."""
-    parents_end.close()
+    for parents_end in [*Worker.pipes]:  # which a fork inherits: a process ends when nobody else holds the other end
+        parents_end.close()
     follow_parent()
     with contextlib.ExitStack() as at_exit:
         try:
             instance = factory(*args)
             at_exit.callback(instance.close)
             while True:
-                name, arguments = pipe.recv()
-                answer = getattr(instance, name)(*convert(arguments, np.ndarray, torch.from_numpy))
-                pipe.send((None, "", convert(answer, torch.Tensor, torch.Tensor.numpy)))
+                name, arguments, keywords = convert(pipe.recv(), SentTensor, SentTensor.tensor)
+                pipe.send((None, "", convert(getattr(instance, name)(*arguments, **keywords), torch.Tensor, SentTensor)))
         except Exception as error:
             try:
                 pickle.loads(pickle.dumps(error))
@@ -666,10 +651,9 @@ def serve(pipe, parents_end, factory, args) -> None:
 
 
 class Worker:
-    """Calls an object's methods in a process of its own, or in this one: `start(name, *arguments)`, then `result()`.
+    """Calls an object's methods in a process of its own, or in this one: `start(name, *arguments)`, then `result()`."""
 
-    Tensors cross as numpy arrays: torch would pass them as open files, and pickles them ten times as slowly.
-    """
+    pipes: ClassVar = weakref.WeakSet()  # all that this process has to others
 
     def __init__(self, factory, *args, own_process: bool):
         self.process, self.busy, self.answer = None, False, None
@@ -678,18 +662,23 @@ class Worker:
             return
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, self.pipe, factory, args))
-        self.process.start()
+        self.pipes.add(self.pipe)
+        self.process = context.Process(target=serve, args=(theirs, factory, args))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # that come before follow_parent() has handlers
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
-    def start(self, name: str, *arguments) -> None:
+    def start(self, name: str, *arguments, **keywords) -> None:
         """Begin a call; in this process, also finish it."""
         self.busy = True
         if self.process is None:
-            self.answer = getattr(self.instance, name)(*arguments)
+            self.answer = getattr(self.instance, name)(*arguments, **keywords)
         else:
             with contextlib.suppress(OSError):  # if it has died, result() says so
-                self.pipe.send((name, convert(arguments, torch.Tensor, torch.Tensor.numpy)))
+                self.pipe.send(convert((name, arguments, keywords), torch.Tensor, SentTensor))
 
     def result(self):
         """Wait for what the started call returns."""
@@ -701,20 +690,27 @@ class Worker:
         except (EOFError, OSError):
             self.process.join()
             how = f"exit code {self.process.exitcode}; -9: killed, perhaps for want of memory"
-            raise RuntimeError(f"the process of the environments has died ({how})") from None
+            raise RuntimeError(f"a process of the environments has died ({how})") from None
         if error is not None:
-            raise error from RuntimeError(f"in the process of the environments:\n{text}")
-        return convert(answer, np.ndarray, torch.from_numpy)
+            raise error from RuntimeError(f"in a process of the environments:\n{text}")
+        return convert(answer, SentTensor, SentTensor.tensor)
 
     def call(self, name: str, *arguments):
         """start() and result()."""
         self.start(name, *arguments)
         return self.result()
 
+    def hang_up(self) -> None:
+        """Have a process of its own close the object and end; close() waits for it."""
+        if self.process is not None:
+            self.pipe.close()
+
     def close(self, timeout: float = 2.0) -> None:
-        """Close the object; end the process after so many seconds, whatever it is doing."""
+        """Close the object, once; end the process after so many seconds, whatever it is doing."""
         if self.process is None:
-            self.instance.close()
+            instance, self.instance = self.instance, None
+            if instance is not None:
+                instance.close()
         else:
             self.pipe.close()
             self.process.join(timeout)

@@ -35,9 +35,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*precision lowered"),  # the bounds of MT10's observations, which nobody uses
 ]
 SCRIPTS = pytest.mark.parametrize("script", [gipo, ppo], ids=["gipo", "ppo"])
-SYNC_AND_ASYNC = [gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv]
-VECTOR_ENVS = pytest.mark.parametrize("vector_env", SYNC_AND_ASYNC, ids=["sync", "async"])
-SAME_STEP = gym.vector.AutoresetMode.SAME_STEP
 
 
 class Counting(gym.Env):
@@ -79,67 +76,6 @@ def expert_action(task, policy, obs, rng, noise=0.2):
 
 def goal_of(task):
     return tuple(pickle.loads(task.data)["rand_vec"])
-
-
-# -------------------- Gymnasium's vector environments --------------------
-@VECTOR_ENVS
-def test_same_step_autoreset(vector_env):
-    """step() returns the next episode's first observation; the last one and its info are in final_obs and final_info."""
-    lengths, successes = (2, 4, 2), ([0.0, 1.0], [0.0] * 4, [0.0, 0.0])
-    thunks = [
-        lambda n=n, s=s: gym.wrappers.RecordEpisodeStatistics(Counting(n, s)) for n, s in zip(lengths, successes, strict=True)
-    ]
-    envs = vector_env(thunks, autoreset_mode=SAME_STEP)
-    envs.reset()
-    actions = np.ones((3, 1), np.float32)
-    first_obs, *_, infos = envs.step(actions)
-    assert "final_obs" not in infos and "final_info" not in infos
-    obs, rewards, terminations, truncations, infos = envs.step(actions)
-    np.testing.assert_array_equal(terminations | truncations, [True, False, True])
-    np.testing.assert_array_equal(obs, [[1, 0], [0, 2], [1, 0]])
-    np.testing.assert_array_equal(rewards, 1.0)
-    assert infos["final_obs"].dtype == object and infos["final_obs"][1] is None
-    np.testing.assert_array_equal(np.stack(infos["final_obs"][[0, 2]]), [[0, 2], [0, 2]])
-    np.testing.assert_array_equal(infos["_final_obs"], [True, False, True])
-    final_info = infos["final_info"]
-    np.testing.assert_array_equal(final_info["success"], [1.0, 0.0, 0.0])
-    np.testing.assert_array_equal(final_info["_success"], [True, False, True])
-    np.testing.assert_array_equal(final_info["episode"]["r"], [2.0, 0.0, 2.0])
-    np.testing.assert_array_equal(final_info["episode"]["l"], [2, 0, 2])
-    np.testing.assert_array_equal(infos["_success"], [False, True, False])  # where done, info is that of the reset
-    np.testing.assert_array_equal(first_obs, [[0, 1]] * 3)  # still: what step() returns are copies
-    envs.close()
-
-
-@VECTOR_ENVS
-def test_same_step_autoreset_with_all_environments_done_at_once(vector_env):
-    """Then the step's own info is gone and `success` is in final_info alone."""
-    envs = vector_env([lambda: Counting(2, [0.0, 1.0])] * 2, autoreset_mode=SAME_STEP)
-    envs.reset()
-    *_, infos = envs.step(np.ones((2, 1), np.float32))
-    assert "success" in infos
-    *_, infos = envs.step(np.ones((2, 1), np.float32))
-    assert "success" not in infos
-    np.testing.assert_array_equal(infos["final_info"]["success"], [1.0, 1.0])
-    envs.close()
-
-
-@VECTOR_ENVS
-def test_what_a_vector_environment_returns_is_not_overwritten_by_its_next_step(vector_env):
-    """The rollout keeps the arrays of many steps (as_tensor shares memory) before it copies them into the buffer."""
-    envs = vector_env([Counting] * 2, autoreset_mode=SAME_STEP)
-    envs.reset()
-    kept = [envs.step(np.full((2, 1), step, np.float32))[:4] for step in range(3)]
-    np.testing.assert_array_equal([rewards[0] for _, rewards, _, _ in kept], [0, 1, 2])
-    np.testing.assert_array_equal([obs[0, 1] for obs, *_ in kept], [1, 2, 0])
-    np.testing.assert_array_equal([terminations[0] for _, _, terminations, _ in kept], [False, False, True])
-    envs.close()
-
-
-def test_autoreset_default_is_not_same_step():
-    """The reason for naming the mode: by default the step after a done is a row of garbage."""
-    envs = gym.vector.SyncVectorEnv([Counting])
-    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
 
 
 # -------------------- Meta-World --------------------
@@ -266,60 +202,40 @@ def test_success_does_not_carry_over_to_the_next_episode():
         env.reset()
 
 
-def test_success_only_at_the_last_step_reaches_the_training_loop():
-    """In both episode ends, with all environments done at once and with some of them."""
-    for lengths in ((2, 2), (2, 4)):
-        thunks = [lambda n=n: gipo.EpisodeRecorder(Counting(n, [0] * (n - 1) + [1])) for n in lengths]
-        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=SAME_STEP)
-        envs.reset()
-        for step in range(1, 9):
-            *_, terminations, truncations, infos = envs.step(np.ones((2, 1), np.float32))
-            dones = terminations | truncations
-            np.testing.assert_array_equal(dones, [step % n == 0 for n in lengths])
-            if dones.any():
-                np.testing.assert_array_equal(infos["final_info"]["success"][dones], 1.0)
-                np.testing.assert_array_equal(infos["final_info"]["length"][dones], np.array(lengths)[dones])
-                np.testing.assert_array_equal(infos["final_info"]["return"][dones], np.array(lengths)[dones])
-            else:
-                assert infos == {}
+def test_the_step_that_ends_an_episode_begins_the_next():
+    """The observation to act on is the next one's first; what else comes with it is the ended one's, which stays as it is."""
+    env, first = gipo.EpisodeRecorder(Counting(2, [0, 1])), np.ones(1, np.float32)
+    env.reset()
+    kept = [env.step_and_reset(step * first) for step in range(1, 6)]
+    np.testing.assert_array_equal([next_obs for next_obs, *_ in kept], [[0, 1], [1, 0], [1, 1], [2, 0], [2, 1]])
+    np.testing.assert_array_equal([obs for _, obs, *_ in kept], [[0, 1], [0, 2], [1, 1], [1, 2], [2, 1]])
+    assert [result[2] for result in kept] == [1, 2, 3, 4, 5]  # rewards
+    assert [result[3:5] for result in kept] == [(False, False), (True, False), (False, False), (False, True), (False, False)]
+    ends = [{"return": total, "length": 2, "success": 1.0} for total in (3.0, 7.0)]
+    assert [result[5] for result in kept] == [{}, ends[0], {}, ends[1], {}]
 
 
 @pytest.mark.parametrize("env_id", ["reach-v3", "pick-place-v3", "basketball-v3", "Pendulum-v1", "HalfCheetah-v5"])
 def test_an_episode_is_rebuilt_bit_for_bit(env_id):
-    """snapshot -> file -> resume_from in fresh environments: the same observations, now and for two more episodes."""
+    """snapshot -> file -> reset in a fresh environment: the same observations, now and for two more episodes."""
     args, rng, policy = gipo.Args(env_id=env_id), np.random.default_rng(3), ENV_POLICY_MAP.get(env_id, lambda: None)()
     length = {"Pendulum-v1": 200, "HalfCheetah-v5": 1000}.get(env_id, 500)
 
-    def build():
-        return gym.vector.SyncVectorEnv([gipo.make_env(args, i) for i in range(2)], autoreset_mode=SAME_STEP)
-
-    def act(obs):
-        return np.stack([expert_action(env_id, policy, one, rng) for one in obs])
-
-    envs, resumed = build(), build()
-    obs, _ = envs.reset()
+    env, resumed = (gipo.make_env(args, 0)() for _ in range(2))
+    obs, _ = env.reset()
     for _ in range(length + 57):  # into the second episode: its goal or start is not the first of the generator
-        obs, *_ = envs.step(act(obs))
+        obs, *_ = env.step_and_reset(expert_action(env_id, policy, obs, rng))
     file = io.BytesIO()
-    states = list(envs.call("snapshot"))
-    assert [len(state["actions"]) for state in states] == [57, 57]
-    torch.save(states, file)
+    assert len(env.snapshot()["actions"]) == 57
+    torch.save(env.snapshot(), file)
     file.seek(0)
-    states = torch.load(file, weights_only=True)
-    resumed.set_attr("resume_from", [{**e, "actions": list(e["actions"].numpy())} for e in states])
-    np.testing.assert_array_equal(resumed.reset()[0], obs)
+    np.testing.assert_array_equal(resumed.reset(snapshot=torch.load(file, weights_only=True))[0], obs)
     for _ in range(length):
-        actions = act(obs)
-        (obs, rewards, _, truncations, infos), repeated = envs.step(actions), resumed.step(actions)
-        np.testing.assert_array_equal(repeated[0], obs)
-        np.testing.assert_array_equal(repeated[1], rewards)
-        np.testing.assert_array_equal(repeated[3], truncations)
-        if truncations.any():
-            for key in ("return", "length", "success"):
-                np.testing.assert_array_equal(repeated[4]["final_info"][key], infos["final_info"][key])
-    assert [e["generator"] for e in resumed.call("snapshot")] == [e["generator"] for e in envs.call("snapshot")]
-    envs.close()
-    resumed.close()
+        action = expert_action(env_id, policy, obs, rng)
+        result, repeated = env.step_and_reset(action), resumed.step_and_reset(action)
+        np.testing.assert_equal(repeated, result)
+        obs = result[0]
+    assert resumed.snapshot()["generator"] == env.snapshot()["generator"]
 
 
 @SCRIPTS
@@ -339,12 +255,9 @@ def test_a_rebuilt_episode_keeps_its_latched_success():
     for _ in range(3):
         env.step(np.ones(1, np.float32))
     resumed = gipo.EpisodeRecorder(Counting(4, [0, 1, 0, 0]))
-    snapshot = env.snapshot()
-    resumed.resume_from = {**snapshot, "actions": list(snapshot["actions"].numpy())}
-    resumed.reset()
+    resumed.reset(snapshot=env.snapshot())
     assert resumed.step(np.ones(1, np.float32))[-1]["success"] == 1.0
-    assert resumed.resume_from is None  # so that the next reset is a new episode
-    np.testing.assert_array_equal(resumed.reset()[0], [1, 0])
+    assert resumed.reset()[0].tolist() == [1, 0]  # a new episode
 
 
 # -------------------- make_env --------------------
@@ -692,20 +605,17 @@ def careless_env_id():
 def test_a_careless_environment_is_recorded_faithfully(script, careless_env_id, monkeypatch):
     monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 5)
     args = script.Args(env_id=careless_env_id)
-    envs = gym.vector.SyncVectorEnv([script.make_env(args, i) for i in range(2)], autoreset_mode=SAME_STEP)
-    envs.reset()
+    env = script.make_env(args, 0)()
+    env.reset()
     for step in range(1, 6):
-        actions = np.full((2, 1), 0.4, np.float32)
-        obs, _, terminations, truncations, infos = envs.step(actions)
-        assert not terminations.any() and truncations.all() == (step == 5)  # no time limit of its own: it gets one
+        next_obs, obs, _, terminated, truncated, info = env.step_and_reset(np.full(1, 0.4, np.float32))
+        assert not terminated and truncated == (step == 5)  # no time limit of its own: it gets one
         if step == 4:
-            before = obs.copy()
-            taken = [snapshot["actions"].numpy() for snapshot in envs.call("snapshot")]
+            before, taken = obs.copy(), env.snapshot()["actions"].numpy()
     np.testing.assert_array_equal(taken, np.float32(0.4))  # not what the environment made of them
-    np.testing.assert_array_equal(obs, 0.0)
-    assert (np.stack(infos["final_obs"]) > before + 1).all()  # the last observation, not the reset's in the same memory
-    np.testing.assert_array_equal(infos["final_info"]["success"], 1.0)
-    np.testing.assert_array_equal(infos["final_info"]["length"], 5)
+    np.testing.assert_array_equal(next_obs, 0.0)
+    assert (obs > before + 1).all()  # the last observation, not the reset's in the same memory
+    assert info["success"] == 1.0 and info["length"] == 5
 
 
 @SCRIPTS
@@ -817,11 +727,11 @@ def test_with_which_policy_rollouts_are_collected(name, overlap, two_cores, tmp_
     start, update_normalizer = script.Worker.start, script.Agent.update_normalizer
     sent, models, in_processes = [], [], []
 
-    def spy_start(self, name, *arguments):
+    def spy_start(self, name, *arguments, **keywords):
         if name == "collect":
             sent.append((copy_of(arguments[0]), arguments[1]))
             in_processes.append(self.process is not None)
-        start(self, name, *arguments)
+        start(self, name, *arguments, **keywords)
 
     def spy_update(self, obs):
         update_normalizer(self, obs)
@@ -963,7 +873,7 @@ class KnownProcesses(gipo.Collector):
     """It tells the processes of its environments."""
 
     def processes(self):
-        return [process.pid for process in self.envs.processes]
+        return [env.process.pid for env in self.envs]
 
 
 PROCESS_OR_NOT = pytest.mark.parametrize("own_process", [True, False], ids=["process", "inline"])
@@ -1028,7 +938,7 @@ def test_an_exception_arrives_with_its_own_traceback(kind, error, text, worker):
         worker.call("fail", kind)
     assert type(caught.value) is error
     remote = str(caught.value.__cause__)
-    assert remote.startswith("in the process of the environments:\nTraceback") and "in fail" in remote and "raise {" in remote
+    assert remote.startswith("in a process of the environments:\nTraceback") and "in fail" in remote and "raise {" in remote
     with pytest.raises(RuntimeError, match="has died"):
         worker.call("add", {"x": torch.zeros(1)}, 1)
     assert_ends(worker.process.pid)
@@ -1051,7 +961,7 @@ def test_an_exception_of_the_constructor_arrives_with_the_first_call(own_process
 
 @pytest.mark.parametrize(("method", "arguments", "code"), [("exit", (7,), "7"), ("kill", (), "-9")])
 def test_a_process_that_dies_is_reported_with_its_exit_code(method, arguments, code, worker):
-    with pytest.raises(RuntimeError, match=rf"the process of the environments has died \(exit code {code};"):
+    with pytest.raises(RuntimeError, match=rf"a process of the environments has died \(exit code {code};"):
         worker.call(method, *arguments)
 
 

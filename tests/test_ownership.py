@@ -744,7 +744,7 @@ def test_a_process_of_the_environments_that_is_killed(mode, which, tasks, tmp_pa
     tasks.unlink()
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1 and left_running(process.pid) == [], output
-    assert mode != "process" or "the process of the environments has died (exit code -9" in output, output
+    assert mode != "process" or "a process of the environments has died (exit code -9" in output, output
     code, _, error = inline("gipo_continuous", ["--resume", folder])
     assert code == 0, error
     assert_finished(folder)
