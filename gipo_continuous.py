@@ -14,6 +14,7 @@ What differs from PPO (`diff ppo_baseline.py gipo_continuous.py`; every hunk is 
    ours; the authors store them (--no-recompute-advantages).
 4. Positive and negative advantages may have different widths (sigma, sigma * sigma_neg_ratio).
 
+Read from make_env down to train; evaluation, processes, files and checks come after it.
 Docs: docs/gipo_continuous.md.  Method: https://arxiv.org/abs/2603.03955
 """
 
@@ -222,9 +223,45 @@ class Args:
 
 
 # -------------------- Environment --------------------
-def scalar(value) -> float:
-    """A number, or an array or tensor with one element, as a float."""
-    return float(value.item() if hasattr(value, "item") else value)
+def make_env(args, idx: int, render_mode: str | None = None):
+    """Return a function that builds environment number `idx`; for MT10, `idx % 10` is the task.
+
+    Meta-World ignores reset(seed): its goals come from the constructor's seed, the same 50 in all environments, and their
+    order from `seed()`. The stack equals gym.make("Meta-World/MT1") less the wrappers that do nothing here.
+    """
+    task = MT10[idx % len(MT10)] if args.env_id == "MT10" else args.env_id
+    goals = meta_world_goals(task, args.seed) if task in META_WORLD else None
+    kwargs = json.loads(args.env_kwargs) | ({} if goals else {"id": task})
+    kwargs |= {"render_mode": render_mode} if render_mode else {}
+
+    def thunk():
+        # Here, since it also changes Meta-World's modules, in the process that the environment lives in.
+        build = functools.partial(fast_meta_world(task), reward_function_version="v2") if goals else gym.make
+        try:
+            env = build(**kwargs)
+        except (gym.error.Error, ImportError, TypeError) as error:
+            retired = isinstance(error, ImportError) and ":" not in task  # a user's own module keeps its traceback
+            wrong_kwargs = any(f"keyword argument '{name}'" in str(error) for name in kwargs)
+            if isinstance(error, gym.error.Error) or retired or wrong_kwargs:
+                what = f"--env-id {args.env_id} cannot be built with --env-kwargs {args.env_kwargs}"
+                raise ArgumentError(f"{what}: {' '.join(str(error).split())}") from error
+            raise
+        if goals:
+            env.seed(1000 * args.seed + idx)
+            env = gym.wrappers.TimeLimit(env, env.max_path_length)
+            if args.env_id == "MT10":
+                env = OneHotWrapper(env, idx % len(MT10), len(MT10))
+            return EpisodeRecorder(RandomTaskSelectWrapper(env, goals))
+        limited = env.spec.max_episode_steps if env.spec else env.has_wrapper_attr("_max_episode_steps")
+        if not limited:  # an environment whose arguments cannot be copied has no spec
+            env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+        check_spaces(args, env.observation_space, env.action_space)
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
+        env.reset(seed=1000 * args.seed + idx)
+        return EpisodeRecorder(env)
+
+    return thunk
 
 
 class EpisodeRecorder(gym.Wrapper):
@@ -285,105 +322,14 @@ class EpisodeRecorder(gym.Wrapper):
             print(f"warning: close() of an environment: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
+def scalar(value) -> float:
+    """A number, or an array or tensor with one element, as a float."""
+    return float(value.item() if hasattr(value, "item") else value)
+
+
 def success_rate(successes) -> float | None:
     """Mean over episodes, nan being one that reported no success: none of them does -> None, or it counts as a failure."""
     return None if np.isnan(list(successes)).all() else float(np.mean(np.nan_to_num(list(successes))))
-
-
-class FastRotation:
-    """scipy's Rotation.from_matrix(m).as_quat() for one rotation matrix, with scipy's choice of sign."""
-
-    @staticmethod
-    def from_matrix(matrix: np.ndarray):
-        rotation, wxyz = FastRotation(), np.empty(4)
-        mujoco.mju_mat2Quat(wxyz, matrix.ravel())
-        (xx, _, _), (_, yy, _), (_, _, zz) = matrix.tolist()
-        signs = (xx, yy, zz, xx + yy + zz)
-        rotation.quat = wxyz[[1, 2, 3, 0]]
-        if rotation.quat[signs.index(max(signs))] < 0:
-            rotation.quat = -rotation.quat
-        return rotation
-
-    def as_quat(self) -> np.ndarray:
-        return self.quat
-
-
-@functools.cache
-def fast_meta_world(task: str) -> type:
-    """Subclass of a Meta-World task with its slowest functions rewritten: equal numbers (1e-14) at about half the time."""
-    stock = META_WORLD[task]
-    if hasattr(sys.modules[stock.__module__], "Rotation"):  # half of the tasks convert a rotation at every step
-        sys.modules[stock.__module__].Rotation = FastRotation
-
-    class FastTask(stock):
-        def _get_curr_obs_combined_no_goal(self):
-            obs = np.zeros(4 + self._obs_obj_max_len)
-            obs[:3] = self.get_endeff_pos()
-            claws = self.data.body("rightclaw").xpos - self.data.body("leftclaw").xpos
-            obs[3] = min(math.sqrt(claws.dot(claws)) / 0.1, 1.0)
-            position, quaternion = self._get_pos_objects(), self._get_quat_objects()
-            for i in range(len(position) // 3):
-                obs[4 + 7 * i : 7 + 7 * i] = position[3 * i : 3 * i + 3]
-                obs[7 + 7 * i : 11 + 7 * i] = quaternion[4 * i : 4 * i + 4]
-            return obs
-
-        def touching_object(self, object_geom_id):
-            geoms, address = self.data.contact.geom, self.data.contact.efc_address
-            touching = (geoms == object_geom_id).any(1)
-            for pad in ("leftpad_geom", "rightpad_geom"):
-                rows = address[touching & (geoms == self.data.geom(pad).id).any(1)]
-                if not self.data.efc_force[rows].sum() > 0:
-                    return False
-            return True
-
-    return FastTask
-
-
-@functools.cache
-def meta_world_goals(task: str, seed: int) -> list:
-    """The 50 training goals of a Meta-World task: fixed by the seed, so all environments of a run share them (1 s)."""
-    return metaworld.MT1(task, seed=seed).train_tasks
-
-
-def make_env(args, idx: int, render_mode: str | None = None):
-    """Return a function that builds environment number `idx`; for MT10, `idx % 10` is the task.
-
-    Meta-World ignores reset(seed): its goals come from the constructor's seed, the same 50 in all environments, and their
-    order from `seed()`. The stack equals gym.make("Meta-World/MT1") less the wrappers that do nothing here.
-    """
-    task = MT10[idx % len(MT10)] if args.env_id == "MT10" else args.env_id
-    goals = meta_world_goals(task, args.seed) if task in META_WORLD else None
-    kwargs = json.loads(args.env_kwargs) | ({} if goals else {"id": task})
-    kwargs |= {"render_mode": render_mode} if render_mode else {}
-
-    def thunk():
-        # Here, since it also changes Meta-World's modules, in the process that the environment lives in.
-        build = functools.partial(fast_meta_world(task), reward_function_version="v2") if goals else gym.make
-        try:
-            env = build(**kwargs)
-        except (gym.error.Error, ImportError, TypeError) as error:
-            retired = isinstance(error, ImportError) and ":" not in task  # a user's own module keeps its traceback
-            wrong_kwargs = any(f"keyword argument '{name}'" in str(error) for name in kwargs)
-            if isinstance(error, gym.error.Error) or retired or wrong_kwargs:
-                what = f"--env-id {args.env_id} cannot be built with --env-kwargs {args.env_kwargs}"
-                raise ArgumentError(f"{what}: {' '.join(str(error).split())}") from error
-            raise
-        if goals:
-            env.seed(1000 * args.seed + idx)
-            env = gym.wrappers.TimeLimit(env, env.max_path_length)
-            if args.env_id == "MT10":
-                env = OneHotWrapper(env, idx % len(MT10), len(MT10))
-            return EpisodeRecorder(RandomTaskSelectWrapper(env, goals))
-        limited = env.spec.max_episode_steps if env.spec else env.has_wrapper_attr("_max_episode_steps")
-        if not limited:  # an environment whose arguments cannot be copied has no spec
-            env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
-        check_spaces(args, env.observation_space, env.action_space)
-        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-            env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
-        env.reset(seed=1000 * args.seed + idx)
-        return EpisodeRecorder(env)
-
-    return thunk
 
 
 def to_env_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
@@ -496,238 +442,6 @@ class Agent(nn.Module):
         z = (action - out) * torch.exp(-self.actor_logstd)
         logprob = -0.5 * z**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)
         return action, logprob, (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).expand_as(out)
-
-
-# -------------------- Rollouts --------------------
-class Collector:
-    """The environments and the policy that acts in them: a rollout depends on the weights given and on its own state alone."""
-
-    def __init__(self, args):
-        torch.set_num_threads(1)  # before anything computes: a forked process has no threads of OpenMP's
-        random.seed(args.seed)  # these three for environments that draw from them
-        np.random.seed(args.seed)
-        torch.manual_seed(args.seed)
-        self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
-        self.envs = []
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self.close)
-            for i in range(args.num_envs):
-                make_env(args, i)  # makes the goals before the processes are forked, not in each of them
-                self.envs.append(Worker(build_env, args, i, own_process=args.async_envs))
-            spaces = [self.envs[0].call("get_wrapper_attr", f"{kind}_space") for kind in ("observation", "action")]
-            self.max_episode_steps = max(env.call("get_wrapper_attr", "_max_episode_steps") for env in self.envs)
-            on_error.pop_all()
-        self.obs_space, self.action_space = spaces
-
-    def sizes(self) -> tuple[int, int, int]:
-        """Of an observation, of an action, and of an episode: its time limit."""
-        return self.obs_space.shape[0], self.action_space.shape[0], self.max_episode_steps
-
-    def reset(self, snapshot: dict | None = None) -> None:
-        """Begin, or go on where the snapshot was taken."""
-        with seeded(self.args.seed):
-            self.agent = Agent(self.obs_space.shape[0], self.action_space.shape[0], self.args)
-        if snapshot:
-            self.generator.set_state(snapshot["generator"])
-            self.steps = snapshot["steps"]
-        for env, episode in zip(self.envs, snapshot["envs"] if snapshot else [None] * len(self.envs), strict=True):
-            env.start("reset", snapshot=episode)
-        self.next_obs = stack([env.result()[0] for env in self.envs])
-        self.check_numbers("observation", self.next_obs)
-        if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
-            text = f"{self.args.env_id} has numbers, random ones or from earlier episodes, that no checkpoint holds"
-            text = f"this machine or its libraries are others than before, or {text}"
-            print(f"warning: {text}: the running episodes go on otherwise", file=sys.stderr, flush=True)
-
-    def snapshot(self) -> dict:
-        """What reset() needs, as tensors and plain types."""
-        state = {"next_obs": self.next_obs, "generator": self.generator.get_state(), "steps": self.steps}
-        return state | {"envs": [env.call("snapshot") for env in self.envs]}
-
-    def collect(self, weights: dict, version: int) -> dict:
-        """Act with these weights, those of iteration `version`, for T steps.
-
-        Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes` that ended: (steps of the run, return, length,
-        success); and `log_ratio_max`: the same weights score the rollout once more, as one batch; the largest difference of a
-        log-prob is 0 but for rounding.
-        """
-        torch.set_num_threads(1)
-        self.agent.load_state_dict(weights)
-        columns, episodes, seconds = collections.defaultdict(list), [], {"env": 0.0, "policy": 0.0}
-        for _ in range(self.args.num_steps):
-            t0 = time.perf_counter()
-            with torch.no_grad():
-                action, logprob, _ = self.agent.get_action_and_logprob(self.next_obs, generator=self.generator)
-            t1 = time.perf_counter()
-            for env, env_action in zip(self.envs, to_env_action(action.numpy(), self.action_space), strict=True):
-                env.start("step_and_reset", env_action)
-            results = [env.result() for env in self.envs]
-            seconds["policy"] += t1 - t0
-            seconds["env"] += time.perf_counter() - t1
-            next_obs, real_next_obs, rewards, terminations, truncations, infos = zip(*results, strict=True)
-            dones = np.logical_or(terminations, truncations)
-            obs, self.next_obs, real_next_obs = self.next_obs, stack(next_obs), stack(real_next_obs)
-            self.steps += self.args.num_envs
-            for info in filter(None, infos):
-                episodes.append((self.steps, info["return"], info["length"], info["success"]))
-            transition = {"obs": obs, "next_obs": real_next_obs, "actions": action, "logprobs": logprob}
-            transition |= {"rewards": rewards, "terminations": terminations, "dones": dones}
-            for key, value in transition.items():
-                columns[key].append(torch.as_tensor(value))
-            self.check_numbers("observation after a step", real_next_obs)
-            self.check_numbers("reward", columns["rewards"][-1].float())
-            self.check_numbers("observation", self.next_obs)
-        data = {key: torch.stack(column).float() for key, column in columns.items()}
-        with torch.no_grad():
-            logprob = self.agent.get_action_and_logprob(data["obs"], data["actions"])[1]
-        log_ratio_max = (logprob - data["logprobs"]).sum(-1).abs().max().item()
-        return {"data": data, "episodes": episodes, "log_ratio_max": log_ratio_max, "seconds": seconds, "version": version}
-
-    def check_numbers(self, name: str, values: torch.Tensor) -> None:
-        """BadNumber if the values (N, ...) hold nan or more than MAX_MAGNITUDE: no policy can act on it or learn from it."""
-        if not values.abs().max() <= MAX_MAGNITUDE:
-            idx, *where = (~(values.abs() <= MAX_MAGNITUDE)).nonzero()[0].tolist()
-            what = f"{name} {values[idx, *where].item()} of environment {idx} at step {self.steps:,}"
-            raise BadNumber(f"--env-id {self.args.env_id}: {what}")
-
-    def close(self) -> None:
-        for env in self.envs:  # all at once
-            env.hang_up()
-        for env in self.envs:
-            env.close(timeout=60.0)
-
-
-def stack(observations) -> torch.Tensor:
-    """Observations of the environments, one each -> (N, obs_dim) in float32."""
-    return torch.as_tensor(np.stack(observations), dtype=torch.float32)
-
-
-def follow_parent() -> None:
-    """In a process started by this script: leave signals to the main process, and end when that ends, for whatever reason."""
-    for signum in STOP_SIGNALS:
-        # A program that the environment starts inherits what is ignored, not a handler, so that terminate() can end it.
-        signal.signal(signum, (lambda *_: None) if signum == signal.SIGTERM else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def build_env(args, idx: int) -> gym.Env:
-    """make_env()'s; in a process of its own with random numbers of its own, or all would draw the same."""
-    if args.async_envs:
-        random.seed(1000 * args.seed + idx)
-        np.random.seed(1000 * args.seed + idx)
-        torch.manual_seed(1000 * args.seed + idx)
-    return make_env(args, idx)()
-
-
-class SentTensor:
-    """A tensor on its way to another process: torch would pass it as an open file, and pickles it ten times as slowly."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.array = tensor.numpy()
-
-    def tensor(self) -> torch.Tensor:
-        return torch.from_numpy(self.array)
-
-
-def convert(tree, kind: type, function):
-    """Apply a function to all values of one type in nested dicts, lists and tuples."""
-    if isinstance(tree, dict):
-        return {key: convert(value, kind, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(convert(value, kind, function) for value in tree)
-    return function(tree) if isinstance(tree, kind) else tree
-
-
-def serve(pipe, factory, args) -> None:
-    """Main function of a Worker's process: build the object, then answer calls; an exception, also of building it, is
-    the next call's answer, and ends it."""
-    for parents_end in [*Worker.pipes]:  # which a fork inherits: a process ends when nobody else holds the other end
-        parents_end.close()
-    follow_parent()
-    with contextlib.ExitStack() as at_exit:
-        try:
-            instance = factory(*args)
-            at_exit.callback(instance.close)
-            while True:
-                name, arguments, keywords = convert(pipe.recv(), SentTensor, SentTensor.tensor)
-                pipe.send((None, "", convert(getattr(instance, name)(*arguments, **keywords), torch.Tensor, SentTensor)))
-        except Exception as error:
-            try:
-                pickle.loads(pickle.dumps(error))
-            except Exception:  # some exceptions do not survive the way
-                error = RuntimeError(f"{type(error).__name__}: {error}")
-            with contextlib.suppress(OSError):  # the pipe is closed: no more calls
-                pipe.send((error, traceback.format_exc(), None))
-
-
-class Worker:
-    """Calls an object's methods in a process of its own, or in this one: `start(name, *arguments)`, then `result()`."""
-
-    pipes: ClassVar = weakref.WeakSet()  # all that this process has to others
-
-    def __init__(self, factory, *args, own_process: bool):
-        self.process, self.busy, self.answer = None, False, None
-        if not own_process:
-            self.instance = factory(*args)
-            return
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.pipe, theirs = context.Pipe()
-        self.pipes.add(self.pipe)
-        self.process = context.Process(target=serve, args=(theirs, factory, args))
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # that come before follow_parent() has handlers
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-
-    def start(self, name: str, *arguments, **keywords) -> None:
-        """Begin a call; in this process, also finish it."""
-        self.busy = True
-        if self.process is None:
-            self.answer = getattr(self.instance, name)(*arguments, **keywords)
-        else:
-            with contextlib.suppress(OSError):  # if it has died, result() says so
-                self.pipe.send(convert((name, arguments, keywords), torch.Tensor, SentTensor))
-
-    def result(self):
-        """Wait for what the started call returns."""
-        self.busy = False
-        if self.process is None:
-            return self.answer
-        try:
-            error, text, answer = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            how = f"exit code {self.process.exitcode}; -9: killed, perhaps for want of memory"
-            raise RuntimeError(f"a process of the environments has died ({how})") from None
-        if error is not None:
-            raise error from RuntimeError(f"in a process of the environments:\n{text}")
-        return convert(answer, SentTensor, SentTensor.tensor)
-
-    def call(self, name: str, *arguments):
-        """start() and result()."""
-        self.start(name, *arguments)
-        return self.result()
-
-    def hang_up(self) -> None:
-        """Have a process of its own close the object and end; close() waits for it."""
-        if self.process is not None:
-            self.pipe.close()
-
-    def close(self, timeout: float = 2.0) -> None:
-        """Close the object, once; end the process after so many seconds, whatever it is doing."""
-        if self.process is None:
-            instance, self.instance = self.instance, None
-            if instance is not None:
-                instance.close()
-        else:
-            self.pipe.close()
-            self.process.join(timeout)
-            self.process.kill()
-            self.process.join()
 
 
 # -------------------- Advantages and objective --------------------
@@ -871,368 +585,112 @@ def lr_share(schedule: str, progress: float, warmup: float) -> float:
     return decay[schedule]
 
 
-# -------------------- Evaluation and files --------------------
-@contextlib.contextmanager
-def seeded(seed: int):
-    """Seed the global generators for a while, and leave them as they were: environments may draw from them, too."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+# -------------------- Rollouts --------------------
+class Collector:
+    """The environments and the policy that acts in them: a rollout depends on the weights given and on its own state alone."""
+
+    def __init__(self, args):
+        torch.set_num_threads(1)  # before anything computes: a forked process has no threads of OpenMP's
+        random.seed(args.seed)  # these three for environments that draw from them
+        np.random.seed(args.seed)
+        torch.manual_seed(args.seed)
+        self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
+        self.envs = []
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.close)
+            for i in range(args.num_envs):
+                make_env(args, i)  # makes the goals before the processes are forked, not in each of them
+                self.envs.append(Worker(build_env, args, i, own_process=args.async_envs))
+            spaces = [self.envs[0].call("get_wrapper_attr", f"{kind}_space") for kind in ("observation", "action")]
+            self.max_episode_steps = max(env.call("get_wrapper_attr", "_max_episode_steps") for env in self.envs)
+            on_error.pop_all()
+        self.obs_space, self.action_space = spaces
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Of an observation, of an action, and of an episode: its time limit."""
+        return self.obs_space.shape[0], self.action_space.shape[0], self.max_episode_steps
+
+    def reset(self, snapshot: dict | None = None) -> None:
+        """Begin, or go on where the snapshot was taken."""
+        with seeded(self.args.seed):
+            self.agent = Agent(self.obs_space.shape[0], self.action_space.shape[0], self.args)
+        if snapshot:
+            self.generator.set_state(snapshot["generator"])
+            self.steps = snapshot["steps"]
+        for env, episode in zip(self.envs, snapshot["envs"] if snapshot else [None] * len(self.envs), strict=True):
+            env.start("reset", snapshot=episode)
+        self.next_obs = stack([env.result()[0] for env in self.envs])
+        self.check_numbers("observation", self.next_obs)
+        if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
+            text = f"{self.args.env_id} has numbers, random ones or from earlier episodes, that no checkpoint holds"
+            text = f"this machine or its libraries are others than before, or {text}"
+            print(f"warning: {text}: the running episodes go on otherwise", file=sys.stderr, flush=True)
+
+    def snapshot(self) -> dict:
+        """What reset() needs, as tensors and plain types."""
+        state = {"next_obs": self.next_obs, "generator": self.generator.get_state(), "steps": self.steps}
+        return state | {"envs": [env.call("snapshot") for env in self.envs]}
+
+    def collect(self, weights: dict, version: int) -> dict:
+        """Act with these weights, those of iteration `version`, for T steps.
+
+        Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes` that ended: (steps of the run, return, length,
+        success); and `log_ratio_max`: the same weights score the rollout once more, as one batch; the largest difference of a
+        log-prob is 0 but for rounding.
+        """
+        torch.set_num_threads(1)
+        self.agent.load_state_dict(weights)
+        columns, episodes, seconds = collections.defaultdict(list), [], {"env": 0.0, "policy": 0.0}
+        for _ in range(self.args.num_steps):
+            t0 = time.perf_counter()
+            with torch.no_grad():
+                action, logprob, _ = self.agent.get_action_and_logprob(self.next_obs, generator=self.generator)
+            t1 = time.perf_counter()
+            for env, env_action in zip(self.envs, to_env_action(action.numpy(), self.action_space), strict=True):
+                env.start("step_and_reset", env_action)
+            results = [env.result() for env in self.envs]
+            seconds["policy"] += t1 - t0
+            seconds["env"] += time.perf_counter() - t1
+            next_obs, real_next_obs, rewards, terminations, truncations, infos = zip(*results, strict=True)
+            dones = np.logical_or(terminations, truncations)
+            obs, self.next_obs, real_next_obs = self.next_obs, stack(next_obs), stack(real_next_obs)
+            self.steps += self.args.num_envs
+            for info in filter(None, infos):
+                episodes.append((self.steps, info["return"], info["length"], info["success"]))
+            transition = {"obs": obs, "next_obs": real_next_obs, "actions": action, "logprobs": logprob}
+            transition |= {"rewards": rewards, "terminations": terminations, "dones": dones}
+            for key, value in transition.items():
+                columns[key].append(torch.as_tensor(value))
+            self.check_numbers("observation after a step", real_next_obs)
+            self.check_numbers("reward", columns["rewards"][-1].float())
+            self.check_numbers("observation", self.next_obs)
+        data = {key: torch.stack(column).float() for key, column in columns.items()}
+        with torch.no_grad():
+            logprob = self.agent.get_action_and_logprob(data["obs"], data["actions"])[1]
+        log_ratio_max = (logprob - data["logprobs"]).sum(-1).abs().max().item()
+        return {"data": data, "episodes": episodes, "log_ratio_max": log_ratio_max, "seconds": seconds, "version": version}
+
+    def check_numbers(self, name: str, values: torch.Tensor) -> None:
+        """BadNumber if the values (N, ...) hold nan or more than MAX_MAGNITUDE: no policy can act on it or learn from it."""
+        if not values.abs().max() <= MAX_MAGNITUDE:
+            idx, *where = (~(values.abs() <= MAX_MAGNITUDE)).nonzero()[0].tolist()
+            what = f"{name} {values[idx, *where].item()} of environment {idx} at step {self.steps:,}"
+            raise BadNumber(f"--env-id {self.args.env_id}: {what}")
+
+    def close(self) -> None:
+        for env in self.envs:  # all at once
+            env.hang_up()
+        for env in self.envs:
+            env.close(timeout=60.0)
 
 
-@seeded(0)
-@torch.no_grad()
-def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop_signals=()) -> dict:
-    """Run the deterministic policy once on each of the first `num_episodes` training goals (MT10: of every task).
-
-    An environment without goals gets fixed reset seeds instead. Ends early once a signal arrived. Returns `success_rate` (None
-    where the environment reports none), `return_mean`, `episodes`, `returns`, and for MT10 `success_by_task`.
-    """
-    returns, successes, has_goals = [], [], args.env_id in [*META_WORLD, "MT10"]
-    for task_idx in range(len(MT10) if args.env_id == "MT10" else 1):
-        if stop_signals:
-            break
-        render = ["rgb_array" if video_dir and i == 0 else None for i in range(min(num_episodes, MAX_EVAL_ENVS))]
-        with contextlib.ExitStack() as at_end:
-            envs = [at_end.enter_context(contextlib.closing(make_env(args, task_idx, mode)())) for mode in render]
-            for first in range(0, num_episodes, len(envs)):
-                running, frames, last_infos = {}, [], {}  # running: env -> observation
-                for episode, env in zip(range(first, num_episodes), envs, strict=False):
-                    if has_goals:
-                        env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
-                        env.unwrapped.set_task(env.get_wrapper_attr("tasks")[episode])
-                    running[env] = env.reset(seed=10_000 + episode)[0]
-                while running and not stop_signals:
-                    if video_dir and first == 0 and envs[0] in running and len(envs[0].get_wrapper_attr("actions")) % 4 == 0:
-                        frames.append(envs[0].render())
-                    obs = torch.as_tensor(np.stack([*running.values()]), dtype=torch.float32, device=agent.obs_mean.device)
-                    if not obs.abs().max() <= MAX_MAGNITUDE:
-                        raise BadNumber(f"--env-id {args.env_id}: an observation of an evaluation is {obs.abs().max().item()}")
-                    action, *_ = agent.get_action_and_logprob(obs, deterministic=True)
-                    env_actions = to_env_action(action.cpu().numpy(), envs[0].action_space)
-                    for env, env_action in zip([*running], env_actions, strict=True):
-                        running[env], _, terminated, truncated, info = env.step(env_action)
-                        if terminated or truncated:
-                            del running[env]
-                            last_infos[env] = info
-                if stop_signals:
-                    break
-                for env in envs[: num_episodes - first]:
-                    returns.append(last_infos[env]["return"])
-                    successes.append(last_infos[env]["success"])
-                if frames:
-                    from moviepy import ImageSequenceClip
-
-                    video_dir.mkdir(parents=True, exist_ok=True)
-                    try:
-                        ImageSequenceClip(frames, fps=20).write_videofile(str(video_dir / f"task{task_idx}.mp4"), logger=None)
-                    except OSError:  # Ctrl-C also ends ffmpeg
-                        if not stop_signals:
-                            raise
-                        break
-                    say(f"video: {video_dir / f'task{task_idx}.mp4'}")
-    if not np.isfinite(returns).all():
-        raise BadNumber(f"--env-id {args.env_id}: the returns of an evaluation are {returns}")
-    mean = float(np.mean(returns)) if returns else None
-    result = {"success_rate": success_rate(successes), "return_mean": mean, "episodes": len(returns), "returns": returns}
-    if args.env_id == "MT10" and len(returns) == num_episodes * len(MT10):
-        result["success_by_task"] = dict(zip(MT10, np.reshape(successes, (len(MT10), -1)).mean(1).tolist(), strict=True))
-    return result
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Print; once nobody reads it any more (`| head`), go on without."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write tensors and plain types so that the file is complete or absent, whenever the process dies."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        how = "it is missing, damaged, or no .pt file of this script"
-        raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
-
-
-def load_weights(agent, weights: dict, path) -> None:
-    """ArgumentError if they are those of other networks."""
-    try:
-        agent.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"{path} does not fit the networks of this script: has Agent or the environment changed?"
-        ) from error
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file atomically."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def git_commit() -> str | None:
-    """Commit of this file's repository, with -dirty appended if this file has changes; None outside a repository."""
-    script = Path(__file__).resolve()
-    git = f"git rev-parse --verify HEAD && git --no-optional-locks status --porcelain --ignored {shlex.quote(script.name)}"
-    words = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.split()
-    return words[0] + ("-dirty" if words[1:] else "") if words else None
-
-
-def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
-    """Write model.pt, and best_model.pt if this evaluation beats the stored one: by episodes, success, return."""
-    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
-    if evaluation:
-        success = evaluation["success_rate"]
-        # Only equally many episodes compare: the few of a short evaluation may be lucky ones.
-        model["score"] = [evaluation["episodes"], -1.0 if success is None else success, evaluation["return_mean"]]
-    save_checkpoint(run_folder / "model.pt", model)
-    best = run_folder / "best_model.pt"
-    if evaluation and best.exists():  # mmap: its score is read, its weights are not
-        score = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["score"]
-    if evaluation and (not best.exists() or model["score"] > score):
-        save_checkpoint(best, model)
-
-
-def run_folder_of(args) -> Path:
-    """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
-    if isinstance(args.resume, str):
-        folder = Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
-        return folder if folder.name not in ("", "..") else folder.resolve()  # `.` has no name and no parent
-    return Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
-
-
-def lock_folder(run_folder: Path):
-    """Own the run folder, which is made if need be, until the returned file is closed or the process dies."""
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        lock = open(run_folder / ".lock", "a")
-    except OSError as error:
-        how = "choose another --run-dir or --exp-name"
-        raise ArgumentError(f"--run-dir: {run_folder} cannot be used ({error.strerror}): {how}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it first") from error
-    except OSError:  # a file system without locks
-        pass
-    return lock
-
-
-def refuse_existing(run_folder: Path, args) -> None:
-    """ArgumentError if a new run would end up in the folder of another."""
-    left = {path.name for path in run_folder.iterdir()} if os.path.isdir(run_folder) else set()
-    exists = left - {".lock", "args.tmp"}  # what a start on a full disk leaves
-    if exists and not (args.resume or args.overwrite):
-        raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
-
-
-def check_args(args) -> None:
-    """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
-
-    def require(name: str, holds, words: str) -> None:
-        if not holds:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {words}")
-
-    (saved, _), run = saved_run(args), "to resume" if args.evaluate is None else "of the model"
-    may_differ = MACHINE_ARGS if args.evaluate is None else [*MACHINE_ARGS, "eval_episodes"]
-    for name in sorted(vars(saved).keys() - set(may_differ)) if saved else ():
-        value = getattr(saved, name)
-        require(name, getattr(args, name) == value, f"contradicts the run {run}, which has {value}: drop the flag")
-    for name in ("gamma", "gae_lambda", "lr_warmup"):
-        require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1")
-    require("seed", 0 <= args.seed <= 4_000_000, "must be between 0 and 4,000,000")  # 1000 * seed + i must be below 2^32
-    require("init_log_std", -20 <= args.init_log_std <= 2, "must be between -20 and 2")
-    require("num_bins", 2 <= args.num_bins <= 100_000, "must be 2 or more, at most 100,000")
-    positive = "total_timesteps num_envs num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate"
-    positive += " reward_scale max_grad_norm hidden_size checkpoint_every torch_threads"
-    positive += " sigma sigma_neg_ratio sapo_tau_pos sapo_tau_neg"  # GIPO: its flags
-    may_be_zero = "buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
-    for field in dataclasses.fields(args):
-        name, value = field.name, getattr(args, field.name)
-        if get_origin(field.type) is Literal:
-            require(name, value in get_args(field.type), f"must be one of {', '.join(get_args(field.type))}")
-        elif name in may_be_zero.split():
-            require(name, 0 <= value <= 1e12, "must be 0 or more, at most 1e12")
-        elif name in positive.split():
-            require(name, 1e-12 <= value <= 1e12, "must be positive, at most 1e12")
-    for name, most in (("hidden_size", 16_384), ("torch_threads", 1_024)):
-        require(name, getattr(args, name) <= most, f"must be {most:,} or fewer")
-    if args.resume == "":
-        raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
-    if args.resume and args.overwrite:
-        raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
-    if isinstance(args.resume, str) and os.path.abspath(args.run_dir) != os.path.dirname(os.path.abspath(run_folder_of(args))):
-        raise ArgumentError(f"--run-dir {args.run_dir} contradicts --resume {args.resume}: drop one of them")
-    if "/" in args.exp_name or "\0" in args.exp_name:
-        raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
-    try:
-        limit = dict(**json.loads(args.env_kwargs)).get("max_episode_steps")
-    except (TypeError, ValueError) as error:
-        how = "must be a JSON object, as in --env-kwargs '{\"name\": 1}'"
-        raise ArgumentError(f"--env-kwargs {args.env_kwargs} {how}") from error
-    no_limit = limit is None or limit == -1  # of Gymnasium: then the script sets one
-    require("env_kwargs", no_limit or (isinstance(limit, int) and limit > 0), "needs 1 or more max_episode_steps")
-    module, colon, name = args.env_id.rpartition(":")
-    if args.env_id.startswith("Meta-World/"):
-        raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
-    try:
-        found = not module or importlib.util.find_spec(module)
-    except ImportError as error:  # of another module that it lacks: then it is there; or of a path, which is no name
-        found = isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}.")
-    if not found:
-        raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
-    known = [*META_WORLD, "MT10", *gym.registry]
-    if not module and (colon or name not in known):  # module:Name-v0 registers itself
-        nearest = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5) or ["reach-v3", "HalfCheetah-v5"]
-        require("env_id", False, f"is unknown; try {', '.join(nearest)}; or module:Name-v0, your own")
-    equal_share = args.env_id != "MT10" or args.num_envs % 10 == 0
-    goals = 50 if args.env_id in [*META_WORLD, "MT10"] else math.inf
-    require("num_envs", equal_share, "must be a multiple of 10 for MT10, as many for every task")
-    require("eval_episodes", args.eval_episodes <= goals, "must be 50 or fewer: there are 50 training goals")
-    require("eval_episodes", args.evaluate is None or args.eval_episodes > 0, "must be positive with --evaluate")
-    rollout = args.num_envs * args.num_steps
-    buffer = args.buffer_size or rollout
-    require("buffer_size", buffer >= rollout, f"must be 0 or at least num_envs * num_steps = {rollout}")
-    buffer -= buffer % rollout
-    require("minibatch_size", args.minibatch_size <= buffer, f"must not exceed the buffer of {buffer} steps")
-    require("minibatch_size", args.minibatch_size % args.num_steps == 0, f"must be a multiple of --num-steps {args.num_steps}")
-    if args.vtrace and not args.recompute_advantages:  # GIPO: always replays segments
-        raise ArgumentError("--vtrace needs the current ratios: drop --no-recompute-advantages")
-    if args.cuda and not torch.cuda.is_available():
-        raise ArgumentError("--cuda: PyTorch sees no GPU here; use --no-cuda or install a CUDA build of torch")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if args.torch_compile and shutil.which(compiler) is None:
-        raise ArgumentError(f"--torch-compile needs a C++ compiler, {compiler}: install it, or give --no-torch-compile")
-    if args.capture_video and not args.eval_episodes:
-        raise ArgumentError("--capture-video records evaluations: drop it, or give 1 or more --eval-episodes")
-    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
-
-
-def check_spaces(args, obs_space, action_space) -> None:
-    """ArgumentError unless observations can become a vector and actions are one of finite real numbers."""
-    if not obs_space.is_np_flattenable or isinstance(obs_space, gym.spaces.Text):
-        what = f"observations of no fixed size, {obs_space}: wrap or choose another"
-    elif gym.spaces.flatdim(obs_space) == 0:
-        what = f"empty observations, {obs_space}: choose another"
-    elif not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or 0 in action_space.shape:
-        what = f"the action space {action_space}: choose one with a Box of shape (d,)"
-    elif not np.issubdtype(action_space.dtype, np.floating):
-        what = f"the action space {action_space}: choose one with real numbers"
-    elif not np.abs([action_space.low, action_space.high]).max() < 1e30:
-        what = f"the action space {action_space}: choose one with a finite Box"
-    else:
-        return
-    raise ArgumentError(f"--env-id {args.env_id} has {what}")
-
-
-def check_video(args) -> None:
-    """ArgumentError unless --capture-video can render."""
-    try:
-        from moviepy import ImageSequenceClip  # noqa: F401
-    except ImportError as error:
-        raise ArgumentError("--capture-video needs moviepy 2 or newer: pip install -U moviepy") from error
-    how = "without a display, set MUJOCO_GL=egl (Debian: libegl1 libgl1 libopengl0) or MUJOCO_GL=osmesa (libosmesa6)"
-    nowhere = sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ)
-    try:
-        with contextlib.closing(make_env(args, 0, render_mode="rgb_array")()) as env:
-            blind = nowhere and hasattr(env.unwrapped, "mujoco_renderer")  # whose attempt would end the process
-            env.reset()
-            frame = None if blind else env.render()
-    except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ArgumentError(f"--capture-video cannot render ({why}); {how}") from error
-    if blind:
-        raise ArgumentError(f"--capture-video finds no display: {how}")
-    if not isinstance(frame, np.ndarray):
-        raise ArgumentError(f"--capture-video: render() of {args.env_id} returns {type(frame).__name__}, not an image")
-
-
-def saved_run(args) -> tuple:
-    """Of the run that --evaluate or --resume names: (its arguments, with that flag set; its weights or its wandb id)."""
-    if args.evaluate is not None:
-        path, how = args.evaluate, "give the model.pt or best_model.pt of a run of this file"
-        idle = [flag for flag in ("resume", "overwrite", "track", "cuda") if getattr(args, flag)]
-        if idle:
-            raise ArgumentError(f"--{idle[0]} means nothing with --evaluate: drop it")
-        if not os.path.isfile(path):
-            raise ArgumentError(f"--evaluate {path!r} is no file: {how}")
-        model = load_checkpoint(Path(path))
-        if not (isinstance(model, dict) and {"model", "args"} <= model.keys() and model["args"].keys() <= vars(args).keys()):
-            raise ArgumentError(f"--evaluate {path} is no model of this script: {how}")
-        machine = dict.fromkeys(("resume", "overwrite", "track", "cuda", "torch_compile", "capture_video"), False)
-        return Args(**model["args"] | machine | {"evaluate": path}), model["model"]
-    if args.overwrite or not args.resume:
-        return None, None
-    folder = run_folder_of(args)
-    if not folder.is_dir():
-        raise ArgumentError(f"--resume: there is no {folder}; check the folder or the flags that name it, or drop --resume")
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        version, wandb_id = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
-        script = saved.pop("script", None)
-    except Exception as error:
-        raise ArgumentError(f"--resume: {folder / 'args.json'} is missing or damaged: give the folder of a run") from error
-    if script not in (None, Path(__file__).name):  # a fork may differ in no argument
-        raise ArgumentError(f"--resume: {folder} is a run of {script}: continue it with that file")
-    if not saved.keys() <= vars(args).keys():  # fewer: an older file's run
-        raise ArgumentError(f"--resume: {folder} is another script's or version's run; --exp-name names a new one")
-    if version != ALGORITHM_VERSION:
-        raise ArgumentError(
-            f"--resume: {folder} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew"
-        )
-    return Args(**saved | {"resume": str(folder), "run_dir": str(folder.parent)}), wandb_id
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
-    try:
-        args = tyro.cli(Args, args=argv)
-    except BrokenPipeError:  # of `--help | head`
-        os._exit(0)
-    saved, _ = saved_run(args)
-    return dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume) if saved else args
-
-
-def evaluate_saved_model(args) -> dict:
-    """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
-    check_args(args)
-    _, weights = saved_run(args)
-    video_dir = Path(args.evaluate).absolute().parent / "videos" if args.capture_video else None
-    if args.capture_video:
-        check_video(args)
-    torch.set_num_threads(args.torch_threads)
-    with contextlib.closing(make_env(args, 0)()) as env:
-        agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
-    load_weights(agent, weights, args.evaluate)
-    result = evaluate(agent, args, args.eval_episodes, video_dir)
-    say(json.dumps({key: value for key, value in result.items() if key != "returns"}, indent=2))
-    return result
+def stack(observations) -> torch.Tensor:
+    """Observations of the environments, one each -> (N, obs_dim) in float32."""
+    return torch.as_tensor(np.stack(observations), dtype=torch.float32)
 
 
 # -------------------- Main --------------------
+# ALGO LOGIC: the loop, in train(); what comes after it is evaluation, processes, files and checks
 def main(args: Args) -> dict:
     """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written.
 
@@ -1563,6 +1021,554 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         model = str(shown / "best_model.pt")
         say("watch:  " + shlex.join([*this_script, "--evaluate", model, "--eval-episodes", "1", "--capture-video"]))
     return result
+
+
+# -------------------- Evaluation --------------------
+@contextlib.contextmanager
+def seeded(seed: int):
+    """Seed the global generators for a while, and leave them as they were: environments may draw from them, too."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@seeded(0)
+@torch.no_grad()
+def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop_signals=()) -> dict:
+    """Run the deterministic policy once on each of the first `num_episodes` training goals (MT10: of every task).
+
+    An environment without goals gets fixed reset seeds instead. Ends early once a signal arrived. Returns `success_rate` (None
+    where the environment reports none), `return_mean`, `episodes`, `returns`, and for MT10 `success_by_task`.
+    """
+    returns, successes, has_goals = [], [], args.env_id in [*META_WORLD, "MT10"]
+    for task_idx in range(len(MT10) if args.env_id == "MT10" else 1):
+        if stop_signals:
+            break
+        render = ["rgb_array" if video_dir and i == 0 else None for i in range(min(num_episodes, MAX_EVAL_ENVS))]
+        with contextlib.ExitStack() as at_end:
+            envs = [at_end.enter_context(contextlib.closing(make_env(args, task_idx, mode)())) for mode in render]
+            for first in range(0, num_episodes, len(envs)):
+                running, frames, last_infos = {}, [], {}  # running: env -> observation
+                for episode, env in zip(range(first, num_episodes), envs, strict=False):
+                    if has_goals:
+                        env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
+                        env.unwrapped.set_task(env.get_wrapper_attr("tasks")[episode])
+                    running[env] = env.reset(seed=10_000 + episode)[0]
+                while running and not stop_signals:
+                    if video_dir and first == 0 and envs[0] in running and len(envs[0].get_wrapper_attr("actions")) % 4 == 0:
+                        frames.append(envs[0].render())
+                    obs = torch.as_tensor(np.stack([*running.values()]), dtype=torch.float32, device=agent.obs_mean.device)
+                    if not obs.abs().max() <= MAX_MAGNITUDE:
+                        raise BadNumber(f"--env-id {args.env_id}: an observation of an evaluation is {obs.abs().max().item()}")
+                    action, *_ = agent.get_action_and_logprob(obs, deterministic=True)
+                    env_actions = to_env_action(action.cpu().numpy(), envs[0].action_space)
+                    for env, env_action in zip([*running], env_actions, strict=True):
+                        running[env], _, terminated, truncated, info = env.step(env_action)
+                        if terminated or truncated:
+                            del running[env]
+                            last_infos[env] = info
+                if stop_signals:
+                    break
+                for env in envs[: num_episodes - first]:
+                    returns.append(last_infos[env]["return"])
+                    successes.append(last_infos[env]["success"])
+                if frames:
+                    from moviepy import ImageSequenceClip
+
+                    video_dir.mkdir(parents=True, exist_ok=True)
+                    try:
+                        ImageSequenceClip(frames, fps=20).write_videofile(str(video_dir / f"task{task_idx}.mp4"), logger=None)
+                    except OSError:  # Ctrl-C also ends ffmpeg
+                        if not stop_signals:
+                            raise
+                        break
+                    say(f"video: {video_dir / f'task{task_idx}.mp4'}")
+    if not np.isfinite(returns).all():
+        raise BadNumber(f"--env-id {args.env_id}: the returns of an evaluation are {returns}")
+    mean = float(np.mean(returns)) if returns else None
+    result = {"success_rate": success_rate(successes), "return_mean": mean, "episodes": len(returns), "returns": returns}
+    if args.env_id == "MT10" and len(returns) == num_episodes * len(MT10):
+        result["success_by_task"] = dict(zip(MT10, np.reshape(successes, (len(MT10), -1)).mean(1).tolist(), strict=True))
+    return result
+
+
+def evaluate_saved_model(args) -> dict:
+    """`--evaluate model.pt`: the deterministic policy on the goals it was trained on."""
+    check_args(args)
+    _, weights = saved_run(args)
+    video_dir = Path(args.evaluate).absolute().parent / "videos" if args.capture_video else None
+    if args.capture_video:
+        check_video(args)
+    torch.set_num_threads(args.torch_threads)
+    with contextlib.closing(make_env(args, 0)()) as env:
+        agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
+    load_weights(agent, weights, args.evaluate)
+    result = evaluate(agent, args, args.eval_episodes, video_dir)
+    say(json.dumps({key: value for key, value in result.items() if key != "returns"}, indent=2))
+    return result
+
+
+def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, global_step: int) -> None:
+    """Write model.pt, and best_model.pt if this evaluation beats the stored one: by episodes, success, return."""
+    model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
+    if evaluation:
+        success = evaluation["success_rate"]
+        # Only equally many episodes compare: the few of a short evaluation may be lucky ones.
+        model["score"] = [evaluation["episodes"], -1.0 if success is None else success, evaluation["return_mean"]]
+    save_checkpoint(run_folder / "model.pt", model)
+    best = run_folder / "best_model.pt"
+    if evaluation and best.exists():  # mmap: its score is read, its weights are not
+        score = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["score"]
+    if evaluation and (not best.exists() or model["score"] > score):
+        save_checkpoint(best, model)
+
+
+# -------------------- Processes --------------------
+class Worker:
+    """Calls an object's methods in a process of its own, or in this one: `start(name, *arguments)`, then `result()`."""
+
+    pipes: ClassVar = weakref.WeakSet()  # all that this process has to others
+
+    def __init__(self, factory, *args, own_process: bool):
+        self.process, self.busy, self.answer = None, False, None
+        if not own_process:
+            self.instance = factory(*args)
+            return
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.pipe, theirs = context.Pipe()
+        self.pipes.add(self.pipe)
+        self.process = context.Process(target=serve, args=(theirs, factory, args))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # that come before follow_parent() has handlers
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+    def start(self, name: str, *arguments, **keywords) -> None:
+        """Begin a call; in this process, also finish it."""
+        self.busy = True
+        if self.process is None:
+            self.answer = getattr(self.instance, name)(*arguments, **keywords)
+        else:
+            with contextlib.suppress(OSError):  # if it has died, result() says so
+                self.pipe.send(convert((name, arguments, keywords), torch.Tensor, SentTensor))
+
+    def result(self):
+        """Wait for what the started call returns."""
+        self.busy = False
+        if self.process is None:
+            return self.answer
+        try:
+            error, text, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            how = f"exit code {self.process.exitcode}; -9: killed, perhaps for want of memory"
+            raise RuntimeError(f"a process of the environments has died ({how})") from None
+        if error is not None:
+            raise error from RuntimeError(f"in a process of the environments:\n{text}")
+        return convert(answer, SentTensor, SentTensor.tensor)
+
+    def call(self, name: str, *arguments):
+        """start() and result()."""
+        self.start(name, *arguments)
+        return self.result()
+
+    def hang_up(self) -> None:
+        """Have a process of its own close the object and end; close() waits for it."""
+        if self.process is not None:
+            self.pipe.close()
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Close the object, once; end the process after so many seconds, whatever it is doing."""
+        if self.process is None:
+            instance, self.instance = self.instance, None
+            if instance is not None:
+                instance.close()
+        else:
+            self.pipe.close()
+            self.process.join(timeout)
+            self.process.kill()
+            self.process.join()
+
+
+def serve(pipe, factory, args) -> None:
+    """Main function of a Worker's process: build the object, then answer calls; an exception, also of building it, is
+    the next call's answer, and ends it."""
+    for parents_end in [*Worker.pipes]:  # which a fork inherits: a process ends when nobody else holds the other end
+        parents_end.close()
+    follow_parent()
+    with contextlib.ExitStack() as at_exit:
+        try:
+            instance = factory(*args)
+            at_exit.callback(instance.close)
+            while True:
+                name, arguments, keywords = convert(pipe.recv(), SentTensor, SentTensor.tensor)
+                pipe.send((None, "", convert(getattr(instance, name)(*arguments, **keywords), torch.Tensor, SentTensor)))
+        except Exception as error:
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:  # some exceptions do not survive the way
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # the pipe is closed: no more calls
+                pipe.send((error, traceback.format_exc(), None))
+
+
+def follow_parent() -> None:
+    """In a process started by this script: leave signals to the main process, and end when that ends, for whatever reason."""
+    for signum in STOP_SIGNALS:
+        # A program that the environment starts inherits what is ignored, not a handler, so that terminate() can end it.
+        signal.signal(signum, (lambda *_: None) if signum == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def build_env(args, idx: int) -> gym.Env:
+    """make_env()'s; in a process of its own with random numbers of its own, or all would draw the same."""
+    if args.async_envs:
+        random.seed(1000 * args.seed + idx)
+        np.random.seed(1000 * args.seed + idx)
+        torch.manual_seed(1000 * args.seed + idx)
+    return make_env(args, idx)()
+
+
+class SentTensor:
+    """A tensor on its way to another process: torch would pass it as an open file, and pickles it ten times as slowly."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.array = tensor.numpy()
+
+    def tensor(self) -> torch.Tensor:
+        return torch.from_numpy(self.array)
+
+
+def convert(tree, kind: type, function):
+    """Apply a function to all values of one type in nested dicts, lists and tuples."""
+    if isinstance(tree, dict):
+        return {key: convert(value, kind, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(convert(value, kind, function) for value in tree)
+    return function(tree) if isinstance(tree, kind) else tree
+
+
+# -------------------- Meta-World: goals, and twice the speed --------------------
+@functools.cache
+def meta_world_goals(task: str, seed: int) -> list:
+    """The 50 training goals of a Meta-World task: fixed by the seed, so all environments of a run share them (1 s)."""
+    return metaworld.MT1(task, seed=seed).train_tasks
+
+
+@functools.cache
+def fast_meta_world(task: str) -> type:
+    """Subclass of a Meta-World task with its slowest functions rewritten: equal numbers (1e-14) at about half the time."""
+    stock = META_WORLD[task]
+    if hasattr(sys.modules[stock.__module__], "Rotation"):  # half of the tasks convert a rotation at every step
+        sys.modules[stock.__module__].Rotation = FastRotation
+
+    class FastTask(stock):
+        def _get_curr_obs_combined_no_goal(self):
+            obs = np.zeros(4 + self._obs_obj_max_len)
+            obs[:3] = self.get_endeff_pos()
+            claws = self.data.body("rightclaw").xpos - self.data.body("leftclaw").xpos
+            obs[3] = min(math.sqrt(claws.dot(claws)) / 0.1, 1.0)
+            position, quaternion = self._get_pos_objects(), self._get_quat_objects()
+            for i in range(len(position) // 3):
+                obs[4 + 7 * i : 7 + 7 * i] = position[3 * i : 3 * i + 3]
+                obs[7 + 7 * i : 11 + 7 * i] = quaternion[4 * i : 4 * i + 4]
+            return obs
+
+        def touching_object(self, object_geom_id):
+            geoms, address = self.data.contact.geom, self.data.contact.efc_address
+            touching = (geoms == object_geom_id).any(1)
+            for pad in ("leftpad_geom", "rightpad_geom"):
+                rows = address[touching & (geoms == self.data.geom(pad).id).any(1)]
+                if not self.data.efc_force[rows].sum() > 0:
+                    return False
+            return True
+
+    return FastTask
+
+
+class FastRotation:
+    """scipy's Rotation.from_matrix(m).as_quat() for one rotation matrix, with scipy's choice of sign."""
+
+    @staticmethod
+    def from_matrix(matrix: np.ndarray):
+        rotation, wxyz = FastRotation(), np.empty(4)
+        mujoco.mju_mat2Quat(wxyz, matrix.ravel())
+        (xx, _, _), (_, yy, _), (_, _, zz) = matrix.tolist()
+        signs = (xx, yy, zz, xx + yy + zz)
+        rotation.quat = wxyz[[1, 2, 3, 0]]
+        if rotation.quat[signs.index(max(signs))] < 0:
+            rotation.quat = -rotation.quat
+        return rotation
+
+    def as_quat(self) -> np.ndarray:
+        return self.quat
+
+
+# -------------------- Files and terminal --------------------
+def run_folder_of(args) -> Path:
+    """The folder that --resume names, itself or by a file in it, or the one of these arguments."""
+    if isinstance(args.resume, str):
+        folder = Path(args.resume).parent if os.path.isfile(args.resume) else Path(args.resume)
+        return folder if folder.name not in ("", "..") else folder.resolve()  # `.` has no name and no parent
+    return Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+
+
+def refuse_existing(run_folder: Path, args) -> None:
+    """ArgumentError if a new run would end up in the folder of another."""
+    left = {path.name for path in run_folder.iterdir()} if os.path.isdir(run_folder) else set()
+    exists = left - {".lock", "args.tmp"}  # what a start on a full disk leaves
+    if exists and not (args.resume or args.overwrite):
+        raise ArgumentError(f"{run_folder} exists: --resume continues it, --overwrite replaces it, --exp-name names a new one")
+
+
+def lock_folder(run_folder: Path):
+    """Own the run folder, which is made if need be, until the returned file is closed or the process dies."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run_folder / ".lock", "a")
+    except OSError as error:
+        how = "choose another --run-dir or --exp-name"
+        raise ArgumentError(f"--run-dir: {run_folder} cannot be used ({error.strerror}): {how}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ArgumentError(f"{run_folder} is in use by a run that goes on: stop it first") from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write tensors and plain types so that the file is complete or absent, whenever the process dies."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read what save_checkpoint wrote; ArgumentError if the file is missing or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        how = "it is missing, damaged, or no .pt file of this script"
+        raise ArgumentError(f"cannot read {path} ({type(error).__name__}): {how}") from error
+
+
+def load_weights(agent, weights: dict, path) -> None:
+    """ArgumentError if they are those of other networks."""
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"{path} does not fit the networks of this script: has Agent or the environment changed?"
+        ) from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def git_commit() -> str | None:
+    """Commit of this file's repository, with -dirty appended if this file has changes; None outside a repository."""
+    script = Path(__file__).resolve()
+    git = f"git rev-parse --verify HEAD && git --no-optional-locks status --porcelain --ignored {shlex.quote(script.name)}"
+    words = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.split()
+    return words[0] + ("-dirty" if words[1:] else "") if words else None
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print; once nobody reads it any more (`| head`), go on without."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# -------------------- Arguments --------------------
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; what it does not say, --resume and --evaluate take from the run that they name."""
+    try:
+        args = tyro.cli(Args, args=argv)
+    except BrokenPipeError:  # of `--help | head`
+        os._exit(0)
+    saved, _ = saved_run(args)
+    return dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=saved.resume) if saved else args
+
+
+def saved_run(args) -> tuple:
+    """Of the run that --evaluate or --resume names: (its arguments, with that flag set; its weights or its wandb id)."""
+    if args.evaluate is not None:
+        path, how = args.evaluate, "give the model.pt or best_model.pt of a run of this file"
+        idle = [flag for flag in ("resume", "overwrite", "track", "cuda") if getattr(args, flag)]
+        if idle:
+            raise ArgumentError(f"--{idle[0]} means nothing with --evaluate: drop it")
+        if not os.path.isfile(path):
+            raise ArgumentError(f"--evaluate {path!r} is no file: {how}")
+        model = load_checkpoint(Path(path))
+        if not (isinstance(model, dict) and {"model", "args"} <= model.keys() and model["args"].keys() <= vars(args).keys()):
+            raise ArgumentError(f"--evaluate {path} is no model of this script: {how}")
+        machine = dict.fromkeys(("resume", "overwrite", "track", "cuda", "torch_compile", "capture_video"), False)
+        return Args(**model["args"] | machine | {"evaluate": path}), model["model"]
+    if args.overwrite or not args.resume:
+        return None, None
+    folder = run_folder_of(args)
+    if not folder.is_dir():
+        raise ArgumentError(f"--resume: there is no {folder}; check the folder or the flags that name it, or drop --resume")
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+        version, wandb_id = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
+        script = saved.pop("script", None)
+    except Exception as error:
+        raise ArgumentError(f"--resume: {folder / 'args.json'} is missing or damaged: give the folder of a run") from error
+    if script not in (None, Path(__file__).name):  # a fork may differ in no argument
+        raise ArgumentError(f"--resume: {folder} is a run of {script}: continue it with that file")
+    if not saved.keys() <= vars(args).keys():  # fewer: an older file's run
+        raise ArgumentError(f"--resume: {folder} is another script's or version's run; --exp-name names a new one")
+    if version != ALGORITHM_VERSION:
+        raise ArgumentError(
+            f"--resume: {folder} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew"
+        )
+    return Args(**saved | {"resume": str(folder), "run_dir": str(folder.parent)}), wandb_id
+
+
+def check_args(args) -> None:
+    """Raise ArgumentError, one sentence that names the flag and the fix, for arguments that cannot work."""
+
+    def require(name: str, holds, words: str) -> None:
+        if not holds:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)} {words}")
+
+    (saved, _), run = saved_run(args), "to resume" if args.evaluate is None else "of the model"
+    may_differ = MACHINE_ARGS if args.evaluate is None else [*MACHINE_ARGS, "eval_episodes"]
+    for name in sorted(vars(saved).keys() - set(may_differ)) if saved else ():
+        value = getattr(saved, name)
+        require(name, getattr(args, name) == value, f"contradicts the run {run}, which has {value}: drop the flag")
+    for name in ("gamma", "gae_lambda", "lr_warmup"):
+        require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1")
+    require("seed", 0 <= args.seed <= 4_000_000, "must be between 0 and 4,000,000")  # 1000 * seed + i must be below 2^32
+    require("init_log_std", -20 <= args.init_log_std <= 2, "must be between -20 and 2")
+    require("num_bins", 2 <= args.num_bins <= 100_000, "must be 2 or more, at most 100,000")
+    positive = "total_timesteps num_envs num_steps minibatch_size updates_per_iteration learning_rate critic_learning_rate"
+    positive += " reward_scale max_grad_norm hidden_size checkpoint_every torch_threads"
+    positive += " sigma sigma_neg_ratio sapo_tau_pos sapo_tau_neg"  # GIPO: its flags
+    may_be_zero = "buffer_size eval_every eval_episodes kl_coef ent_coef vf_coef adv_std_floor"
+    for field in dataclasses.fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if get_origin(field.type) is Literal:
+            require(name, value in get_args(field.type), f"must be one of {', '.join(get_args(field.type))}")
+        elif name in may_be_zero.split():
+            require(name, 0 <= value <= 1e12, "must be 0 or more, at most 1e12")
+        elif name in positive.split():
+            require(name, 1e-12 <= value <= 1e12, "must be positive, at most 1e12")
+    for name, most in (("hidden_size", 16_384), ("torch_threads", 1_024)):
+        require(name, getattr(args, name) <= most, f"must be {most:,} or fewer")
+    if args.resume == "":
+        raise ArgumentError("--resume '' is no folder: give that of a run, or --resume alone with the flags that name it")
+    if args.resume and args.overwrite:
+        raise ArgumentError("--resume and --overwrite contradict each other: drop one of them")
+    if isinstance(args.resume, str) and os.path.abspath(args.run_dir) != os.path.dirname(os.path.abspath(run_folder_of(args))):
+        raise ArgumentError(f"--run-dir {args.run_dir} contradicts --resume {args.resume}: drop one of them")
+    if "/" in args.exp_name or "\0" in args.exp_name:
+        raise ArgumentError(f"--exp-name {args.exp_name!r} is part of a folder's name: leave out the slash")
+    try:
+        limit = dict(**json.loads(args.env_kwargs)).get("max_episode_steps")
+    except (TypeError, ValueError) as error:
+        how = "must be a JSON object, as in --env-kwargs '{\"name\": 1}'"
+        raise ArgumentError(f"--env-kwargs {args.env_kwargs} {how}") from error
+    no_limit = limit is None or limit == -1  # of Gymnasium: then the script sets one
+    require("env_kwargs", no_limit or (isinstance(limit, int) and limit > 0), "needs 1 or more max_episode_steps")
+    module, colon, name = args.env_id.rpartition(":")
+    if args.env_id.startswith("Meta-World/"):
+        raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
+    try:
+        found = not module or importlib.util.find_spec(module)
+    except ImportError as error:  # of another module that it lacks: then it is there; or of a path, which is no name
+        found = isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}.")
+    if not found:
+        raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
+    known = [*META_WORLD, "MT10", *gym.registry]
+    if not module and (colon or name not in known):  # module:Name-v0 registers itself
+        nearest = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5) or ["reach-v3", "HalfCheetah-v5"]
+        require("env_id", False, f"is unknown; try {', '.join(nearest)}; or module:Name-v0, your own")
+    equal_share = args.env_id != "MT10" or args.num_envs % 10 == 0
+    goals = 50 if args.env_id in [*META_WORLD, "MT10"] else math.inf
+    require("num_envs", equal_share, "must be a multiple of 10 for MT10, as many for every task")
+    require("eval_episodes", args.eval_episodes <= goals, "must be 50 or fewer: there are 50 training goals")
+    require("eval_episodes", args.evaluate is None or args.eval_episodes > 0, "must be positive with --evaluate")
+    rollout = args.num_envs * args.num_steps
+    buffer = args.buffer_size or rollout
+    require("buffer_size", buffer >= rollout, f"must be 0 or at least num_envs * num_steps = {rollout}")
+    buffer -= buffer % rollout
+    require("minibatch_size", args.minibatch_size <= buffer, f"must not exceed the buffer of {buffer} steps")
+    require("minibatch_size", args.minibatch_size % args.num_steps == 0, f"must be a multiple of --num-steps {args.num_steps}")
+    if args.vtrace and not args.recompute_advantages:  # GIPO: always replays segments
+        raise ArgumentError("--vtrace needs the current ratios: drop --no-recompute-advantages")
+    if args.cuda and not torch.cuda.is_available():
+        raise ArgumentError("--cuda: PyTorch sees no GPU here; use --no-cuda or install a CUDA build of torch")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.torch_compile and shutil.which(compiler) is None:
+        raise ArgumentError(f"--torch-compile needs a C++ compiler, {compiler}: install it, or give --no-torch-compile")
+    if args.capture_video and not args.eval_episodes:
+        raise ArgumentError("--capture-video records evaluations: drop it, or give 1 or more --eval-episodes")
+    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+
+
+def check_spaces(args, obs_space, action_space) -> None:
+    """ArgumentError unless observations can become a vector and actions are one of finite real numbers."""
+    if not obs_space.is_np_flattenable or isinstance(obs_space, gym.spaces.Text):
+        what = f"observations of no fixed size, {obs_space}: wrap or choose another"
+    elif gym.spaces.flatdim(obs_space) == 0:
+        what = f"empty observations, {obs_space}: choose another"
+    elif not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or 0 in action_space.shape:
+        what = f"the action space {action_space}: choose one with a Box of shape (d,)"
+    elif not np.issubdtype(action_space.dtype, np.floating):
+        what = f"the action space {action_space}: choose one with real numbers"
+    elif not np.abs([action_space.low, action_space.high]).max() < 1e30:
+        what = f"the action space {action_space}: choose one with a finite Box"
+    else:
+        return
+    raise ArgumentError(f"--env-id {args.env_id} has {what}")
+
+
+def check_video(args) -> None:
+    """ArgumentError unless --capture-video can render."""
+    try:
+        from moviepy import ImageSequenceClip  # noqa: F401
+    except ImportError as error:
+        raise ArgumentError("--capture-video needs moviepy 2 or newer: pip install -U moviepy") from error
+    how = "without a display, set MUJOCO_GL=egl (Debian: libegl1 libgl1 libopengl0) or MUJOCO_GL=osmesa (libosmesa6)"
+    nowhere = sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & set(os.environ)
+    try:
+        with contextlib.closing(make_env(args, 0, render_mode="rgb_array")()) as env:
+            blind = nowhere and hasattr(env.unwrapped, "mujoco_renderer")  # whose attempt would end the process
+            env.reset()
+            frame = None if blind else env.render()
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ArgumentError(f"--capture-video cannot render ({why}); {how}") from error
+    if blind:
+        raise ArgumentError(f"--capture-video finds no display: {how}")
+    if not isinstance(frame, np.ndarray):
+        raise ArgumentError(f"--capture-video: render() of {args.env_id} returns {type(frame).__name__}, not an image")
 
 
 if __name__ == "__main__":

@@ -880,6 +880,297 @@ def make_agent(args, envs):
     return agent
 
 
+# -------------------- Main --------------------
+@contextlib.contextmanager
+def timed(seconds: dict, part: str):
+    """Add the time that a block takes to seconds[part]."""
+    start = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - start
+
+
+def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
+    """Signals so far: after Ctrl-C or SIGTERM the run ends with a checkpoint; Ctrl-C after that ends it at once."""
+    stop_signals = []
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
+        # what is ignored, but no handler: terminate() can end them.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with contextlib.suppress(OSError):  # of a closed terminal
+            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
+    return stop_signals
+
+
+def main(args: Args) -> dict:
+    """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
+    args = with_defaults(args)
+    if args.evaluate is not None:
+        return evaluate_saved_model(args)
+    with contextlib.ExitStack() as at_exit:
+        return train(args, at_exit)
+
+
+def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
+    """What main() does. Locks and signal handlers are given back by `at_exit`, whatever happens."""
+    # ==================== SETUP ====================
+    # Nothing is written before all that can fail cheaply was tried.
+    run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
+    if args.resume and not args.overwrite:
+        refuse_contradictions(args, saved_args(run_folder), "the run to resume")
+    check_args(args)
+    refuse_existing(run_folder, args)
+    if args.resume and (run_folder / "result.json").exists():
+        say(f"{run_folder} is finished already: nothing to resume")
+        return json.loads((run_folder / "result.json").read_text())
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    num_envs = args.num_groups * args.group_size
+    envs, eval_envs = make_env(args, num_envs), make_env(args, args.eval_episodes) if args.eval_episodes else None
+    if hasattr(envs, "exclude"):
+        envs.exclude(held_out_levels(args))
+    agent = make_agent(args, envs).to(device)
+    check_disk(args, run_folder, agent)
+    reference = copy.deepcopy(agent).requires_grad_(False) if args.kl_coef > 0 else None  # the initial policy
+
+    at_exit.enter_context(lock_folder(run_folder))
+    refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
+    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
+    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
+    if checkpoint and not fits(agent, checkpoint["model"]):
+        raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
+    config = write_config(run_folder, args, at_exit)
+    eps = 1e-5 if not args.model else 1e-8
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=eps, fused=args.cuda)  # saves a GPU's memory
+
+    num_iterations, scalars = math.ceil(args.total_episodes / num_envs), checkpoint.get("scalars", {})  # of the last iteration
+    iteration, total_steps = checkpoint.get("iteration", 0), checkpoint.get("total_steps", 0)
+    recent_returns = collections.deque(checkpoint.get("recent_returns", []), maxlen=100)
+    recent_successes = collections.deque(checkpoint.get("recent_successes", []), maxlen=100)
+    seconds = dict.fromkeys(("env", "policy", "credit", "update", "training", "wall"), 0.0)  # training: without evaluation
+    if checkpoint:
+        agent.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        seconds = checkpoint["seconds"]
+        torch.set_rng_state(checkpoint["rng"])
+        if args.cuda and checkpoint["cuda_rng"] is not None:  # None: it ran on the CPU before
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
+        checkpoint = None  # weights and Adam's moments
+
+    from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
+
+    episodes = iteration * num_envs  # the x-axis of every scalar: methods are compared at equal rollouts
+    # From the checkpoint's step on the curves are written anew, those of that step too: a run may die after its evaluation.
+    writer = SummaryWriter(str(run_folder), purge_step=episodes if args.resume else None)
+    at_exit.callback(writer.close)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, episodes)
+
+    stop_signals = catch_stop_signals(at_exit)
+    start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
+    say(f"{run_folder}: {num_iterations * num_envs:,} episodes of {args.env_id}, from episode {episodes:,}")
+
+    def passed(every: int) -> bool:  # has a multiple of `every` episodes been passed in the last iteration?
+        return every > 0 and episodes // every > (episodes - num_envs) // every
+
+    saved, last_saved = True, time.time()  # saved: is all that was done in the checkpoint?
+    while True:
+        # ==================== EVAL ====================
+        # Before collecting more, so that a run which died here evaluates again when resumed. A model can play before.
+        finished, evaluation = iteration == num_iterations, None
+        untrained = iteration == 0 and args.model is not None
+        if args.eval_episodes > 0 and (finished or untrained or (iteration > 0 and passed(args.eval_every))):
+            evaluation = evaluate(agent, args, eval_envs, stop_signals)
+        if finished and not args.eval_episodes:
+            save_models(run_folder, agent, config, None, episodes)
+        if evaluation and not stop_signals:
+            save_models(run_folder, agent, config, evaluation, episodes)
+            for name in ("success_rate", "return_mean", "spl"):
+                if evaluation[name] is not None:
+                    writer.add_scalar(f"eval/{name}", evaluation[name], episodes)
+            line = f"eval at {episodes:,}: success {evaluation['success_rate']:.1%}"
+            line += f" of {evaluation['episodes']} held-out levels"
+            say(f"\n{line}" if tty else line)
+        if finished or (stop_signals and saved):
+            break
+
+        iteration += 1
+        iteration_start = time.perf_counter()
+
+        # ==================== ROLLOUT ====================
+        # B groups of G rollouts side by side, rows g * G to g * G + G - 1 being group g. A level depends on (seed, iteration,
+        # group) alone, so no generator of levels has to be saved.
+        with timed(seconds, "env"):
+            envs.reset([(1, args.seed, iteration, row // args.group_size) for row in range(num_envs)])
+        alive, keys, steps, sources, targets = np.arange(num_envs), envs.keys(np.arange(num_envs)), [], [], []
+        returns, successes, lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=int)
+        while len(alive):
+            with timed(seconds, "env"):
+                obs = observations(envs, alive, args)
+            with timed(seconds, "policy"), torch.no_grad():
+                actions, tokens, mask, logprobs = agent.act(obs, envs.choices(alive))
+            with timed(seconds, "env"):
+                success, done = envs.step(alive, actions)
+                next_keys = envs.keys(alive)
+            rewards = step_rewards(success, envs.gains, args)
+            steps.append((obs, alive, actions < 0, rewards, tokens, mask, logprobs))
+            # The last state of a success is never compared with others: it becomes the goal node, whatever it looks like.
+            sources += keys
+            targets += [SUCCESS if won else key for won, key in zip(success, next_keys, strict=True)]
+            returns[alive] += rewards
+            lengths[alive] += 1
+            successes[alive] = success
+            alive, keys = alive[~done], [key for key, over in zip(next_keys, done, strict=True) if not over]
+        obs, rows, invalid, rewards, tokens, mask, logprobs = zip(*steps, strict=True)
+        obs, rows, invalid, rewards = map(np.concatenate, (obs, rows, invalid, rewards))
+        tokens, mask, logprobs = map(torch.cat, (tokens, mask, logprobs))
+        num_steps = len(rows)
+        total_steps, episodes = total_steps + num_steps, episodes + num_envs
+        recent_returns.extend(returns.tolist())
+        recent_successes.extend(successes.astype(float).tolist())
+
+        # ==================== ADVANTAGES ====================
+        credit_step, credit_episode, found = np.zeros(num_steps), np.zeros(num_steps), collections.defaultdict(list)
+        with timed(seconds, "credit"):
+            for first in range(0, num_envs, args.group_size):
+                inds = np.flatnonzero(rows // args.group_size == first // args.group_size)
+                s, s_next, trajectories = [sources[i] for i in inds], [targets[i] for i in inds], rows[inds] - first
+                distances = graph_distances(s, s_next)
+                # The authors' rule: the penalty of an invalid answer is its own, and comes after all discounting.
+                penalties = args.invalid_penalty * invalid[inds]
+                if args.advantage == "graphgpo":
+                    credit_step[inds] = standardise(graph_rewards(s_next, distances, args) - penalties, s, args.divide_by_std)
+                elif args.advantage == "gigpo":
+                    step_returns = discounted_returns(trajectories, rewards[inds], args.step_gamma)
+                    credit_step[inds] = standardise(step_returns - penalties, s, args.divide_by_std)
+                options = args.episode_norm, args.divide_by_std, penalties
+                credit_episode[inds] = episode_advantage(returns[first : first + args.group_size], trajectories, *options)
+                for name, value in graph_diagnostics(s, s_next, distances, successes[rows[inds]]).items():
+                    found[name].append(value)
+        advantages = args.beta_graph * credit_step + args.beta_episode * credit_episode
+        advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).unsqueeze(-1)  # of all tokens of a step
+
+        # ==================== UPDATE ====================
+        with timed(seconds, "update"):
+            stats, num_minibatches = collections.defaultdict(list), max(1, round(num_steps / args.minibatch_size))
+            per_pass = args.micro_batch if args.model else num_steps
+            ref_logprobs = logprobs_of(reference, obs, tokens, mask, per_pass) if reference else None
+            for _ in range(args.update_epochs):
+                for mb_inds in np.array_split(torch.randperm(num_steps).numpy(), num_minibatches):
+                    optimizer.zero_grad()
+                    num_tokens, mb_stats = mask[mb_inds].sum(), collections.Counter()
+                    for inds in chunks(mb_inds, per_pass):  # gradients add up
+                        newlogprob, entropy = agent.token_logprobs(obs[inds], tokens[inds], mask[inds])
+                        ref = ref_logprobs[inds] if reference else None
+                        loss, logged = compute_loss(newlogprob, entropy, logprobs[inds], ref, advantages[inds], args)
+                        ((loss * mask[inds]).sum() / num_tokens).backward()  # mean over the minibatch's tokens
+                        for name, value in logged.items():
+                            mb_stats[name] += ((value * mask[inds]).sum() / num_tokens).item()
+                    mb_stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).item()
+                    for name, value in mb_stats.items():
+                        stats[name].append(value)
+                        if not math.isfinite(value):  # before the step: the weights in memory are still good
+                            last_good = run_folder / "checkpoint.pt"
+                            last_good = f"last good checkpoint: {last_good if last_good.exists() else 'none yet'}"
+                            raise BadNumber(f"{name} is {value} at episode {episodes:,}; {last_good}")
+                    optimizer.step()
+
+        # ==================== LOG ====================
+        seconds["training"] += time.perf_counter() - iteration_start
+        sps = total_steps / seconds["training"]
+        scalars = {name: float(np.mean(values)) for name, values in [*stats.items(), *found.items()]}
+        scalars |= {
+            "charts/episodic_return": returns.mean(),
+            "charts/episodic_success": successes.mean(),
+            "charts/episodic_length": lengths.mean(),
+            "charts/invalid_actions": invalid.mean(),
+            "charts/SPS": sps,
+            "charts/learning_rate": args.learning_rate,
+            "charts/env_steps": total_steps,
+            "credit/mean_abs_step": np.abs(credit_step).mean(),
+            "credit/mean_abs_episode": np.abs(credit_episode).mean(),
+        }
+        if successes.any() and not np.isnan(envs.optimal).any():
+            scalars["charts/excess_length"] = (lengths / envs.optimal)[successes].mean()
+        if credit_step.std() > 0 and credit_episode.std() > 0:
+            scalars["credit/correlation"] = np.corrcoef(credit_step, credit_episode)[0, 1]
+        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "credit", "update")}
+        scalars = {name: float(value) for name, value in scalars.items()}
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, episodes)
+        if tty or time.time() - last_print > 10 or iteration == num_iterations:
+            left = round((num_iterations - iteration) * seconds["training"] / iteration)
+            line = f"episode {episodes:>7,}  success {np.mean(recent_successes):4.0%}  length {lengths.mean():5.1f}"
+            line += f"  {sps:6.1f} steps/s  left {left // 60}m{left % 60:02d}s"
+            say(f"\r{line} " if tty else line, end="" if tty else "\n")
+            last_print = time.time()
+
+        # ==================== CHECKPOINT ====================
+        # Also before every evaluation, and when asked to stop.
+        seconds["wall"] = time.time() - start_time
+        saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
+        if saved := saved or time.time() - last_saved > MOST_SECONDS_UNSAVED:
+            state = {
+                "model": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "iteration": iteration,
+                "total_steps": total_steps,
+                "seconds": seconds,
+                "scalars": scalars,
+                "recent_returns": list(recent_returns),
+                "recent_successes": list(recent_successes),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
+            }
+            save_checkpoint(run_folder / "checkpoint.pt", state)
+            writer.flush()
+            last_saved = time.time()
+
+    if stop_signals:
+        how = shlex.join(["python", os.path.relpath(__file__), "--resume", str(run_folder)])
+        say(f"\nstopped at episode {episodes:,}; continue with: {how}")
+        save_models(run_folder, agent, config, None, episodes)  # for --evaluate
+        sys.exit(128 + stop_signals[0])
+    seconds["wall"] = time.time() - start_time
+    evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0, "spl": None}
+    optional = [package for package in ("minigrid", "textworld", "transformers") if package in sys.modules]
+    result = {
+        "env_id": args.env_id,
+        "exp_name": args.exp_name,
+        "seed": args.seed,
+        "total_timesteps": total_steps,
+        "total_episodes": episodes,
+        **{f"eval_{name}": value for name, value in evaluation.items()},
+        "train_return_mean": float(np.mean(recent_returns)),
+        "train_success_rate": float(np.mean(recent_successes)),
+        "sps": total_steps / seconds["training"],
+        "wall_seconds": seconds["wall"],
+        "credit_seconds": seconds["credit"],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "git_commit": commit,
+        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
+        | {package: importlib.metadata.version(package) for package in ("torch", "numpy", *optional)},
+        "args": config,
+    }
+    write_json(run_folder / "result.json", result)
+    shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "credit", "update"))
+    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.1f} steps/s ({shares})")
+    say(f"files:  {run_folder}")
+    say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
+    return result
+
+
 # -------------------- Evaluation and files --------------------
 def say(text: str, end: str = "\n") -> None:
     """Print; once nobody reads it any more (`| head`), go on without."""
@@ -1206,297 +1497,6 @@ def evaluate_saved_model(args) -> dict:
     agent.load_state_dict(weights)
     result = evaluate(agent, args, envs)
     say(json.dumps(result, indent=2))
-    return result
-
-
-# -------------------- Main --------------------
-@contextlib.contextmanager
-def timed(seconds: dict, part: str):
-    """Add the time that a block takes to seconds[part]."""
-    start = time.perf_counter()
-    yield
-    seconds[part] += time.perf_counter() - start
-
-
-def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
-    """Signals so far: after Ctrl-C or SIGTERM the run ends with a checkpoint; Ctrl-C after that ends it at once."""
-    stop_signals = []
-
-    def ask_to_stop(signum, frame):
-        stop_signals.append(signum)
-        # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
-        # what is ignored, but no handler: terminate() can end them.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with contextlib.suppress(OSError):  # of a closed terminal
-            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
-
-    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        before = signal.getsignal(signum) or signal.SIG_DFL
-        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
-            at_exit.callback(signal.signal, signum, before)
-            signal.signal(signum, ask_to_stop)
-    return stop_signals
-
-
-def main(args: Args) -> dict:
-    """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
-    args = with_defaults(args)
-    if args.evaluate is not None:
-        return evaluate_saved_model(args)
-    with contextlib.ExitStack() as at_exit:
-        return train(args, at_exit)
-
-
-def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
-    """What main() does. Locks and signal handlers are given back by `at_exit`, whatever happens."""
-    # ==================== SETUP ====================
-    # Nothing is written before all that can fail cheaply was tried.
-    run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
-    if args.resume and not args.overwrite:
-        refuse_contradictions(args, saved_args(run_folder), "the run to resume")
-    check_args(args)
-    refuse_existing(run_folder, args)
-    if args.resume and (run_folder / "result.json").exists():
-        say(f"{run_folder} is finished already: nothing to resume")
-        return json.loads((run_folder / "result.json").read_text())
-    torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.cuda else "cpu")
-    num_envs = args.num_groups * args.group_size
-    envs, eval_envs = make_env(args, num_envs), make_env(args, args.eval_episodes) if args.eval_episodes else None
-    if hasattr(envs, "exclude"):
-        envs.exclude(held_out_levels(args))
-    agent = make_agent(args, envs).to(device)
-    check_disk(args, run_folder, agent)
-    reference = copy.deepcopy(agent).requires_grad_(False) if args.kl_coef > 0 else None  # the initial policy
-
-    at_exit.enter_context(lock_folder(run_folder))
-    refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
-    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
-    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
-    if checkpoint and not fits(agent, checkpoint["model"]):
-        raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
-    config = write_config(run_folder, args, at_exit)
-    eps = 1e-5 if not args.model else 1e-8
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=eps, fused=args.cuda)  # saves a GPU's memory
-
-    num_iterations, scalars = math.ceil(args.total_episodes / num_envs), checkpoint.get("scalars", {})  # of the last iteration
-    iteration, total_steps = checkpoint.get("iteration", 0), checkpoint.get("total_steps", 0)
-    recent_returns = collections.deque(checkpoint.get("recent_returns", []), maxlen=100)
-    recent_successes = collections.deque(checkpoint.get("recent_successes", []), maxlen=100)
-    seconds = dict.fromkeys(("env", "policy", "credit", "update", "training", "wall"), 0.0)  # training: without evaluation
-    if checkpoint:
-        agent.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        seconds = checkpoint["seconds"]
-        torch.set_rng_state(checkpoint["rng"])
-        if args.cuda and checkpoint["cuda_rng"] is not None:  # None: it ran on the CPU before
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
-        checkpoint = None  # weights and Adam's moments
-
-    from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
-
-    episodes = iteration * num_envs  # the x-axis of every scalar: methods are compared at equal rollouts
-    # From the checkpoint's step on the curves are written anew, those of that step too: a run may die after its evaluation.
-    writer = SummaryWriter(str(run_folder), purge_step=episodes if args.resume else None)
-    at_exit.callback(writer.close)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
-    for name, value in scalars.items():
-        writer.add_scalar(name, value, episodes)
-
-    stop_signals = catch_stop_signals(at_exit)
-    start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
-    say(f"{run_folder}: {num_iterations * num_envs:,} episodes of {args.env_id}, from episode {episodes:,}")
-
-    def passed(every: int) -> bool:  # has a multiple of `every` episodes been passed in the last iteration?
-        return every > 0 and episodes // every > (episodes - num_envs) // every
-
-    saved, last_saved = True, time.time()  # saved: is all that was done in the checkpoint?
-    while True:
-        # ==================== EVAL ====================
-        # Before collecting more, so that a run which died here evaluates again when resumed. A model can play before.
-        finished, evaluation = iteration == num_iterations, None
-        untrained = iteration == 0 and args.model is not None
-        if args.eval_episodes > 0 and (finished or untrained or (iteration > 0 and passed(args.eval_every))):
-            evaluation = evaluate(agent, args, eval_envs, stop_signals)
-        if finished and not args.eval_episodes:
-            save_models(run_folder, agent, config, None, episodes)
-        if evaluation and not stop_signals:
-            save_models(run_folder, agent, config, evaluation, episodes)
-            for name in ("success_rate", "return_mean", "spl"):
-                if evaluation[name] is not None:
-                    writer.add_scalar(f"eval/{name}", evaluation[name], episodes)
-            line = f"eval at {episodes:,}: success {evaluation['success_rate']:.1%}"
-            line += f" of {evaluation['episodes']} held-out levels"
-            say(f"\n{line}" if tty else line)
-        if finished or (stop_signals and saved):
-            break
-
-        iteration += 1
-        iteration_start = time.perf_counter()
-
-        # ==================== ROLLOUT ====================
-        # B groups of G rollouts side by side, rows g * G to g * G + G - 1 being group g. A level depends on (seed, iteration,
-        # group) alone, so no generator of levels has to be saved.
-        with timed(seconds, "env"):
-            envs.reset([(1, args.seed, iteration, row // args.group_size) for row in range(num_envs)])
-        alive, keys, steps, sources, targets = np.arange(num_envs), envs.keys(np.arange(num_envs)), [], [], []
-        returns, successes, lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=int)
-        while len(alive):
-            with timed(seconds, "env"):
-                obs = observations(envs, alive, args)
-            with timed(seconds, "policy"), torch.no_grad():
-                actions, tokens, mask, logprobs = agent.act(obs, envs.choices(alive))
-            with timed(seconds, "env"):
-                success, done = envs.step(alive, actions)
-                next_keys = envs.keys(alive)
-            rewards = step_rewards(success, envs.gains, args)
-            steps.append((obs, alive, actions < 0, rewards, tokens, mask, logprobs))
-            # The last state of a success is never compared with others: it becomes the goal node, whatever it looks like.
-            sources += keys
-            targets += [SUCCESS if won else key for won, key in zip(success, next_keys, strict=True)]
-            returns[alive] += rewards
-            lengths[alive] += 1
-            successes[alive] = success
-            alive, keys = alive[~done], [key for key, over in zip(next_keys, done, strict=True) if not over]
-        obs, rows, invalid, rewards, tokens, mask, logprobs = zip(*steps, strict=True)
-        obs, rows, invalid, rewards = map(np.concatenate, (obs, rows, invalid, rewards))
-        tokens, mask, logprobs = map(torch.cat, (tokens, mask, logprobs))
-        num_steps = len(rows)
-        total_steps, episodes = total_steps + num_steps, episodes + num_envs
-        recent_returns.extend(returns.tolist())
-        recent_successes.extend(successes.astype(float).tolist())
-
-        # ==================== ADVANTAGES ====================
-        credit_step, credit_episode, found = np.zeros(num_steps), np.zeros(num_steps), collections.defaultdict(list)
-        with timed(seconds, "credit"):
-            for first in range(0, num_envs, args.group_size):
-                inds = np.flatnonzero(rows // args.group_size == first // args.group_size)
-                s, s_next, trajectories = [sources[i] for i in inds], [targets[i] for i in inds], rows[inds] - first
-                distances = graph_distances(s, s_next)
-                # The authors' rule: the penalty of an invalid answer is its own, and comes after all discounting.
-                penalties = args.invalid_penalty * invalid[inds]
-                if args.advantage == "graphgpo":
-                    credit_step[inds] = standardise(graph_rewards(s_next, distances, args) - penalties, s, args.divide_by_std)
-                elif args.advantage == "gigpo":
-                    step_returns = discounted_returns(trajectories, rewards[inds], args.step_gamma)
-                    credit_step[inds] = standardise(step_returns - penalties, s, args.divide_by_std)
-                options = args.episode_norm, args.divide_by_std, penalties
-                credit_episode[inds] = episode_advantage(returns[first : first + args.group_size], trajectories, *options)
-                for name, value in graph_diagnostics(s, s_next, distances, successes[rows[inds]]).items():
-                    found[name].append(value)
-        advantages = args.beta_graph * credit_step + args.beta_episode * credit_episode
-        advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device).unsqueeze(-1)  # of all tokens of a step
-
-        # ==================== UPDATE ====================
-        with timed(seconds, "update"):
-            stats, num_minibatches = collections.defaultdict(list), max(1, round(num_steps / args.minibatch_size))
-            per_pass = args.micro_batch if args.model else num_steps
-            ref_logprobs = logprobs_of(reference, obs, tokens, mask, per_pass) if reference else None
-            for _ in range(args.update_epochs):
-                for mb_inds in np.array_split(torch.randperm(num_steps).numpy(), num_minibatches):
-                    optimizer.zero_grad()
-                    num_tokens, mb_stats = mask[mb_inds].sum(), collections.Counter()
-                    for inds in chunks(mb_inds, per_pass):  # gradients add up
-                        newlogprob, entropy = agent.token_logprobs(obs[inds], tokens[inds], mask[inds])
-                        ref = ref_logprobs[inds] if reference else None
-                        loss, logged = compute_loss(newlogprob, entropy, logprobs[inds], ref, advantages[inds], args)
-                        ((loss * mask[inds]).sum() / num_tokens).backward()  # mean over the minibatch's tokens
-                        for name, value in logged.items():
-                            mb_stats[name] += ((value * mask[inds]).sum() / num_tokens).item()
-                    mb_stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).item()
-                    for name, value in mb_stats.items():
-                        stats[name].append(value)
-                        if not math.isfinite(value):  # before the step: the weights in memory are still good
-                            last_good = run_folder / "checkpoint.pt"
-                            last_good = f"last good checkpoint: {last_good if last_good.exists() else 'none yet'}"
-                            raise BadNumber(f"{name} is {value} at episode {episodes:,}; {last_good}")
-                    optimizer.step()
-
-        # ==================== LOG ====================
-        seconds["training"] += time.perf_counter() - iteration_start
-        sps = total_steps / seconds["training"]
-        scalars = {name: float(np.mean(values)) for name, values in [*stats.items(), *found.items()]}
-        scalars |= {
-            "charts/episodic_return": returns.mean(),
-            "charts/episodic_success": successes.mean(),
-            "charts/episodic_length": lengths.mean(),
-            "charts/invalid_actions": invalid.mean(),
-            "charts/SPS": sps,
-            "charts/learning_rate": args.learning_rate,
-            "charts/env_steps": total_steps,
-            "credit/mean_abs_step": np.abs(credit_step).mean(),
-            "credit/mean_abs_episode": np.abs(credit_episode).mean(),
-        }
-        if successes.any() and not np.isnan(envs.optimal).any():
-            scalars["charts/excess_length"] = (lengths / envs.optimal)[successes].mean()
-        if credit_step.std() > 0 and credit_episode.std() > 0:
-            scalars["credit/correlation"] = np.corrcoef(credit_step, credit_episode)[0, 1]
-        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("env", "policy", "credit", "update")}
-        scalars = {name: float(value) for name, value in scalars.items()}
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, episodes)
-        if tty or time.time() - last_print > 10 or iteration == num_iterations:
-            left = round((num_iterations - iteration) * seconds["training"] / iteration)
-            line = f"episode {episodes:>7,}  success {np.mean(recent_successes):4.0%}  length {lengths.mean():5.1f}"
-            line += f"  {sps:6.1f} steps/s  left {left // 60}m{left % 60:02d}s"
-            say(f"\r{line} " if tty else line, end="" if tty else "\n")
-            last_print = time.time()
-
-        # ==================== CHECKPOINT ====================
-        # Also before every evaluation, and when asked to stop.
-        seconds["wall"] = time.time() - start_time
-        saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
-        if saved := saved or time.time() - last_saved > MOST_SECONDS_UNSAVED:
-            state = {
-                "model": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "iteration": iteration,
-                "total_steps": total_steps,
-                "seconds": seconds,
-                "scalars": scalars,
-                "recent_returns": list(recent_returns),
-                "recent_successes": list(recent_successes),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
-            }
-            save_checkpoint(run_folder / "checkpoint.pt", state)
-            writer.flush()
-            last_saved = time.time()
-
-    if stop_signals:
-        how = shlex.join(["python", os.path.relpath(__file__), "--resume", str(run_folder)])
-        say(f"\nstopped at episode {episodes:,}; continue with: {how}")
-        save_models(run_folder, agent, config, None, episodes)  # for --evaluate
-        sys.exit(128 + stop_signals[0])
-    seconds["wall"] = time.time() - start_time
-    evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0, "spl": None}
-    optional = [package for package in ("minigrid", "textworld", "transformers") if package in sys.modules]
-    result = {
-        "env_id": args.env_id,
-        "exp_name": args.exp_name,
-        "seed": args.seed,
-        "total_timesteps": total_steps,
-        "total_episodes": episodes,
-        **{f"eval_{name}": value for name, value in evaluation.items()},
-        "train_return_mean": float(np.mean(recent_returns)),
-        "train_success_rate": float(np.mean(recent_successes)),
-        "sps": total_steps / seconds["training"],
-        "wall_seconds": seconds["wall"],
-        "credit_seconds": seconds["credit"],
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": commit,
-        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
-        | {package: importlib.metadata.version(package) for package in ("torch", "numpy", *optional)},
-        "args": config,
-    }
-    write_json(run_folder / "result.json", result)
-    shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "credit", "update"))
-    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.1f} steps/s ({shares})")
-    say(f"files:  {run_folder}")
-    say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     return result
 
 

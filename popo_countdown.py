@@ -784,6 +784,289 @@ def evaluate(policy, args, task, num_problems: int, stop_signals=(), progress=No
     }
 
 
+# -------------------- Main --------------------
+def main(args: Args) -> dict:
+    """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
+    args = with_defaults(args)
+    if args.evaluate is not None:
+        return evaluate_saved_model(args)
+    with contextlib.ExitStack() as at_exit:
+        return train(args, at_exit)
+
+
+def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
+    """What main() does. Locks and signal handlers are given back by `at_exit`, whatever happens."""
+    # ==================== SETUP ====================
+    # Nothing is written before all that can fail cheaply was tried.
+    run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
+    if args.resume and not args.overwrite:
+        saved = saved_args(run_folder)
+        refuse_contradictions(args, saved, "the run to resume")
+        if args.objective == "m2po" and args.micro_batch != saved.micro_batch:
+            why = f"contradicts the run to resume, which has {saved.micro_batch}: m2po chooses among a pass's tokens"
+            raise ArgumentError(f"--micro-batch {args.micro_batch} {why}; drop the flag")
+    check_args(args)
+    refuse_existing(run_folder, args)
+    if args.resume and (run_folder / "result.json").exists():
+        say(f"{run_folder} is finished already: nothing to resume")
+        return json.loads((run_folder / "result.json").read_text())
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    device, progress = torch.device("cuda" if args.cuda else "cpu"), Progress()
+    task, policy = make_task_and_policy(args)
+    check_disk(args, run_folder, policy.to(device))
+    at_exit.enter_context(lock_folder(run_folder))
+    refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
+    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
+    saved = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
+    if saved and not fits(policy, saved["model"]):
+        raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
+    config = write_config(run_folder, args, at_exit)
+    if args.model is None and saved is None:
+        warm_start(policy, task, args, device, progress)
+    torch.manual_seed(1_000_000 + args.seed)  # again, so that it makes no difference who warmed up
+    reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef > 0 else None  # the start policy
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    buffer = GroupBuffer(args.buffer_groups, args.replay_age_min, args.max_age, args.max_reuse)
+    batch_rollouts = args.num_prompts * args.group_size
+    num_iterations, iteration, global_step, updates = math.ceil(args.total_timesteps / batch_rollouts), 0, 0, 0
+    seconds = {"generate": 0.0, "logprob": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
+    recent_returns, recent_successes, curve = collections.deque(maxlen=100), collections.deque(maxlen=100), []
+    scalars, waiting = {}, collections.deque()  # of the last iteration; batches that --lag keeps waiting
+    if saved:
+        policy.load_state_dict(saved["model"])
+        if reference and saved["reference"]:  # a language model is loaded from where it was anyway
+            reference.load_state_dict(saved["reference"])
+        optimizer.load_state_dict(saved["optimizer"])
+        buffer.push(saved["buffer"])
+        waiting.extend(saved["waiting"])
+        iteration, global_step, updates = saved["iteration"], saved["global_step"], saved["updates"]
+        seconds, curve, scalars = saved["seconds"], saved["curve"], saved["scalars"]
+        recent_returns.extend(saved["recent_returns"])
+        recent_successes.extend(saved["recent_successes"])
+        torch.set_rng_state(saved["rng"])
+        if args.cuda and saved["cuda_rng"] is not None:  # None: it ran on the CPU before
+            torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
+        saved = None  # weights and Adam's moments
+
+    from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
+
+    # From the checkpoint's step on the curves are written anew, those of that step too: a run may die after its evaluation.
+    writer = SummaryWriter(str(run_folder), purge_step=global_step if args.resume else None)
+    at_exit.callback(writer.close)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, global_step)
+
+    stop_signals = catch_stop_signals(at_exit)
+    start_time, idle = time.time() - seconds["wall"], 0  # idle: iterations in a row without anything to learn from
+    this_script = ["python", os.path.relpath(__file__)]
+    say(f"{run_folder}: {num_iterations:,} iterations of {args.env_id}, from step {global_step:,}")
+
+    def passed(every: int) -> bool:  # has a multiple of `every` been passed in the last iteration, at one batch in each?
+        return every > 0 and iteration * batch_rollouts // every > (iteration - 1) * batch_rollouts // every
+
+    saved, last_saved = True, time.time()  # saved: is all that was done in the checkpoint?
+    while True:
+        # ==================== EVAL ====================
+        # Before generating more, so that a run which died here evaluates again when resumed. Also before the first update.
+        finished, evaluation = iteration == num_iterations, None
+        if args.eval_episodes > 0 and (finished or iteration == 0 or passed(args.eval_every)):
+            evaluation = evaluate(policy, args, task, args.eval_episodes, stop_signals, progress)
+        if finished and not args.eval_episodes:
+            save_models(run_folder, policy, config, None, global_step)
+        if evaluation and not stop_signals:
+            save_models(run_folder, policy, config, evaluation, global_step)
+            curve.append({"rollouts": global_step, "updates": updates, "success_rate": evaluation["success_rate"]})
+            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+            writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
+            passed_share = f"{evaluation['success_rate']:.1%} of held-out answers"
+            progress.message(f"eval at {global_step:,} rollouts, {updates:,} updates: {passed_share}")
+        if finished or (stop_signals and saved):
+            break
+
+        iteration += 1
+        iteration_start = time.perf_counter()
+
+        # ==================== ROLLOUT ====================
+        # One batch of groups; dapo generates more until the batch is full of effective ones.
+        fresh = []
+        for _ in range(args.max_gen_batches if args.method == "dapo" else 1):
+            fresh += generate_groups(policy, task, args, iteration)
+            if sum(is_effective(group["rewards"]).item() for group in fresh) >= args.num_prompts:
+                break
+        global_step += len(fresh) * args.group_size
+        rewards = torch.stack([group["rewards"] for group in fresh])  # (P, k)
+        recent_returns.extend(rewards.mean(1).tolist())
+        recent_successes.extend((rewards >= 1).float().mean(1).tolist())
+        scalars = {"charts/learning_rate": args.learning_rate, **rollout_statistics(fresh)}
+
+        # ==================== REPLAY ====================
+        # POPO: a stored group for every ineffective one. The selection comes before the push.
+        waiting.append(fresh)
+        arrived = waiting.popleft() if len(waiting) > args.lag else []
+        effective = [group for group in arrived if is_effective(group["rewards"])]
+        replayed = []
+        if args.method == "popo":
+            wanted = args.num_prompts - len(effective)
+            replayed = buffer.select(wanted, iteration, {group["key"] for group in arrived})
+            buffer.push(arrived if args.replay == "ineff" else effective)
+            scalars |= replay_statistics(buffer, replayed, wanted, iteration)
+        batch_groups = arrived if args.method == "grpo" else effective[: args.num_prompts] + replayed
+        scalars["batch/groups"] = len(batch_groups)
+        t1 = time.perf_counter()
+        seconds["generate"] += t1 - iteration_start
+
+        # ==================== PROXIMAL POLICY ====================
+        # Log-probs of the policy that this update starts from, for every response: the centre of the clip, and w's numerator.
+        stats, passes = collections.defaultdict(list), []
+        if batch_groups:  # none: all groups were ineffective, and the buffer is empty; or --lag has none yet
+            b = stack_groups(batch_groups, device)
+            micro = max(args.micro_batch // args.group_size, 1) if args.model else len(batch_groups)
+            b["prox_logprobs"] = b["logprobs"]  # for an objective without a clip, which has no centre
+            if args.objective in CLIPPED:
+                b["prox_logprobs"] = fixed_logprobs(policy, b, args.temperature, micro)
+            if reference:
+                b["reference_logprobs"] = fixed_logprobs(reference, b, args.temperature, micro)
+            scalars |= importance_statistics(b, args, iteration)
+            t2 = time.perf_counter()
+            seconds["logprob"] += t2 - t1
+
+            # ==================== UPDATE ====================
+            # ALGO LOGIC: every group once, in `updates_per_iteration` minibatches; means are over the minibatch's tokens
+            permutation = torch.randperm(len(batch_groups)).to(device)
+            for mb_inds in permutation.tensor_split(min(args.updates_per_iteration, len(batch_groups))):
+                num_tokens = b["mask"][mb_inds].sum()
+                optimizer.zero_grad()
+                for inds in mb_inds.split(micro):
+                    mb = {key: value[inds] for key, value in b.items()}
+                    mask, advantages = mb["mask"], mb["advantages"].unsqueeze(-1)
+                    newlogprob, entropy = response_logprobs(policy, mb, args.temperature)
+                    behaviour, prox = mb["logprobs"], mb["prox_logprobs"]
+                    objective, ratio, coefficient = policy_objective(newlogprob, prox, behaviour, advantages, mask, args)
+                    pg_loss = -(objective * mask).sum() / num_tokens
+                    entropy_loss = entropy.sum() / num_tokens
+                    loss = pg_loss - args.ent_coef * entropy_loss
+                    if reference:
+                        ref_logratio = (mb["reference_logprobs"] - newlogprob).clamp(max=MAX_LOG_COEF)
+                        reference_kl = (k3(ref_logratio) * mask).sum() / num_tokens
+                        loss = loss + args.kl_coef * reference_kl
+                        stats["losses/reference_kl"].append(reference_kl.detach())
+                    loss.backward()
+                    with torch.no_grad():
+                        approx_kl = (k3(newlogprob - prox) * mask).sum() / num_tokens
+                        stats["losses/policy_loss"].append(pg_loss.detach())
+                        stats["losses/entropy"].append(entropy_loss.detach())
+                        stats["losses/approx_kl"].append(approx_kl)
+                        ages = (iteration - mb["versions"])[:, None, None].expand(mask.shape)
+                        too_low = (advantages < 0) & (ratio < 1 - args.clip_low)
+                        too_high = (advantages > 0) & (ratio > 1 + args.clip_high)
+                        columns = ages, newlogprob - behaviour, coefficient, too_low, too_high
+                        passes.append(torch.stack([x[mask].float() for x in columns]))
+                stats["losses/grad_norm"].append(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
+                optimizer.step()
+                updates += 1
+            if args.cuda:
+                torch.cuda.synchronize()
+            seconds["update"] += time.perf_counter() - t2
+
+        # ==================== LOG ====================
+        if batch_groups:
+            num_updates = len(stats["losses/grad_norm"])
+            scalars |= {name: torch.stack(values).sum().item() / num_updates for name, values in stats.items()}
+            scalars |= update_statistics(passes, args)
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                last_good = run_folder / "checkpoint.pt"
+                last_good = f"last good checkpoint: {last_good if last_good.exists() else 'none yet'}"
+                raise BadNumber(f"{name} is {value} at step {global_step:,}; {last_good}")
+        seconds["training"] += time.perf_counter() - iteration_start
+        sps = global_step / seconds["training"]
+        scalars |= {"charts/SPS": sps, "charts/updates": updates}
+        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("generate", "logprob", "update")}
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, global_step)
+        left = round((num_iterations - iteration) * seconds["training"] / iteration)
+        line = f"step {global_step:>9,}  pass {sum(recent_successes) / len(recent_successes):4.0%}"
+        line += f"  effective {scalars['batch/effective_frac_fresh']:4.0%}  {sps:5.1f} rollouts/s"
+        line += f"  left {left // 60}m{left % 60:02d}s"
+        progress(line, last=iteration == num_iterations)
+        useful = effective or any(
+            is_effective(group["rewards"]) for group in replayed
+        )  # those of --replay ineff teach nothing
+        idle = 0 if useful or not arrived else idle + 1
+        if idle in (1, 10, 100):
+            progress.message(why_nothing_is_learned(torch.stack([group["rewards"] for group in arrived]), args))
+        if passed(args.eval_every) or iteration == 1:
+            writer.add_text("samples", sample_answers(task, fresh, 8).replace("\n", "\n\n"), global_step)
+            if args.model:
+                progress.message(sample_answers(task, fresh, 3))
+
+        # ==================== CHECKPOINT ====================
+        # Also before every evaluation, and when asked to stop.
+        seconds["wall"] = time.time() - start_time
+        saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
+        if saved := saved or time.time() - last_saved > MOST_SECONDS_UNSAVED:
+            state = {
+                "model": policy.state_dict(),
+                "reference": reference.state_dict() if reference and args.model is None else None,
+                "optimizer": optimizer.state_dict(),
+                "buffer": list(buffer.groups),
+                "waiting": list(waiting),
+                "iteration": iteration,
+                "global_step": global_step,
+                "updates": updates,
+                "seconds": seconds,
+                "curve": curve,
+                "scalars": scalars,
+                "recent_returns": list(recent_returns),
+                "recent_successes": list(recent_successes),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
+            }
+            save_checkpoint(run_folder / "checkpoint.pt", state)
+            writer.flush()
+            last_saved = time.time()
+
+    if stop_signals:
+        how = shlex.join([*this_script, "--resume", str(run_folder)])
+        say(f"\nstopped at step {global_step:,}; continue with: {how}")
+        save_models(run_folder, policy, config, None, global_step)  # for --evaluate
+        sys.exit(128 + stop_signals[0])
+    seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
+    evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
+    packages = ("torch", "transformers") if args.model else ("torch",)
+    result = {
+        **{name: config[name] for name in ("env_id", "exp_name", "seed")},
+        "total_timesteps": global_step,
+        "iterations": iteration,
+        "updates": updates,
+        "eval_success_rate": evaluation["success_rate"],
+        "eval_return_mean": evaluation["return_mean"],
+        "eval_episodes": evaluation["episodes"],
+        "train_return_mean": sum(recent_returns) / len(recent_returns),
+        "train_success_rate": sum(recent_successes) / len(recent_successes),
+        "sps": sps,
+        "wall_seconds": seconds["wall"],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "git_commit": commit,
+        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
+        | {package: importlib.metadata.version(package) for package in packages},
+        "args": config,
+        "curve": curve,
+    }
+    write_json(run_folder / "result.json", result)
+    shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("generate", "logprob", "update"))
+    say(f"finished in {seconds['wall']:.0f} s, {sps:.1f} rollouts/s ({shares})")
+    say(f"files:  {run_folder}")
+    say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
+    if args.model and args.eval_episodes:
+        export = ["--evaluate", str(run_folder / "best_model.pt"), "--eval-episodes", "0"]
+        export += ["--export", f"{run_folder.name}-model"]
+        say("export: " + shlex.join([*this_script, *export]))
+    return result
+
+
 # -------------------- What the log says of a batch --------------------
 def rollout_statistics(fresh: list[dict]) -> dict[str, float]:
     """Of the answers that an iteration generated."""
@@ -1338,289 +1621,6 @@ def evaluate_saved_model(args) -> dict:
         return {"success_rate": None, "return_mean": None, "episodes": 0}
     result = evaluate(policy.to("cuda" if args.cuda else "cpu"), args, task, args.eval_episodes, progress=Progress())
     say(json.dumps(result, indent=2))
-    return result
-
-
-# -------------------- Main --------------------
-def main(args: Args) -> dict:
-    """Train, and return what result.json holds. ArgumentError (a ValueError) on bad arguments, before anything is written."""
-    args = with_defaults(args)
-    if args.evaluate is not None:
-        return evaluate_saved_model(args)
-    with contextlib.ExitStack() as at_exit:
-        return train(args, at_exit)
-
-
-def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
-    """What main() does. Locks and signal handlers are given back by `at_exit`, whatever happens."""
-    # ==================== SETUP ====================
-    # Nothing is written before all that can fail cheaply was tried.
-    run_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
-    if args.resume and not args.overwrite:
-        saved = saved_args(run_folder)
-        refuse_contradictions(args, saved, "the run to resume")
-        if args.objective == "m2po" and args.micro_batch != saved.micro_batch:
-            why = f"contradicts the run to resume, which has {saved.micro_batch}: m2po chooses among a pass's tokens"
-            raise ArgumentError(f"--micro-batch {args.micro_batch} {why}; drop the flag")
-    check_args(args)
-    refuse_existing(run_folder, args)
-    if args.resume and (run_folder / "result.json").exists():
-        say(f"{run_folder} is finished already: nothing to resume")
-        return json.loads((run_folder / "result.json").read_text())
-    torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)
-    device, progress = torch.device("cuda" if args.cuda else "cpu"), Progress()
-    task, policy = make_task_and_policy(args)
-    check_disk(args, run_folder, policy.to(device))
-    at_exit.enter_context(lock_folder(run_folder))
-    refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
-    has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
-    saved = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
-    if saved and not fits(policy, saved["model"]):
-        raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
-    config = write_config(run_folder, args, at_exit)
-    if args.model is None and saved is None:
-        warm_start(policy, task, args, device, progress)
-    torch.manual_seed(1_000_000 + args.seed)  # again, so that it makes no difference who warmed up
-    reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef > 0 else None  # the start policy
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
-    buffer = GroupBuffer(args.buffer_groups, args.replay_age_min, args.max_age, args.max_reuse)
-    batch_rollouts = args.num_prompts * args.group_size
-    num_iterations, iteration, global_step, updates = math.ceil(args.total_timesteps / batch_rollouts), 0, 0, 0
-    seconds = {"generate": 0.0, "logprob": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
-    recent_returns, recent_successes, curve = collections.deque(maxlen=100), collections.deque(maxlen=100), []
-    scalars, waiting = {}, collections.deque()  # of the last iteration; batches that --lag keeps waiting
-    if saved:
-        policy.load_state_dict(saved["model"])
-        if reference and saved["reference"]:  # a language model is loaded from where it was anyway
-            reference.load_state_dict(saved["reference"])
-        optimizer.load_state_dict(saved["optimizer"])
-        buffer.push(saved["buffer"])
-        waiting.extend(saved["waiting"])
-        iteration, global_step, updates = saved["iteration"], saved["global_step"], saved["updates"]
-        seconds, curve, scalars = saved["seconds"], saved["curve"], saved["scalars"]
-        recent_returns.extend(saved["recent_returns"])
-        recent_successes.extend(saved["recent_successes"])
-        torch.set_rng_state(saved["rng"])
-        if args.cuda and saved["cuda_rng"] is not None:  # None: it ran on the CPU before
-            torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
-        saved = None  # weights and Adam's moments
-
-    from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
-
-    # From the checkpoint's step on the curves are written anew, those of that step too: a run may die after its evaluation.
-    writer = SummaryWriter(str(run_folder), purge_step=global_step if args.resume else None)
-    at_exit.callback(writer.close)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
-    for name, value in scalars.items():
-        writer.add_scalar(name, value, global_step)
-
-    stop_signals = catch_stop_signals(at_exit)
-    start_time, idle = time.time() - seconds["wall"], 0  # idle: iterations in a row without anything to learn from
-    this_script = ["python", os.path.relpath(__file__)]
-    say(f"{run_folder}: {num_iterations:,} iterations of {args.env_id}, from step {global_step:,}")
-
-    def passed(every: int) -> bool:  # has a multiple of `every` been passed in the last iteration, at one batch in each?
-        return every > 0 and iteration * batch_rollouts // every > (iteration - 1) * batch_rollouts // every
-
-    saved, last_saved = True, time.time()  # saved: is all that was done in the checkpoint?
-    while True:
-        # ==================== EVAL ====================
-        # Before generating more, so that a run which died here evaluates again when resumed. Also before the first update.
-        finished, evaluation = iteration == num_iterations, None
-        if args.eval_episodes > 0 and (finished or iteration == 0 or passed(args.eval_every)):
-            evaluation = evaluate(policy, args, task, args.eval_episodes, stop_signals, progress)
-        if finished and not args.eval_episodes:
-            save_models(run_folder, policy, config, None, global_step)
-        if evaluation and not stop_signals:
-            save_models(run_folder, policy, config, evaluation, global_step)
-            curve.append({"rollouts": global_step, "updates": updates, "success_rate": evaluation["success_rate"]})
-            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
-            writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
-            passed_share = f"{evaluation['success_rate']:.1%} of held-out answers"
-            progress.message(f"eval at {global_step:,} rollouts, {updates:,} updates: {passed_share}")
-        if finished or (stop_signals and saved):
-            break
-
-        iteration += 1
-        iteration_start = time.perf_counter()
-
-        # ==================== ROLLOUT ====================
-        # One batch of groups; dapo generates more until the batch is full of effective ones.
-        fresh = []
-        for _ in range(args.max_gen_batches if args.method == "dapo" else 1):
-            fresh += generate_groups(policy, task, args, iteration)
-            if sum(is_effective(group["rewards"]).item() for group in fresh) >= args.num_prompts:
-                break
-        global_step += len(fresh) * args.group_size
-        rewards = torch.stack([group["rewards"] for group in fresh])  # (P, k)
-        recent_returns.extend(rewards.mean(1).tolist())
-        recent_successes.extend((rewards >= 1).float().mean(1).tolist())
-        scalars = {"charts/learning_rate": args.learning_rate, **rollout_statistics(fresh)}
-
-        # ==================== REPLAY ====================
-        # POPO: a stored group for every ineffective one. The selection comes before the push.
-        waiting.append(fresh)
-        arrived = waiting.popleft() if len(waiting) > args.lag else []
-        effective = [group for group in arrived if is_effective(group["rewards"])]
-        replayed = []
-        if args.method == "popo":
-            wanted = args.num_prompts - len(effective)
-            replayed = buffer.select(wanted, iteration, {group["key"] for group in arrived})
-            buffer.push(arrived if args.replay == "ineff" else effective)
-            scalars |= replay_statistics(buffer, replayed, wanted, iteration)
-        batch_groups = arrived if args.method == "grpo" else effective[: args.num_prompts] + replayed
-        scalars["batch/groups"] = len(batch_groups)
-        t1 = time.perf_counter()
-        seconds["generate"] += t1 - iteration_start
-
-        # ==================== PROXIMAL POLICY ====================
-        # Log-probs of the policy that this update starts from, for every response: the centre of the clip, and w's numerator.
-        stats, passes = collections.defaultdict(list), []
-        if batch_groups:  # none: all groups were ineffective, and the buffer is empty; or --lag has none yet
-            b = stack_groups(batch_groups, device)
-            micro = max(args.micro_batch // args.group_size, 1) if args.model else len(batch_groups)
-            b["prox_logprobs"] = b["logprobs"]  # for an objective without a clip, which has no centre
-            if args.objective in CLIPPED:
-                b["prox_logprobs"] = fixed_logprobs(policy, b, args.temperature, micro)
-            if reference:
-                b["reference_logprobs"] = fixed_logprobs(reference, b, args.temperature, micro)
-            scalars |= importance_statistics(b, args, iteration)
-            t2 = time.perf_counter()
-            seconds["logprob"] += t2 - t1
-
-            # ==================== UPDATE ====================
-            # ALGO LOGIC: every group once, in `updates_per_iteration` minibatches; means are over the minibatch's tokens
-            permutation = torch.randperm(len(batch_groups)).to(device)
-            for mb_inds in permutation.tensor_split(min(args.updates_per_iteration, len(batch_groups))):
-                num_tokens = b["mask"][mb_inds].sum()
-                optimizer.zero_grad()
-                for inds in mb_inds.split(micro):
-                    mb = {key: value[inds] for key, value in b.items()}
-                    mask, advantages = mb["mask"], mb["advantages"].unsqueeze(-1)
-                    newlogprob, entropy = response_logprobs(policy, mb, args.temperature)
-                    behaviour, prox = mb["logprobs"], mb["prox_logprobs"]
-                    objective, ratio, coefficient = policy_objective(newlogprob, prox, behaviour, advantages, mask, args)
-                    pg_loss = -(objective * mask).sum() / num_tokens
-                    entropy_loss = entropy.sum() / num_tokens
-                    loss = pg_loss - args.ent_coef * entropy_loss
-                    if reference:
-                        ref_logratio = (mb["reference_logprobs"] - newlogprob).clamp(max=MAX_LOG_COEF)
-                        reference_kl = (k3(ref_logratio) * mask).sum() / num_tokens
-                        loss = loss + args.kl_coef * reference_kl
-                        stats["losses/reference_kl"].append(reference_kl.detach())
-                    loss.backward()
-                    with torch.no_grad():
-                        approx_kl = (k3(newlogprob - prox) * mask).sum() / num_tokens
-                        stats["losses/policy_loss"].append(pg_loss.detach())
-                        stats["losses/entropy"].append(entropy_loss.detach())
-                        stats["losses/approx_kl"].append(approx_kl)
-                        ages = (iteration - mb["versions"])[:, None, None].expand(mask.shape)
-                        too_low = (advantages < 0) & (ratio < 1 - args.clip_low)
-                        too_high = (advantages > 0) & (ratio > 1 + args.clip_high)
-                        columns = ages, newlogprob - behaviour, coefficient, too_low, too_high
-                        passes.append(torch.stack([x[mask].float() for x in columns]))
-                stats["losses/grad_norm"].append(nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
-                optimizer.step()
-                updates += 1
-            if args.cuda:
-                torch.cuda.synchronize()
-            seconds["update"] += time.perf_counter() - t2
-
-        # ==================== LOG ====================
-        if batch_groups:
-            num_updates = len(stats["losses/grad_norm"])
-            scalars |= {name: torch.stack(values).sum().item() / num_updates for name, values in stats.items()}
-            scalars |= update_statistics(passes, args)
-        for name, value in scalars.items():
-            if not math.isfinite(value):
-                last_good = run_folder / "checkpoint.pt"
-                last_good = f"last good checkpoint: {last_good if last_good.exists() else 'none yet'}"
-                raise BadNumber(f"{name} is {value} at step {global_step:,}; {last_good}")
-        seconds["training"] += time.perf_counter() - iteration_start
-        sps = global_step / seconds["training"]
-        scalars |= {"charts/SPS": sps, "charts/updates": updates}
-        scalars |= {f"time/{part}": seconds[part] / seconds["training"] for part in ("generate", "logprob", "update")}
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, global_step)
-        left = round((num_iterations - iteration) * seconds["training"] / iteration)
-        line = f"step {global_step:>9,}  pass {sum(recent_successes) / len(recent_successes):4.0%}"
-        line += f"  effective {scalars['batch/effective_frac_fresh']:4.0%}  {sps:5.1f} rollouts/s"
-        line += f"  left {left // 60}m{left % 60:02d}s"
-        progress(line, last=iteration == num_iterations)
-        useful = effective or any(
-            is_effective(group["rewards"]) for group in replayed
-        )  # those of --replay ineff teach nothing
-        idle = 0 if useful or not arrived else idle + 1
-        if idle in (1, 10, 100):
-            progress.message(why_nothing_is_learned(torch.stack([group["rewards"] for group in arrived]), args))
-        if passed(args.eval_every) or iteration == 1:
-            writer.add_text("samples", sample_answers(task, fresh, 8).replace("\n", "\n\n"), global_step)
-            if args.model:
-                progress.message(sample_answers(task, fresh, 3))
-
-        # ==================== CHECKPOINT ====================
-        # Also before every evaluation, and when asked to stop.
-        seconds["wall"] = time.time() - start_time
-        saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
-        if saved := saved or time.time() - last_saved > MOST_SECONDS_UNSAVED:
-            state = {
-                "model": policy.state_dict(),
-                "reference": reference.state_dict() if reference and args.model is None else None,
-                "optimizer": optimizer.state_dict(),
-                "buffer": list(buffer.groups),
-                "waiting": list(waiting),
-                "iteration": iteration,
-                "global_step": global_step,
-                "updates": updates,
-                "seconds": seconds,
-                "curve": curve,
-                "scalars": scalars,
-                "recent_returns": list(recent_returns),
-                "recent_successes": list(recent_successes),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
-            }
-            save_checkpoint(run_folder / "checkpoint.pt", state)
-            writer.flush()
-            last_saved = time.time()
-
-    if stop_signals:
-        how = shlex.join([*this_script, "--resume", str(run_folder)])
-        say(f"\nstopped at step {global_step:,}; continue with: {how}")
-        save_models(run_folder, policy, config, None, global_step)  # for --evaluate
-        sys.exit(128 + stop_signals[0])
-    seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
-    evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
-    packages = ("torch", "transformers") if args.model else ("torch",)
-    result = {
-        **{name: config[name] for name in ("env_id", "exp_name", "seed")},
-        "total_timesteps": global_step,
-        "iterations": iteration,
-        "updates": updates,
-        "eval_success_rate": evaluation["success_rate"],
-        "eval_return_mean": evaluation["return_mean"],
-        "eval_episodes": evaluation["episodes"],
-        "train_return_mean": sum(recent_returns) / len(recent_returns),
-        "train_success_rate": sum(recent_successes) / len(recent_successes),
-        "sps": sps,
-        "wall_seconds": seconds["wall"],
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
-        "git_commit": commit,
-        "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
-        | {package: importlib.metadata.version(package) for package in packages},
-        "args": config,
-        "curve": curve,
-    }
-    write_json(run_folder / "result.json", result)
-    shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("generate", "logprob", "update"))
-    say(f"finished in {seconds['wall']:.0f} s, {sps:.1f} rollouts/s ({shares})")
-    say(f"files:  {run_folder}")
-    say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
-    if args.model and args.eval_episodes:
-        export = ["--evaluate", str(run_folder / "best_model.pt"), "--eval-episodes", "0"]
-        export += ["--export", f"{run_folder.name}-model"]
-        say("export: " + shlex.join([*this_script, *export]))
     return result
 
 
