@@ -53,6 +53,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 import warnings
 import weakref
 from pathlib import Path
@@ -706,7 +707,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         say(f"{shown} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
     this_script = ["python", os.path.relpath(__file__)]  # before an environment changes the folder
-    _, wandb_id = saved_run(args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     own_process = args.overlap and cores > 1 and not multiprocessing.current_process().daemon  # which may have no children
     at_exit.enter_context(seeded(args.seed))  # what a fork draws in the update, too
@@ -756,22 +756,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
     checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
-    config = vars(args) | {"resume": False, "overwrite": False}
-    if args.track:
-        import wandb
-
-        # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
-        wandb_id = wandb_id or os.urandom(16).hex()
-        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
-        wandb_id = wandb.init(**wandb_args, config=config, sync_tensorboard=True).id  # a sweep has its own
-        at_exit.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None and issubclass(kind, Exception))))
-    for path in run_folder.iterdir() if args.overwrite else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-    more = {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id, "script": Path(__file__).name}
-    write_json(run_folder / "args.json", config | more)
+    config = write_config(run_folder, args, at_exit)
 
     num_iterations, iteration, next_rollout = math.ceil(args.total_timesteps / rollout_size), 0, None
     seconds = {"env": 0.0, "policy": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
@@ -797,20 +782,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     for part in summary.hparams(hparams, {"eval/success_rate": 0.0, "eval/return_mean": 0.0}):  # TensorBoard's table of runs
         writer.file_writer.add_summary(part)
 
-    stop_signals = []  # Ctrl-C or SIGTERM ends the run after this iteration, with a checkpoint; Ctrl-C after that at once
-
-    def ask_to_stop(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # of a closed terminal
-            if len(stop_signals) == 1:  # a launcher or that terminal may send copies
-                os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
-
-    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        before = signal.getsignal(signum) or signal.SIG_DFL
-        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
-            at_exit.callback(signal.signal, signum, before)
-            signal.signal(signum, ask_to_stop)
+    stop_signals = catch_stop_signals(at_exit)
     start_time, last_print, tty = time.time() - seconds["wall"], time.time(), sys.stdout and sys.stdout.isatty()
     at_exit.push(lambda kind, *_: say("") if tty and kind and issubclass(kind, Exception) else None)  # ends the progress line
     uses = args.update_epochs if on_policy else args.updates_per_iteration * args.minibatch_size / rollout_size  # GIPO: replay
@@ -1332,6 +1304,51 @@ def lock_folder(run_folder: Path):
     return lock
 
 
+def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
+    """The run's arguments, written to args.json once an overwritten run is gone; starts Weights & Biases with --track."""
+    config = vars(args) | {"resume": False, "overwrite": False}
+    # The id is the run folder's own, so that a resumed run continues its curves and a new one never another's.
+    wandb_id = json.loads((run_folder / "args.json").read_text()).get("wandb_id") if args.resume else None
+    if args.track:
+        import wandb
+
+        wandb_id = wandb_id or uuid.uuid4().hex
+        wandb_args = {"project": args.wandb_project, "name": run_folder.name, "id": wandb_id, "resume": "allow"}
+        wandb_id = wandb.init(**wandb_args, config=config, sync_tensorboard=True).id  # a sweep has its own
+        at_exit.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None and issubclass(kind, Exception))))
+    if args.overwrite:
+        for path in run_folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+    more = {"algorithm_version": ALGORITHM_VERSION, "wandb_id": wandb_id, "script": Path(__file__).name}
+    write_json(run_folder / "args.json", config | more)
+    return config
+
+
+def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
+    """Signals so far: after Ctrl-C or SIGTERM the run ends with a checkpoint; Ctrl-C after that ends it at once."""
+    stop_signals = []
+
+    def ask_to_stop(signum, frame):
+        stop_signals.append(signum)
+        # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
+        # what is ignored, but no handler: terminate() can end them.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with contextlib.suppress(OSError):  # of a closed terminal
+            os.write(2, b"\nstopping soon; Ctrl-C now stops at once, without a new checkpoint\n")
+
+    for signum in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        before = signal.getsignal(signum) or signal.SIG_DFL
+        if (signum, before) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            at_exit.callback(signal.signal, signum, before)
+            signal.signal(signum, ask_to_stop)
+    return stop_signals
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write tensors and plain types so that the file is complete or absent, whenever the process dies."""
     temporary = path.with_suffix(".tmp")
@@ -1395,7 +1412,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def saved_run(args) -> tuple:
-    """Of the run that --evaluate or --resume names: (its arguments, with that flag set; its weights or its wandb id)."""
+    """Of the run that --evaluate or --resume names: its arguments, with that flag set; and of --evaluate the weights."""
     if args.evaluate is not None:
         path, how = args.evaluate, "give the model.pt or best_model.pt of a run of this file"
         idle = [flag for flag in ("resume", "overwrite", "track", "cuda") if getattr(args, flag)]
@@ -1415,8 +1432,7 @@ def saved_run(args) -> tuple:
         raise ArgumentError(f"--resume: there is no {folder}; check the folder or the flags that name it, or drop --resume")
     try:
         saved = json.loads((folder / "args.json").read_text())
-        version, wandb_id = saved.pop("algorithm_version"), saved.pop("wandb_id", None)
-        script = saved.pop("script", None)
+        version, script, _ = saved.pop("algorithm_version"), saved.pop("script", None), saved.pop("wandb_id", None)
     except Exception as error:
         raise ArgumentError(f"--resume: {folder / 'args.json'} is missing or damaged: give the folder of a run") from error
     if script not in (None, Path(__file__).name):  # a fork may differ in no argument
@@ -1427,7 +1443,7 @@ def saved_run(args) -> tuple:
         raise ArgumentError(
             f"--resume: {folder} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew"
         )
-    return Args(**saved | {"resume": str(folder), "run_dir": str(folder.parent)}), wandb_id
+    return Args(**saved | {"resume": str(folder), "run_dir": str(folder.parent)}), None
 
 
 def check_args(args) -> None:
