@@ -39,7 +39,8 @@ PAPER_TASKS += "button-press-wall coffee-button coffee-pull".split()
 README_SEEDS = (4, 5, 6)  # its rows have all of these seeds; tables of gaps may have more
 README_STEPS = 300_000  # of a run
 README_SIZES = ("on-policy", "5120", "20000", "100000")  # more columns would not fit
-README_ROWS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5")  # a task is in its table once these have it, at the default replay size
+README_ROWS = ("gipo", "ppo-clip-0.2", "ppo-clip-0.5")  # without these, at the default replay size, it has no table
+LEAST_TASKS = 4  # of a row in its table, and of a row in the table of gaps
 NUMBERS = {3: "Three", 4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
 SUITES = ("benchmark-*", "graphgpo-*", "popo-*", "vla-*")  # folders of benchmark.sh
 GRID_POINTS = 30  # of a collected curve
@@ -746,27 +747,33 @@ def tuning_table(runs: list[dict]) -> str:
 
 
 def readme_runs(runs: list[dict]) -> list[dict]:
-    """The runs of the README: of the tasks that count, if they are four or more, the rows that have them all.
+    """The runs of the README: rows of METHODS with a size of README_SIZES, all on the same tasks.
 
-    A task counts once README_ROWS have it with README_SEEDS at 5,120, and at every other size that four tasks have.
-    Of a replay size, further seeds count once all of README_ROWS have them on all these tasks.
+    A row has its place once four tasks have it with README_SEEDS; a task counts once all of these rows have it. README_ROWS
+    with 5,120 steps must be among them. Of a replay size, further seeds count once all of README_ROWS have them on all tasks.
     """
     done = {(run["method"], run["regime"], run["env_id"], run["seed"]) for run in runs}
 
-    def finished(regime, tasks, seeds):
-        return {(method, regime, task, seed) for method in README_ROWS for task in tasks for seed in seeds} <= done
+    def finished(regime, tasks, seeds, methods=README_ROWS):
+        return {(method, regime, task, seed) for method in methods for task in tasks for seed in seeds} <= done
 
     names = [f"{name}-v3" for name in README_TASKS]
-    shown = ["5120", *(size for size in README_SIZES[2:] if sum(finished(size, [n], README_SEEDS) for n in names) >= 4)]
-    tasks = [name for name in names if all(finished(size, [name], README_SEEDS) for size in shown)]
+    rows = {
+        (method, size): [name for name in names if finished(size, [name], README_SEEDS, [method])]
+        for method in METHODS
+        for size in README_SIZES
+    }
+    whole = {row: tasks for row, tasks in rows.items() if len(tasks) >= LEAST_TASKS}
+    tasks = [name for name in names if all(name in tasks for tasks in whole.values())]
+    if len(tasks) < LEAST_TASKS or not all((method, "5120") in whole for method in README_ROWS):
+        return []
     seeds = {
         regime: {*README_SEEDS} | {run["seed"] for run in runs if finished(regime, tasks, [run["seed"]])}
         for regime in {run["regime"] for run in runs}
     }
     runs = [run for run in runs if run["env_id"] in tasks and run["seed"] in seeds[run["regime"]]]
     rows = collections.Counter((run["regime"], run["method"]) for run in runs)
-    whole = {row for row, count in rows.items() if count == len(tasks) * len(seeds[row[0]])}
-    return [run for run in runs if len(tasks) >= 4 and (run["regime"], run["method"]) in whole]
+    return [run for run in runs if rows[run["regime"], run["method"]] == len(tasks) * len(seeds[run["regime"]])]
 
 
 def readme_table(runs: list[dict], intervals: bool = False) -> str:
@@ -793,22 +800,22 @@ def readme_table(runs: list[dict], intervals: bool = False) -> str:
 
 
 def lead_table(runs: list[dict]) -> str:
-    """GIPO against every method on the same replay that has its tasks with README_SEEDS, over the tasks and seeds that both
-    have: mean areas and their gap."""
-    rows = ["| replay | against | GIPO's area | the other's | gap | GIPO's is larger in |", "|---" * 6 + "|"]
+    """GIPO against every method on the same replay, over the tasks that both have with README_SEEDS, if they are LEAST_TASKS
+    or more, and over all seeds there that both have: mean areas and their gap."""
+    rows = ["| replay | against | tasks | GIPO's area | the other's | gap | GIPO's is larger in |", "|---" * 7 + "|"]
     table = cells(runs)
     for (size, other), tasks in table.items():
-        own = table.get((size, "gipo"), {})
-        whole = all({run["seed"] for run in tasks.get(task, [])} >= set(README_SEEDS) for task in own)
-        if not own or not whole or other == "gipo" or other not in METHODS:
+        pair = matched(table.get((size, "gipo"), {}), tasks)
+        whole = [task for task, found in pair[0].items() if {run["seed"] for run in found} >= {*README_SEEDS}]
+        if len(whole) < LEAST_TASKS or other == "gipo" or other not in METHODS:
             continue
-        pair = matched(own, tasks)
+        pair = [{task: found[task] for task in whole} for found in pair]
         areas = [values(cell, list(cell), SCORES["area"]) for cell in pair]
         gaps = [x - y for x, y in zip(*areas, strict=True)]
         (gap, (low, high)), count = gap_and_interval(gaps), sum(map(len, gaps))
         shown = span(gap, (low, high))
         name = {"none": "no weight", "sapo": "SAPO"}.get(other, other.replace("ppo-clip-", "clip of "))
-        row = [f"{int(size):,}", name, *(number(mean_of_tasks(area)) for area in areas)]
+        row = [f"{int(size):,}", name, str(len(whole)), *(number(mean_of_tasks(area)) for area in areas)]
         row += [f"**{shown}**" if low > 0 or high < 0 else shown, f"{sum((task > 0).sum() for task in gaps)} of {count}"]
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
@@ -1768,8 +1775,7 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
             text = README_TABLE.format(**words)
             shown = readme_table([run for run in three if run["regime"] in README_SIZES])
             readme_block = f"{text}\n\n{shown}\n\n{link}\n"
-            own_cells = {(run["regime"], run["env_id"], run["seed"]) for run in complete}  # other methods may lack some
-            lead_block = lead_table([r for r in main if (r["regime"], r["env_id"], r["seed"]) in own_cells]) + "\n"
+            lead_block = lead_table(main) + "\n"
             paper_block = paper_table(known) + "\n"
     write_popo_report(args, write, new)
     pattern = re.compile(r"(<!-- benchmark -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
