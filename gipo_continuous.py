@@ -60,6 +60,7 @@ import traceback
 import uuid
 import warnings
 import weakref
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
@@ -598,11 +599,14 @@ class Collector:
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
         self.envs = []
         with contextlib.ExitStack() as on_error:
-            on_error.callback(self.close)
+            on_error.callback(self.close, timeout=2.0)
             for i in range(args.num_envs):
                 make_env(args, i)  # makes the goals before the processes are forked, not in each of them
                 self.envs.append(Worker(build_env, args, i, own_process=args.async_envs))
-            spaces = [self.envs[0].call("get_wrapper_attr", f"{kind}_space") for kind in ("observation", "action")]
+            kinds = "observation_space", "action_space"
+            spaces, *others = [[env.call("get_wrapper_attr", kind) for kind in kinds] for env in self.envs]
+            if any(other != spaces for other in others):
+                raise ArgumentError(f"--env-id {args.env_id} has environments with different spaces, such as {spaces}")
             self.max_episode_steps = max(env.call("get_wrapper_attr", "_max_episode_steps") for env in self.envs)
             on_error.pop_all()
         self.obs_space, self.action_space = spaces
@@ -620,7 +624,7 @@ class Collector:
             self.steps = snapshot["steps"]
         for env, episode in zip(self.envs, snapshot["envs"] if snapshot else [None] * len(self.envs), strict=True):
             env.start("reset", snapshot=episode)
-        self.next_obs = stack([env.result()[0] for env in self.envs])
+        self.next_obs = self.stack([env.result()[0] for env in self.envs])
         self.check_numbers("observation", self.next_obs)
         if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
             text = f"{self.args.env_id} has numbers, random ones or from earlier episodes, that no checkpoint holds"
@@ -654,7 +658,7 @@ class Collector:
             seconds["env"] += time.perf_counter() - t1
             next_obs, real_next_obs, rewards, terminations, truncations, infos = zip(*results, strict=True)
             dones = np.logical_or(terminations, truncations)
-            obs, self.next_obs, real_next_obs = self.next_obs, stack(next_obs), stack(real_next_obs)
+            obs, self.next_obs, real_next_obs = self.next_obs, self.stack(next_obs), self.stack(real_next_obs)
             self.steps += self.args.num_envs
             for info in filter(None, infos):
                 episodes.append((self.steps, info["return"], info["length"], info["success"]))
@@ -678,16 +682,20 @@ class Collector:
             what = f"{name} {values[idx, *where].item()} of environment {idx} at step {self.steps:,}"
             raise BadNumber(f"--env-id {self.args.env_id}: {what}")
 
-    def close(self) -> None:
-        for env in self.envs:  # all at once
-            env.hang_up()
-        for env in self.envs:
-            env.close(timeout=60.0)
+    def stack(self, observations) -> torch.Tensor:
+        """One of each environment -> (N, obs_dim) in float32; ValueError if they are not as the space says."""
+        array = np.stack(observations)
+        if array.shape[1:] != self.obs_space.shape:  # of shape (1,) they would be broadcast without a word
+            raise ValueError(f"observations have the shape {array.shape[1:]}, and the space {self.obs_space.shape}")
+        return torch.as_tensor(array, dtype=torch.float32)
 
-
-def stack(observations) -> torch.Tensor:
-    """Observations of the environments, one each -> (N, obs_dim) in float32."""
-    return torch.as_tensor(np.stack(observations), dtype=torch.float32)
+    def close(self, timeout: float = 60.0) -> None:
+        """Close the environments, all at once; their own processes end after so many seconds."""
+        deadline = time.time() + timeout
+        with contextlib.ExitStack() as at_exit:  # each of them, also after another Ctrl-C
+            for env in self.envs:
+                at_exit.callback(lambda env=env: env.close(max(deadline - time.time(), 0.0)))
+                env.hang_up()
 
 
 # -------------------- Main --------------------
@@ -1117,12 +1125,17 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         self.pipes.add(self.pipe)
         self.process = context.Process(target=serve, args=(theirs, factory, args))
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # that come before follow_parent() has handlers
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
+        if context.get_start_method() == "spawn":  # the first start would unblock the signals below
+            resource_tracker.ensure_running()
+        with contextlib.ExitStack() as on_error:  # Ctrl-C, too: then nobody has this object to close it
+            on_error.callback(self.pipe.close)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # that come before follow_parent() has handlers
+            try:
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+            on_error.pop_all()
 
     def start(self, name: str, *arguments, **keywords) -> None:
         """Begin a call; in this process, also finish it."""
@@ -1145,7 +1158,7 @@ class Worker:
             how = f"exit code {self.process.exitcode}; -9: killed, perhaps for want of memory"
             raise RuntimeError(f"a process of the environments has died ({how})") from None
         if error is not None:
-            raise error from RuntimeError(f"in a process of the environments:\n{text}")
+            raise pickle.loads(error) from RuntimeError(f"in a process of the environments:\n{text}")
         return convert(answer, SentTensor, SentTensor.tensor)
 
     def call(self, name: str, *arguments):
@@ -1166,9 +1179,11 @@ class Worker:
                 instance.close()
         else:
             self.pipe.close()
-            self.process.join(timeout)
-            self.process.kill()
-            self.process.join()
+            try:
+                self.process.join(timeout)
+            finally:  # also after another Ctrl-C
+                self.process.kill()
+                self.process.join()
 
 
 def serve(pipe, factory, args) -> None:
@@ -1186,11 +1201,14 @@ def serve(pipe, factory, args) -> None:
                 pipe.send((None, "", convert(getattr(instance, name)(*arguments, **keywords), torch.Tensor, SentTensor)))
         except Exception as error:
             try:
-                pickle.loads(pickle.dumps(error))
+                sent = pickle.dumps(
+                    error
+                )  # here, since of a tensor in it pipe.send() would leave the numbers with this process
+                pickle.loads(sent)
             except Exception:  # some exceptions do not survive the way
-                error = RuntimeError(f"{type(error).__name__}: {error}")
+                sent = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
             with contextlib.suppress(OSError):  # the pipe is closed: no more calls
-                pipe.send((error, traceback.format_exc(), None))
+                pipe.send((sent, traceback.format_exc(), None))
 
 
 def follow_parent() -> None:
@@ -1227,7 +1245,8 @@ def convert(tree, kind: type, function):
     if isinstance(tree, dict):
         return {key: convert(value, kind, function) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(convert(value, kind, function) for value in tree)
+        values = [convert(value, kind, function) for value in tree]
+        return values if isinstance(tree, list) else tuple(values)
     return function(tree) if isinstance(tree, kind) else tree
 
 

@@ -852,9 +852,8 @@ class Tool:
         return {"sum": tree["x"] + number, "calls": self.calls, "pair": (number, None), "process": os.getpid()}
 
     def fail(self, kind):
-        raise {"key": KeyError("goal"), "lambda": Unpicklable("no way"), "one way": OneWay("a", "b"), "stop": StopIteration()}[
-            kind
-        ]
+        errors = {"key": KeyError("goal"), "lambda": Unpicklable("no way"), "one way": OneWay("a", "b")}
+        raise (errors | {"stop": StopIteration(), "tensor": ValueError("bad", torch.zeros(3))})[kind]
 
     def exit(self, code):
         os._exit(code)
@@ -930,7 +929,12 @@ def test_a_worker_may_be_a_new_interpreter(monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "error", "text"),
-    [("key", KeyError, "goal"), ("lambda", RuntimeError, "Unpicklable: no way"), ("one way", RuntimeError, "OneWay: a and b")],
+    [
+        ("key", KeyError, "goal"),
+        ("lambda", RuntimeError, "Unpicklable: no way"),
+        ("one way", RuntimeError, "OneWay: a and b"),
+        ("tensor", ValueError, "bad"),
+    ],
 )
 def test_an_exception_arrives_with_its_own_traceback(kind, error, text, worker):
     """Of its own type if it survives the way; then the process has ended, and further calls say so."""
@@ -938,7 +942,9 @@ def test_an_exception_arrives_with_its_own_traceback(kind, error, text, worker):
         worker.call("fail", kind)
     assert type(caught.value) is error
     remote = str(caught.value.__cause__)
-    assert remote.startswith("in a process of the environments:\nTraceback") and "in fail" in remote and "raise {" in remote
+    assert (
+        remote.startswith("in a process of the environments:\nTraceback") and "in fail" in remote and "raise (errors" in remote
+    )
     with pytest.raises(RuntimeError, match="has died"):
         worker.call("add", {"x": torch.zeros(1)}, 1)
     assert_ends(worker.process.pid)
@@ -982,6 +988,39 @@ def test_closing_a_worker_ends_its_process_whatever_it_does(call):
     worker.close()  # a second time is nothing
     assert time.monotonic() - begin < 10 and not is_running(worker.process.pid)
     assert multiprocessing.active_children() == []
+
+
+def test_ctrl_c_while_a_worker_is_closed_ends_its_process(worker, monkeypatch):
+    """Python would wait for it at its end."""
+    worker.start("sleep")
+    join, calls = worker.process.join, []
+
+    def interrupted(timeout=None):
+        calls.append(timeout)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        join(timeout)
+
+    monkeypatch.setattr(worker.process, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        worker.close()
+    assert not is_running(worker.process.pid)
+
+
+def test_ctrl_c_while_a_process_starts_leaves_none(monkeypatch):
+    """Nobody has the Worker then to close it."""
+    start, started = multiprocessing.context.ForkProcess.start, []
+
+    def interrupted(self):
+        start(self)
+        started.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:  # whose traceback keeps the Worker
+        gipo.Worker(Tool, own_process=True)
+    assert caught and signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    assert_ends(started[0].pid)
 
 
 @pytest.mark.parametrize("busy", [True, False])

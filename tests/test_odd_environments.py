@@ -1,5 +1,6 @@
 """Environments of other people, trained through main(): their generators, types, spaces, arguments, bad numbers and bugs."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -1098,6 +1099,65 @@ def test_a_constructor_that_fails_closes_the_environments_before_it(script, regi
     with pytest.raises(ValueError, match="no licence"):
         script.main(script.Args(env_id=register(Closed), run_dir=str(tmp_path), overlap=False, **SIZES))
     assert Closed.open == 0
+
+
+class Drawn(Walk):
+    """Its action space is drawn in the constructor."""
+
+    bounds: ClassVar = []
+
+    def __init__(self):
+        self.bounds.append(len(self.bounds) + 1.0)
+        self.action_space = gym.spaces.Box(-self.bounds[-1], self.bounds[-1], (1,))
+
+
+@SCRIPTS
+def test_environments_with_different_spaces_are_refused(script, register, tmp_path, monkeypatch):
+    """Actions are mapped to one Box for all."""
+    monkeypatch.setattr(Drawn, "bounds", [])
+    args = script.Args(env_id=register(Drawn), run_dir=str(tmp_path), overlap=False, **SIZES)
+    with pytest.raises(script.ArgumentError, match="has environments with different spaces"):
+        script.main(args)
+
+
+@pytest.mark.parametrize("async_envs", [False, True])
+@SCRIPTS
+def test_an_observation_of_another_shape_than_its_space_is_an_error(script, async_envs, register, tmp_path, monkeypatch):
+    """One number would stand for all of them."""
+    monkeypatch.setattr(Walk, "step", lambda self, action: (np.zeros(1, np.float32), 0.0, False, False, {}))
+    args = script.Args(env_id=register(Walk), run_dir=str(tmp_path), overlap=False, async_envs=async_envs, **SIZES)
+    with pytest.raises(ValueError, match=r"observations have the shape \(1,\), and the space \(2,\)"):
+        script.main(args)
+
+
+Pair = collections.namedtuple("Pair", "x y")
+
+
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_observations_may_be_named_tuples(async_envs, register, run, monkeypatch):
+    reset, step = Walk.reset, Walk.step
+    monkeypatch.setattr(Walk, "reset", lambda self, **kwargs: (Pair(*reset(self, **kwargs)[0]), {}))
+    monkeypatch.setattr(Walk, "step", lambda self, action: ((result := step(self, action)) and Pair(*result[0]), *result[1:]))
+    assert (run(gipo, register(Walk), async_envs=async_envs) / "result.json").exists()
+
+
+class Late(Walk):
+    """The first environment fails at once, the others take their time."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed == 1000:
+            raise ValueError("no licence")
+        time.sleep(100)
+
+
+@SCRIPTS
+@OVERLAP
+def test_a_constructor_that_fails_waits_for_no_other(script, overlap, register, tmp_path):
+    args = script.Args(env_id=register(Late), run_dir=str(tmp_path), overlap=overlap, async_envs=True, **SIZES)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="no licence"):
+        script.main(args)
+    assert time.monotonic() - begin < 30 and not multiprocessing.active_children()
 
 
 class Filmed(Walk):
