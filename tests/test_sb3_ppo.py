@@ -117,7 +117,7 @@ def test_the_page_has_its_results():
     def span(ours, theirs):
         return report.span(*report.gap_and_interval([x - y for x, y in zip(areas[ours], areas[theirs], strict=True)]))
 
-    assert f"the gap is {span('matched', 'ppo')}." in page
+    assert f"the gap is {span('matched', 'ppo')}, with three seeds." in page
     assert f"by {span('defaults', 'matched')} in its implementation." in page
     lead = span("setup", "defaults")
     assert f"on fresh data leads stable-baselines3's own settings** by {lead}, on door-open and drawer-open." in page
