@@ -869,7 +869,7 @@ def sample_segments(num_filled: int, args, chunk: int) -> torch.Tensor:
 
 
 def lr_share(schedule: str, progress: float, warmup: float) -> float:
-    """Factor on a step size after the share `progress` of the run, in [0, 1)."""
+    """Factor on a learning rate once the share `progress` of the run, 0 to 1, is over."""
     if progress < warmup:
         return progress / warmup
     decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}

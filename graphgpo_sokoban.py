@@ -1258,7 +1258,7 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
     model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
     if evaluation:
         success = evaluation["success_rate"]
-        # Only equally many episodes compare: the few of a short evaluation may be lucky ones.
+        # More episodes win: the few of a short evaluation may be lucky ones.
         model["score"] = [evaluation["episodes"], -1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"

@@ -162,7 +162,7 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """course of the actor's step size: constant, or falling to 0 over the run, in a line or half a cosine"""
     critic_lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """the same of the critic's"""
+    """the same for the critic"""
     lr_warmup: float = 0.0
     """share of the run over which both step sizes rise linearly from 0; then the schedule as if there had been no warm-up"""
     gamma: float = 0.99
@@ -182,16 +182,17 @@ class Args:
     hidden_size: int = 256
     """width of the two hidden layers of actor and critic"""
     ratio: Literal["joint", "per-dim"] = "joint"
-    """importance ratio of the whole action, or one per dimension as in the paper's code (limits then act per dimension)"""
+    """importance ratio of the whole action, or one per dimension as in the paper's code (the policy loss is then
+    a mean over the dimensions, too, and limits act on each)"""
     kl_coef: float = 0.0
     """weight of the penalty KL(mu || pi), estimated by mean(-l) (0 to 0.5)"""
     ent_coef: float = 0.0
-    """weight of the entropy bonus (0 to 0.02)"""
+    """weight of the entropy bonus, a sum over the action dimensions with either --ratio (0 to 0.02)"""
     vf_coef: float = 0.5
     """weight of the value loss; actor and critic share no parameters, so it matters only through gradient clipping
     and Adam's epsilon (0: the critic does not learn)"""
     max_grad_norm: float = 0.5
-    """gradient norm limit, for actor and critic apart"""
+    """gradient norm limit, of actor and critic separately"""
     adv_std_floor: float = 0.1
     """advantages are divided by their standard deviation, but by no less than this share of its largest value so far"""
 
@@ -225,7 +226,7 @@ def make_env(args, idx: int, render_mode: str | None = None):
     kwargs |= {"render_mode": render_mode} if render_mode else {}
 
     def thunk():
-        # Here, since it also changes Meta-World's modules, in the process that the environment lives in.
+        # fast_meta_world() also changes Meta-World's modules: called here, in the process that the environment lives in.
         build = functools.partial(fast_meta_world(task), reward_function_version="v2") if goals else gym.make
         try:
             env = build(**kwargs)
@@ -318,7 +319,7 @@ def scalar(value) -> float:
 
 
 def success_rate(successes) -> float | None:
-    """Mean over episodes, nan being one that reported no success: none of them does -> None, or it counts as a failure."""
+    """Mean over episodes. nan, which reported no success, counts as a failure; None if all are nan."""
     return None if np.isnan(list(successes)).all() else float(np.mean(np.nan_to_num(list(successes))))
 
 
@@ -436,6 +437,7 @@ class Agent(nn.Module):
 
 # -------------------- Advantages and objective --------------------
 # ALGO LOGIC: advantages, replay sampling, and policy_objective, where a new objective goes
+# Shapes: T steps of S segments, time first; a rollout has one segment of each of N environments
 def discounted_sum(deltas, decays):
     """x[t] = deltas[t] + decays[t] * x[t + 1], backwards from zero; time first."""
     sums, last = [], torch.zeros_like(deltas[0])
@@ -489,7 +491,7 @@ def compute_advantages(values, mb, args, joint_logratio=None):
 
 
 def sample_segments(num_filled: int, args, generator=None) -> torch.Tensor:
-    """Indices of each update's segments, (updates, S), in shuffled passes: none is drawn again before all others were."""
+    """Indices of each update's segments, (updates, S): passes over all of them, shuffled anew in every iteration."""
     segments = args.minibatch_size // args.num_steps
     draws = args.updates_per_iteration * segments
     passes = [torch.randperm(num_filled, generator=generator) for _ in range(math.ceil(draws / num_filled))]
@@ -555,7 +557,7 @@ def compute_loss(agent, mb, args):
 
 
 def lr_share(schedule: str, progress: float, warmup: float) -> float:
-    """Factor on a step size after the share `progress` of the run, in [0, 1)."""
+    """Factor on a learning rate once the share `progress` of the run, 0 to 1, is over."""
     if progress < warmup:
         return progress / warmup
     decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
@@ -568,9 +570,7 @@ class Collector:
 
     def __init__(self, args):
         torch.set_num_threads(1)  # before anything computes: a forked process has no threads of OpenMP's
-        random.seed(args.seed)  # these three for environments that draw from them
-        np.random.seed(args.seed)
-        torch.manual_seed(args.seed)
+        seed_everything(args.seed)  # for environments that draw from the global generators
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
         self.envs = []
         with contextlib.ExitStack() as on_error:
@@ -615,8 +615,8 @@ class Collector:
         """Act with these weights, those of iteration `version`, for T steps.
 
         Returns `data`, a dict of (T, N, ...) tensors in float32; `episodes` that ended: (steps of the run, return, length,
-        success); and `log_ratio_max`: the same weights score the rollout once more, as one batch; the largest difference of a
-        log-prob is 0 but for rounding.
+        success); and `log_ratio_max`, an alarm: the largest difference between an action's log-prob when acting and when the
+        same weights score the whole rollout as one batch. More than rounding: Agent has a state, dropout or batch statistics.
         """
         torch.set_num_threads(1)
         self.agent.load_state_dict(weights)
@@ -701,7 +701,7 @@ def main(args: Args) -> dict:
 
 
 def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
-    """What main() does."""
+    """Set up; then in every iteration: rollout, advantages, update, log, checkpoint, evaluation."""
     # ==================== SETUP ====================
     # Nothing is written before all that can fail cheaply was tried.
     on_policy = args.buffer_size < 2 * args.num_envs * args.num_steps  # GIPO: the textbook form is PPO's alone
@@ -851,12 +851,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             if success_rate(recent_successes) is not None:
                 writer.add_scalar("charts/episodic_success", np.nan_to_num(success), step)
 
-        # ==================== ADVANTAGES ====================
-        # Those of collection time. With --recompute-advantages and replay every update makes its own.
-        progress = (iteration - 1) / num_iterations
-        actor_group, critic_group = optimizer.param_groups
-        actor_group["lr"] = args.learning_rate * lr_share(args.lr_schedule, progress, args.lr_warmup)
-        critic_group["lr"] = args.critic_learning_rate * lr_share(args.critic_lr_schedule, progress, args.lr_warmup)
         torch.set_num_threads(args.torch_threads)
         fresh = {key: value[:, new] for key, value in rb.items()}  # views: writing into them writes into the replay
         if iteration == 1:  # the weights are still those that acted: compare on the device, and in the mode, of learning
@@ -864,6 +858,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                 logprob = agent.get_action_and_logprob(fresh["obs"], fresh["actions"])[1]
             log_ratio_max = (logprob - fresh["logprobs"]).sum(-1).abs().max().item()
             rollout["log_ratio_max"] = max(rollout["log_ratio_max"], log_ratio_max)
+
+        # ==================== ADVANTAGES ====================
+        # Those of collection time. With --recompute-advantages and replay every update makes its own.
         if not args.recompute_advantages:
             with torch.no_grad():
                 fresh["end_values"] = get_end_values(agent, fresh["next_obs"], fresh["dones"])
@@ -871,6 +868,10 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
         # ==================== UPDATE ====================
         # ALGO LOGIC: gradient steps; the loss is in compute_loss
+        progress = (iteration - 1) / num_iterations
+        actor_group, critic_group = optimizer.param_groups
+        actor_group["lr"] = args.learning_rate * lr_share(args.lr_schedule, progress, args.lr_warmup)
+        critic_group["lr"] = args.critic_learning_rate * lr_share(args.critic_lr_schedule, progress, args.lr_warmup)
         t0 = time.perf_counter()
         num_filled, stats = min(iteration * args.num_envs, num_segments), collections.defaultdict(list)
         if on_policy:  # shuffled transitions, in epochs
@@ -891,7 +892,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             mb_stats["gipo/policy_lag"] = iteration - mb["versions"].mean()
             for name, value in mb_stats.items():
                 stats[name].append(value)
-        agent.update_normalizer(fresh["obs"])  # after the update, in which the policy moves by its gradient alone
+        agent.update_normalizer(fresh["obs"])  # after the update, in which gradients alone move the policy
         scalars = {name: torch.stack(values).mean().item() for name, values in stats.items()}  # waits for the GPU
         seconds["update"] += time.perf_counter() - t0
 
@@ -958,7 +959,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     collector.close(timeout=60.0)
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
-    # Of children only where they are ours: git's counts what this process had when it was started.
+    # Of children the largest one, and only where they are ours: git's counts what this process had when it was started.
     users = [resource.RUSAGE_SELF, *[resource.RUSAGE_CHILDREN] * (own_process or args.async_envs)]
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in users)
     result = {"env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "total_timesteps": global_step}
@@ -986,13 +987,18 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
 
 # -------------------- Evaluation --------------------
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def seeded(seed: int):
     """Seed the global generators for a while, and leave them as they were: environments may draw from them, too."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_everything(seed)
     try:
         yield
     finally:
@@ -1046,7 +1052,8 @@ def evaluate(agent, args, num_episodes: int, video_dir: Path | None = None, stop
 
                     video_dir.mkdir(parents=True, exist_ok=True)
                     try:
-                        ImageSequenceClip(frames, fps=20).write_videofile(str(video_dir / f"task{task_idx}.mp4"), logger=None)
+                        fps = (envs[0].metadata.get("render_fps") or 80) / 4  # of every fourth frame
+                        ImageSequenceClip(frames, fps=fps).write_videofile(str(video_dir / f"task{task_idx}.mp4"), logger=None)
                     except OSError:  # Ctrl-C also ends ffmpeg
                         if not stop_signals:
                             raise
@@ -1082,7 +1089,7 @@ def save_models(run_folder: Path, agent, config: dict, evaluation: dict | None, 
     model = {"model": agent.state_dict(), "args": config, "global_step": global_step, "score": None}
     if evaluation:
         success = evaluation["success_rate"]
-        # Only equally many episodes compare: the few of a short evaluation may be lucky ones.
+        # More episodes win: the few of a short evaluation may be lucky ones.
         model["score"] = [evaluation["episodes"], -1.0 if success is None else success, evaluation["return_mean"]]
     save_checkpoint(run_folder / "model.pt", model)
     best = run_folder / "best_model.pt"
@@ -1206,9 +1213,7 @@ def follow_parent() -> None:
 def build_env(args, idx: int) -> gym.Env:
     """make_env()'s; in a process of its own with random numbers of its own, or all would draw the same."""
     if args.async_envs:
-        random.seed(1000 * args.seed + idx)
-        np.random.seed(1000 * args.seed + idx)
-        torch.manual_seed(1000 * args.seed + idx)
+        seed_everything(1000 * args.seed + idx)
     return make_env(args, idx)()
 
 
@@ -1392,9 +1397,8 @@ def load_weights(agent, weights: dict, path) -> None:
     try:
         agent.load_state_dict(weights)
     except RuntimeError as error:
-        raise ArgumentError(
-            f"{path} does not fit the networks of this script: has Agent or the environment changed?"
-        ) from error
+        how = "has Agent or the environment changed?"
+        raise ArgumentError(f"{path} does not fit the networks of this script: {how}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1459,9 +1463,8 @@ def saved_run(args) -> tuple:
     if not saved.keys() <= vars(args).keys():  # fewer: an older file's run
         raise ArgumentError(f"--resume: {folder} is another script's or version's run; --exp-name names a new one")
     if version != ALGORITHM_VERSION:
-        raise ArgumentError(
-            f"--resume: {folder} is of version {version}, not {ALGORITHM_VERSION}: move it away and start anew"
-        )
+        how = "move it away and start anew"
+        raise ArgumentError(f"--resume: {folder} is of version {version}, not {ALGORITHM_VERSION}: {how}")
     return Args(**saved | {"resume": str(folder), "run_dir": str(folder.parent)}), None
 
 

@@ -1185,6 +1185,20 @@ def test_ctrl_c_ends_the_encoder_of_a_video_too(script, stopped, register, tmp_p
         script.evaluate(script.Agent(2, 1, args), args, 1, tmp_path, signals)
 
 
+@SCRIPTS
+def test_a_video_is_as_fast_as_the_environment(script, register, tmp_path, monkeypatch):
+    """It has every fourth frame; 80 frames a second are Meta-World's."""
+    from moviepy import ImageSequenceClip
+
+    speeds = []
+    monkeypatch.setattr(ImageSequenceClip, "write_videofile", lambda self, *args, **kwargs: speeds.append(self.fps))
+    for rate in ({"render_fps": 20}, {"render_fps": None}, {}):
+        monkeypatch.setattr(Filmed, "metadata", {"render_modes": ["rgb_array"]} | rate)
+        args = script.Args(env_id=register(Filmed), **SIZES)
+        script.evaluate(script.Agent(2, 1, args), args, 1, tmp_path)
+    assert speeds == [5, 20, 20]
+
+
 BUG = """
 import gymnasium
 from gymnasium.envs.classic_control import PendulumEnv
