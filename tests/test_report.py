@@ -2059,81 +2059,93 @@ def lead_growth(clip):
     return report.span(*report.gap_and_interval([*(very_old - old)]))
 
 
+def areas_of(name, size, tasks=(*VERY_OLD_TASKS, "window-open"), seeds=(4, 5, 6), score="area"):
+    """Scores of a row's runs that there are: an array of seeds for every task."""
+    folder, score = ROOT / "results" / "runs" / "300000-v2", report.SCORES.get(score, score)
+    files = [[folder / f"{task}-v3__{name}_{size}__{seed}.json" for seed in seeds] for task in tasks]
+    return [np.array([score(read_json(file)) for file in row if file.exists()]) for row in files]
+
+
 def test_the_benchmark_page_says_what_version_2_says():
     """The sentences of docs/benchmark.md with numbers of version 2; its table is report.py's."""
-    files = sorted((ROOT / "results" / "runs" / "300000-v2").glob("*.json"))
-    stored = {file: json.loads(file.read_text()) for file in files}
-    table = report.cells(report.readme_runs(report.labelled(stored)))
     page, readme = ((ROOT / name).read_text() for name in ("docs/benchmark.md", "README.md"))
     text = page.split("## Results")[1].split("\n## ")[0]
-    tasks = sorted(table["5120", "gipo"])
-    assert ", ".join(task.removesuffix("-v3") for task in tasks[:-1]) in text.split("so far: ")[1].split(" and ")[0]
+    assert f"Five tasks so far: {', '.join(VERY_OLD_TASKS)} and window-open, seeds 4 to 6" in text
 
-    def scores(cell, score):
-        return [np.array(values) for values in report.values(table[cell], tasks, report.SCORES.get(score, score))]
+    def mean_of(*args, **kwargs):
+        return report.mean_of_tasks(areas_of(*args, **kwargs))
 
-    def gaps(ours, theirs, score="area"):
-        pair = report.matched(table[ours], table[theirs])
-        a, b = (report.values(cell, tasks, report.SCORES[score]) for cell in pair)
-        return [x - y for x, y in zip(a, b, strict=True)]
+    def percent(*args, **kwargs):
+        return f"{100 * mean_of(*args, score='success', **kwargs):.0f}"
 
-    def mean_of(cell, score="area"):
-        return report.mean_of_tasks(scores(cell, score))
+    def gaps(ours, theirs, **kwargs):
+        return [a - b for a, b in zip(areas_of(*ours, **kwargs), areas_of(*theirs, **kwargs), strict=True)]
 
-    def percent(cell):
-        return f"{100 * mean_of(cell, 'success'):.0f}"
+    def span(gaps):
+        return report.span(*report.gap_and_interval(gaps))
 
-    old, narrow, wide = ("20000", "gipo"), ("20000", "ppo-clip-0.2"), ("20000", "ppo-clip-0.5")
-    by_task = {task.removesuffix("-v3"): f"{gap.mean():.2f}" for task, gap in zip(tasks, gaps(old, narrow), strict=True)}
-    words = "is ahead of a clip of 0.2 by {door-open} on door-open and by {button-press-topdown} on button-press-topdown"
-    assert words.format(**by_task) in text
-    assert (
-        "On push and drawer-open the gap is {push} and {drawer-open}, and it is ahead in four of ten.".format(**by_task)
-        in text
+    # GIPO and the clips, by size of the replay.
+    lead = gaps(("gipo", 20_000), ("ppo-clip-0.2", 20_000), seeds=range(4, 9))
+    means = {task: f"{gap.mean():.2f}" for task, gap in zip((*VERY_OLD_TASKS, "window-open"), lead, strict=True)}
+    words = (
+        "is ahead of a clip of 0.2 by {door-open} on door-open and by {button-press-topdown} on button-press-topdown, in all "
     )
-    three, more = (np.mean([gap[:count].mean() for gap in five_task_lead("ppo-clip-0.2", 20_000)]) for count in (3, 5))
+    words += "ten pairs. On push and drawer-open the gap is {push} and {drawer-open}, and it is ahead in four of ten. On "
+    words += "window-open it is {window-open}, in all three."
+    assert words.format(**means) in text and [len(gap) for gap in lead] == [5, 5, 5, 5, 3]
+    ahead = [(gap > 0).sum() for gap in lead]
+    assert ahead[:2] == [5, 5] and ahead[2] + ahead[3] == 4 and ahead[4] == 3
+    ends = percent("gipo", 20_000), percent("ppo-clip-0.2", 20_000)
+    assert "GIPO has reached {} % of the goals, the clip {} % (seeds 4 to 6).".format(*ends) in text
+    three, more = (np.mean([gap[:count].mean() for gap in lead]) for count in (3, 5))
     assert f"GIPO's lead over a clip of 0.2 smaller: from {three:.2f} to {more:.2f}." in text
-    assert f"GIPO has reached {percent(old)} % of the goals, the clip {percent(narrow)} %." in text
-    by_size = [[gap[:3] for gap in five_task_lead("ppo-clip-0.2", size)] for size in (5_120, 20_000, 100_000)]
-    growth = [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(by_size)]
-    growth = [report.span(*report.gap_and_interval(gap)) for gap in growth]
+    sizes = (5_120, 20_000, 100_000)
+    narrow, wide = ([gaps(("gipo", size), (clip, size)) for size in sizes] for clip in ("ppo-clip-0.2", "ppo-clip-0.5"))
+    growth = [span([b - a for a, b in zip(*pair, strict=True)]) for pair in itertools.pairwise(narrow)]
     assert f"over a clip of 0.2 grows from 20,000 to 100,000 steps**, by {growth[1]} (five tasks, seeds 4 to 6)." in text
     assert f"From 5,120 to 20,000 a growth is not shown: {growth[0]}." in text
-    lead = {size: np.mean([gap.mean() for gap in gaps]) for size, gaps in zip((5_120, 20_000, 100_000), by_size, strict=True)}
-    of_wide = [five_task_lead("ppo-clip-0.5", size) for size in (5_120, 20_000, 100_000)]
-    intervals = [report.gap_and_interval(gaps)[1] for gaps in (*of_wide, *by_size)]
-    assert [low > 0 for low, _ in intervals] == [False, False, True, True, True, True]
+    assert [report.gap_and_interval(gap)[1][0] > 0 for gap in (*wide, *narrow)] == [False, False, True, True, True, True]
+    by_size = [np.mean([gap.mean() for gap in gaps]) for gaps in (*narrow, wide[2])]
     words = (
-        f"very old data**: {lead[100_000]:.2f} in area with 100,000 steps, {lead[20_000]:.2f} with 20,000. (More seeds make "
+        f"very old data**: {by_size[2]:.2f} in area with 100,000 steps, {by_size[1]:.2f} with 20,000. (More seeds make the "
     )
     words += (
-        f"the {three:.2f} a {more:.2f}.) With 5,120 it is {lead[5_120]:.2f}. Over a clip of 0.5 it leads with 100,000 steps "
+        f"{three:.2f} a {more:.2f}.) With 5,120 it is {by_size[0]:.2f}. Over a clip of 0.5 it leads with 100,000 steps only: "
     )
-    words += f"only: by {np.mean([gap.mean() for gap in of_wide[2]]):.2f}, mostly on button-press-topdown."
-    assert words in readme and of_wide[2][0].sum() > sum(gap.sum() for gap in of_wide[2]) / 2
-    by_clip = {}
-    for clip in ("ppo-clip-0.2", "ppo-clip-0.5"):
-        very_old = gaps(("100000", "gipo"), ("100000", clip))
-        by_clip[clip] = [task.removesuffix("-v3") for task, gap in zip(tasks, very_old, strict=True) if (gap > 0).all()]
-    assert by_clip == {"ppo-clip-0.2": ["button-press-topdown", "door-open", "push"], "ppo-clip-0.5": ["button-press-topdown"]}
-    assert (by_size[2][-1] > 0).all()  # window-open
+    words += f"by {by_size[3]:.2f}, mostly on button-press-topdown."
+    assert words in readme and wide[2][0].sum() > sum(gap.sum() for gap in wide[2]) / 2
+    assert [(gap > 0).all() for gap in narrow[2]] == [True, True, False, True, True]
     words = "on five Meta-World tasks, GIPO learns faster than the clip of 0.2 on four."
     assert f"{words} It also leads the clip of 0.5, mostly on one." in readme
-    ppo, fresh = ("on-policy", "ppo"), ("512", "ppo-clip-0.2")
-    assert f"Textbook PPO's mean area is {mean_of(ppo):.2f}, and it reaches {percent(ppo)} % of the goals." in text
-    assert f"has {mean_of(fresh):.2f}, and reaches {percent(fresh)} %." in text
-    gained = [report.span(*report.gap_and_interval(gaps(("5120", name), ("512", name)))) for name in ("ppo-clip-0.2", "gipo")]
-    assert f"Over fresh data 5,120 steps add {gained[0]} to the area of a clip of 0.2, and {gained[1]} to GIPO's." in text
-    goals = np.concatenate(gaps(("512", "gipo"), fresh, "success"))
-    words = f"has reached {percent(('512', 'gipo'))} % of the goals and the clip of 0.2 {percent(fresh)} %. GIPO has "
+    # Fresh data and textbook PPO, on the first four tasks.
+    four = {"tasks": VERY_OLD_TASKS}
+    ppo, fresh = ("ppo", "on-policy"), ("ppo-clip-0.2", 512)
+    words = f"On the first four tasks textbook PPO's mean area is {mean_of(*ppo, **four):.2f}, and it reaches "
+    assert f"{words}{percent(*ppo, **four)} % of the goals." in text
+    assert f"has {mean_of(*fresh, **four):.2f}, and reaches {percent(*fresh, **four)} %." in text
+    words = f"textbook PPO's area is {mean_of(*ppo, **four):.2f} (stable-baselines3's own settings: "
+    assert words in readme
+    words = "In the shared setup, on almost fresh data (512 steps of replay), PPO's clip of 0.2 has "
+    assert f"{words}{mean_of(*fresh, **four):.2f} there." in readme
+    gained = [span(gaps((name, 5_120), (name, 512), **four)) for name in ("ppo-clip-0.2", "gipo")]
+    words = "Over fresh data (four tasks) 5,120 steps add {} to the area of a clip of 0.2, and {} to GIPO's."
+    assert words.format(*gained) in text
+    goals = np.concatenate(gaps(("gipo", 512), fresh, score="success", **four))
+    words = (
+        f"has reached {percent('gipo', 512, **four)} % of the goals and the clip of 0.2 {percent(*fresh, **four)} %. GIPO has "
+    )
     assert f"{words}reached fewer in {(goals < 0).sum()} of {len(goals)} pairs, and more in {(goals > 0).sum()}." in text
-    ends = {name: [] for name in ("gipo", "ppo")}
-    for regime, method in [cell for cell in table if cell[0] in ("5120", "20000") and cell[1] in report.README_ROWS]:
-        ends[method.split("-")[0]] += [round(100 * run["eval_success_rate"]) for run in table[regime, method]["push-v3"]]
-    gipo, clips = (f"{min(found)} to {max(found)} %" for found in ends.values())
-    assert f"GIPO's runs end at {gipo} of the goals, those of both clips at {clips}." in text
+    # Push, with every seed.
+    ends = []
+    for names in (("gipo",), ("ppo-clip-0.2", "ppo-clip-0.5")):
+        cells = [(name, size) for name in names for size in (5_120, 20_000)]
+        found = np.concatenate([areas_of(*cell, ("push",), range(4, 9), "success")[0] for cell in cells])
+        ends.append(f"{100 * found.min():.0f} to {100 * found.max():.0f} %")
+    assert "GIPO's runs end at {} of the goals, those of both clips at {}.".format(*ends) in text
     # The paper's scale: a task's worst of these three rows, by its mean, has 0, its best 1.
-    returns = [scores(cell, lambda run: run["train_return_mean"]) for cell in (old, wide, narrow)]
+    names = ("gipo", "ppo-clip-0.5", "ppo-clip-0.2")
+    last = {"tasks": VERY_OLD_TASKS, "seeds": range(4, 9), "score": lambda run: run["train_return_mean"]}
+    returns = [areas_of(name, 20_000, **last) for name in names]
     means = np.array([[x.mean() for x in row] for row in returns])
     low, high = means.min(0), means.max(0)
     scaled = [[(x - a) / (b - a) for x, a, b in zip(row, low, high, strict=True)] for row in returns]
@@ -2141,39 +2153,28 @@ def test_the_benchmark_page_says_what_version_2_says():
     plain, middle = ([f"{round(statistic(row), 2) + 0.0:.2f}" for row in scaled] for statistic in both)
     paper = (ROOT / "docs" / "paper.md").read_text()
     assert f"as in the paper | {' | '.join(middle)} |\n| mean | {' | '.join(plain)} |" in paper
-    more = f"{100 * (means[0].mean() / means[2].mean() - 1):.0f} %"
-    assert f"differ by {more} only" in paper
-    assert f"Textbook PPO's area is {mean_of(ppo):.2f} (stable-baselines3's own settings: " in readme
-    words = "In the shared setup, on almost fresh data (512 steps of replay), PPO's clip of 0.2 has "
-    assert f"{words}{mean_of(fresh):.2f}." in readme
-    runs = [run for file, run in stored.items() if run["env_id"] in tasks and run["seed"] in report.README_SEEDS]
-    rows = report.cells(report.labelled(dict(enumerate(runs))))
-    sapo, ends = (report.values(rows["20000", "sapo"], tasks, report.SCORES[score]) for score in ("area", "success"))
-    mean_of_sapo = f"{report.mean_of_tasks(sapo):.2f}"
-    assert f"Its area is {mean_of_sapo}, and its runs end at {100 * report.mean_of_tasks(ends):.0f} % of the goals." in text
-    for size in (5_120, 20_000, 100_000):
-        low, high = report.gap_and_interval([*(very_old_areas("gipo", size) - very_old_areas("sapo", size))])[1]
-        assert low < 0 < high  # "with no size of the replay are their areas told apart"
-    on_push = [100 * very_old_areas(name, 5_120, "success")[VERY_OLD_TASKS.index("push")].mean() for name in ("sapo", "gipo")]
-    assert "on push its runs end at {:.0f} % of the goals and GIPO's at {:.0f} %.".format(*on_push) in text
-    never = {task.removesuffix("-v3"): (np.array(end) == 0).sum() for task, end in zip(tasks, ends, strict=True)}
-    assert never == {"button-press-topdown": 0, "door-open": 0, "drawer-open": 1, "push": 3}
+    assert f"differ by {100 * (means[0].mean() / means[2].mean() - 1):.0f} % only" in paper
+    # SAPO, and no weight.
+    words = f"Its area is {mean_of('sapo', 20_000):.2f}, and its runs end at {percent('sapo', 20_000)} % of the goals."
+    assert words in text
+    sapo = [gaps(("gipo", size), ("sapo", size)) for size in sizes]
+    lows = [report.gap_and_interval(gap)[1][0] for gap in sapo]
+    assert max(lows) < 0 and "No difference in area is shown with any size." in text
+    on_push = percent("sapo", 5_120, tasks=("push",)), percent("gipo", 5_120, tasks=("push",))
+    assert "on push its runs end at {} % of the goals and GIPO's at {} %.".format(*on_push) in text
+    assert [(end == 0).sum() for end in areas_of("sapo", 20_000, score="success")] == [0, 0, 1, 3, 0]
     assert "it reaches no goal of push in three seeds, and none of drawer-open in one." in text
-    without, ends, shares = [], [], []
-    for size in (5_120, 20_000, 100_000):
-        areas = [very_old_areas(name, size) for name in ("gipo", "none")]
-        assert areas[1].size == 12 and (areas[0] > areas[1]).all()  # "larger in every pair"
-        without.append(areas[1].mean())
-        ends.append(100 * very_old_areas("none", size, "success").mean())
-        shares.append(areas[1].mean() / areas[0].mean())
-    assert "the area is half of GIPO's with 5,120 steps, and a quarter with 100,000." in readme
-    assert abs(shares[0] - 0.5) < 0.02 and shares[1] < 1 / 3 and abs(shares[2] - 0.25) < 0.02
-    words = "Without either the area falls from {:.2f} with 5,120 steps to {:.2f} with 100,000.".format(*without[::2])
+    pairs = {9: "nine"}[sum((gap < 0).sum() for gap in sapo[2])]
+    assert f"With 100,000 steps it is ahead of GIPO in {pairs} of fifteen pairs." in text
+    words = f"SAPO is ahead of GIPO in {pairs} of fifteen pairs of equal task and seed, but two of its runs never succeed."
+    assert words in readme and sum((end == 0).sum() for end in areas_of("sapo", 100_000, score="success")) == 2
+    assert all((gap > 0).all() for size in sizes for gap in gaps(("gipo", size), ("none", size)))  # "larger in every pair"
+    without = mean_of("none", 5_120), mean_of("none", 100_000)
+    assert "Without either the area is {:.2f} with 5,120 steps, and {:.2f} with 100,000.".format(*without) in readme
+    words = "Without either the area falls from {:.2f} with 5,120 steps to {:.2f} with 100,000.".format(*without)
     assert f"{words} GIPO's is larger in every pair." in text
-    assert "{:.0f} % of the goals with 5,120 steps, and {:.0f} % with 100,000.".format(*ends[::2]) in text
-    leads = dict(zip(tasks, gaps(old, narrow), strict=True))  # "all ten pairs on the first two tasks, and in four of ten"
-    first = [leads.pop(f"{name}-v3") for name in ("door-open", "button-press-topdown")]
-    assert (np.concatenate(first) > 0).all() and (np.concatenate([*leads.values()]) > 0).sum() == 4
+    ends = percent("none", 5_120), percent("none", 100_000)
+    assert "{} % of the goals with 5,120 steps, and {} % with 100,000.".format(*ends) in text
 
 
 def test_the_page_on_tuning():
