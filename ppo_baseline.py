@@ -1190,9 +1190,7 @@ def serve(pipe, factory, args) -> None:
                 pipe.send((None, "", convert(getattr(instance, name)(*arguments, **keywords), torch.Tensor, SentTensor)))
         except Exception as error:
             try:
-                sent = pickle.dumps(
-                    error
-                )  # here, since of a tensor in it pipe.send() would leave the numbers with this process
+                sent = pickle.dumps(error)  # pipe.send() would leave a tensor's numbers with this process, which ends
                 pickle.loads(sent)
             except Exception:  # some exceptions do not survive the way
                 sent = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))

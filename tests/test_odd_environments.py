@@ -1136,8 +1136,13 @@ Pair = collections.namedtuple("Pair", "x y")
 @pytest.mark.parametrize("async_envs", [False, True])
 def test_observations_may_be_named_tuples(async_envs, register, run, monkeypatch):
     reset, step = Walk.reset, Walk.step
+
+    def named_step(self, action):
+        obs, *others = step(self, action)
+        return Pair(*obs), *others
+
     monkeypatch.setattr(Walk, "reset", lambda self, **kwargs: (Pair(*reset(self, **kwargs)[0]), {}))
-    monkeypatch.setattr(Walk, "step", lambda self, action: ((result := step(self, action)) and Pair(*result[0]), *result[1:]))
+    monkeypatch.setattr(Walk, "step", named_step)
     assert (run(gipo, register(Walk), async_envs=async_envs) / "result.json").exists()
 
 
