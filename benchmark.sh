@@ -142,15 +142,15 @@ case "$suite" in
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm="" at_once=""
-gigabytes=1 # of memory that a run takes, at most
-case $suite in vla) gigabytes=9 ;; smollm2) gigabytes=6 ;; esac # LIBERO: five processes
+megabytes=1300 # of memory that a run takes, at most
+case $suite in vla) megabytes=9000 ;; smollm2) megabytes=6000 ;; esac # LIBERO: five processes
 cgroup=/sys/fs/cgroup # limits of a container
 read -r quota period 2>/dev/null <"$cgroup/cpu.max" || quota=max
 read -r memory 2>/dev/null <"$cgroup/memory.max" || memory=max
-fitting=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 4000000) / 1000 * $(getconf PAGESIZE) / 1000000 / gigabytes))
+fitting=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 4000000) / 1000 * $(getconf PAGESIZE) / 1000 / megabytes))
 limits=$fitting
 [ "$quota" = max ] || limits+=" $((quota / period))"
-[ "$memory" = max ] || limits+=" $((memory / 1000000000 / gigabytes))"
+[ "$memory" = max ] || limits+=" $((memory / 1000000 / megabytes))"
 for limit in $limits; do
     [ "$limit" -ge "$workers" ] || workers=$((limit > 0 ? limit : 1))
 done
@@ -280,7 +280,7 @@ if [ -n "$slurm" ]; then
 #SBATCH --job-name=gipo-benchmark
 #SBATCH --array=1-$jobs$at_once
 #SBATCH --cpus-per-task=$([ "$suite" = vla ] && echo 2 || echo 1)
-#SBATCH --mem=$((gigabytes + (gigabytes + 2) / 3))G
+#SBATCH --mem=$((megabytes * 4 / 3))M
 #SBATCH --time=04:00:00
 #SBATCH --output=$run_dir/slurm-%A_%a.out
 cd $(printf %q "$PWD")

@@ -202,7 +202,7 @@ class Args:
 
     # ---- GIPO
     sigma: float = 0.2  # GIPO: the trust weight
-    """width of the trust weight in units of the log ratio (0.1 to 1; joint ratios spread wider: 0.5 to 2)"""
+    """width of the trust weight in units of the log ratio (0.1 to 0.5; joint ratios spread wider: 0.5 to 2)"""
     sigma_neg_ratio: float = 1.0
     """sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"

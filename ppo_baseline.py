@@ -198,7 +198,7 @@ class Args:
 
     # ---- PPO
     clip_coef: float = 0.2
-    """epsilon: no gradient where the ratio has left [1 - epsilon, 1 + epsilon] in the advantage's direction (0.1 to 0.3)"""
+    """epsilon: no gradient where the ratio has left [1 - epsilon, 1 + epsilon] in the advantage's direction (0.1 to 0.8)"""
     update_epochs: int = 10
     """passes over the rollout per iteration, where the buffer holds one rollout (3 to 20)"""
 

@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import sys
 import typing
 from dataclasses import dataclass
@@ -510,6 +511,12 @@ def area_under_curve(run: dict, name: str) -> float:
     return mean(np.nan_to_num(filled_curve(run, name))) if has_curve(run, name) else math.nan
 
 
+def mean_from_start(run: dict, name: str) -> float:
+    """Mean of a training curve from the first finished episode on; NaN without a curve."""
+    curve = filled_curve(run, name)
+    return mean(curve[~np.isnan(curve)])
+
+
 def mean_of_curve(run: dict, name: str) -> float:
     """Mean of a diagnostic over the stretches of the run that have it; NaN without any."""
     return mean([value for value in run["curves"].get(name, ()) if value is not None])
@@ -611,15 +618,17 @@ EXPLANATION = (
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
 README_TABLE = (
     "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Area*: mean success over all of training, from 0 to 1. "
-    "*Success*: share of the 50 training goals that the final policy reaches. A *lead* is a gap in area whose 95 % interval "
-    "leaves out zero. All rows but `ppo` (textbook PPO) share one setup with replay: `ppo-clip-0.2` with PPO's clip, `sapo` "
-    "with another published weight, `none` with no weight."
+    "*Success*: share of the 50 training goals that the final policy reaches. A *lead* is a gap in unrounded area whose 95 % "
+    "interval leaves out zero. All rows but `ppo` (textbook PPO) share one setup with replay: `ppo-clip-0.2` with PPO's "
+    "clip, `sapo` with another published weight, `none` with no weight."
 )
 DIAGNOSTICS = "Diagnostics, mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
 BY_TASK = (
-    "Mean success of the deterministic policy at the end (mean return), by task. Without a success flag: mean return, and "
+    "By task: area · success of the deterministic policy at the end (mean return). Without a success flag: mean return at "
 )
-BY_TASK += "its range over the seeds. n: seeds, of a cell with fewer than others."
+BY_TASK += (
+    "the end, its range over the seeds, and mean return over training. n: seeds, where they are not as many as in most cells."
+)
 SCORES = {  # of a run: what the table compares
     "success": lambda run: run["eval_success_rate"],
     "return": lambda run: run["eval_return_mean"],
@@ -855,27 +864,29 @@ def paper_table(runs: list[dict]) -> str:
 
 
 def task_table(runs: list[dict]) -> str:
-    """One row per task, one column per method and regime, over the seeds: mean success (mean return).
+    """One row per replay size and method, one column per task, means over the seeds: area, success and (return) at the end.
 
-    Of a task without a success flag: mean return, lowest to highest. n: the seeds, of a cell with fewer than others.
+    Of a task without a success flag: return at the end, its range, and return over training. n: seeds, if it is not the usual.
     """
     table = cells(runs)
     names = sorted({run["env_id"] for run in runs})
-    most = max(len(found) for tasks in table.values() for found in tasks.values())
-    rows = ["| task | " + " | ".join(f"{method}, {regime}" for regime, method in table) + " |"]
-    rows.append("|---" * (len(table) + 1) + "|")
-    for name in names:
-        row = [name.removesuffix("-v3")]
-        for tasks in table.values():
+    usual = statistics.mode(len(found) for tasks in table.values() for found in tasks.values())
+    rows = ["| replay | method | " + " | ".join(name.removesuffix("-v3") for name in names) + " |"]
+    rows.append("|---" * (len(names) + 2) + "|")
+    for (regime, method), tasks in table.items():
+        row = [regime, method]
+        for name in names:
             found = tasks.get(name, [])
             returns = [run["eval_return_mean"] for run in found]
             rates = [run["eval_success_rate"] for run in found if run["eval_success_rate"] is not None]
-            text = short(np.mean(returns)) if found else "-"
+            text = short(np.mean(returns)) if found else ""
             if rates:
-                text = f"{np.mean(rates):.0%} ({text})"
-            elif len(found) > 1:
-                text += f", {short(min(returns))} to {short(max(returns))}"
-            row.append(text + (f", n = {len(found)}" if 0 < len(found) < most else ""))
+                text = f"{mean([SCORES['area'](run) for run in found]):.2f} · {np.mean(rates):.0%} ({text})"
+            elif found:
+                text += f" ({short(min(returns))} to {short(max(returns))})" if len(found) > 1 else ""
+                on_the_way = mean([mean_from_start(run, "return") for run in found])
+                text += "" if math.isnan(on_the_way) else f", in training {short(on_the_way)}"
+            row.append(text + (f", n = {len(found)}" if len(found) not in (0, usual) else ""))
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 
@@ -1416,12 +1427,6 @@ GAPS += "looks as if they did. larger in: pairs in which `run` has the larger ar
 TASK_ARGS = "env_kwargs max_steps room_size num_boxes wall_density min_solution max_solution slippery game_level".split()
 
 
-def mean_from_start(run: dict, name: str) -> float:
-    """Mean of a training curve from the first finished episode on; NaN without a curve."""
-    curve = filled_curve(run, name)
-    return mean(curve[~np.isnan(curve)])
-
-
 def run_folders(folder: Path, depth: int = 3) -> list[Path]:
     """The folders that hold a run, finished or not, up to `depth` levels below `folder`; not what lies within a run."""
     names = [f"{'*/' * level}{name}" for level in range(1, depth + 1) for name in ("args.json", "result.json")]
@@ -1736,7 +1741,9 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         more_rows = len(cells(every_row)) > len(cells(common))
         if more_rows:
             parts += [shared_scope, aggregate_table(every_row), f"![scores against buffer size](buffer-all-rows-{name}.png)"]
-        parts += [BY_TASK, task_table(runs)]
+        unscored = {run["env_id"] for run in runs} - {run["env_id"] for run in scored}
+        by_task = [[run for run in runs if run["env_id"] in tasks] for tasks in (own, of_paper, further, unscored)]
+        parts += [BY_TASK, *(task_table(group) for group in by_task if group)]
         if tuning:
             tuned, tuned_scope = shared_if_any(tuning)
             parts += [f"{TUNING} {tuned_scope}", tuning_table(tuned)]
@@ -1764,14 +1771,10 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
                 draw(results / f"staleness-{name}.png", plot_against_buffer, replayed, panels)
         if complete and steps == README_STEPS:
             tasks = sorted({run["env_id"].removesuffix("-v3") for run in complete})
-            names = (
-                ""
-                if len(tasks) == len(README_TASKS)
-                else f" of {NUMBERS[len(README_TASKS)].lower()} so far ({', '.join(tasks)})"
-            )
+            names = "" if len(tasks) == len(README_TASKS) else f" of {NUMBERS[len(README_TASKS)].lower()} ({', '.join(tasks)})"
             words = {"tasks": NUMBERS[len(tasks)], "names": names, "steps": steps}
             words["seeds"] = f"seeds {min(README_SEEDS)} to {max(README_SEEDS)}"
-            link = f"[Per task, with intervals and diagnostics](results/benchmark-{name}.md)."
+            link = f"[Areas per task, intervals, diagnostics](results/benchmark-{name}.md)."
             text = README_TABLE.format(**words)
             shown = readme_table([run for run in three if run["regime"] in README_SIZES])
             readme_block = f"{text}\n\n{shown}\n\n{link}\n"
