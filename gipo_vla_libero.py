@@ -15,7 +15,8 @@ What differs from PPO, which is --trust-weight ppo here:
 3. Values and advantages of a segment are recomputed with the current critic in every update.
 4. The ratio is one per action token, step or chunk (--ratio); each has a sigma of its own.
 
-The way to the algorithm; what it is made of follows in the same order, the tiny preset's scripted expert last:
+The way to the algorithm. In the file: objective, update, main and train; then the simulators' episodes, Agent, what trains,
+LIBERO, policy folders, checkpoints, evaluation, arguments; the tiny preset's scripted expert last.
 main              -> train (or `evaluate_saved_policy`): the loop, under banners: EVAL, ROLLOUT, UPDATE, LOG, CHECKPOINT
 ROLLOUT           every simulator takes T chunks of actions and leaves a segment in the replay buffer (see `Simulators`)
 update            one gradient step on segments drawn from the buffer: values, advantages, log ratios, loss
@@ -389,15 +390,15 @@ def update(agent, optimizer, mb: dict, interface, args, micro_batch: int, train_
     with torch.no_grad():
         values = mb["values"]
         if args.recompute_advantages:
-            rows = torch.arange((length + 1) * segments).split(micro_batch)
-            values = torch.cat([agent.get_value(agent(**inputs(index))[1]).cpu() for index in rows]).view(length + 1, segments)
+            parts = torch.arange((length + 1) * segments).split(micro_batch)
+            values = torch.cat([agent.get_value(agent(**inputs(part))[1]).cpu() for part in parts]).view(length + 1, segments)
         gae_args = mb["rewards"] * args.reward_scale, values[:-1], values[1:], mb["terminations"], mb["dones"]
         advantages = compute_gae(*gae_args, args.gamma, args.gae_lambda)
         returns = (advantages + values[:-1]).flatten()
         index = mb["valid"].flatten().nonzero().squeeze(-1)  # rows on which an action was taken
-        a = advantages.flatten()[index].double()
+        taken = advantages.flatten()[index].double()
         counts = [unit_logratio(flat["logprobs"], flat["executed"], ratio)[1][index].sum() for ratio in (args.ratio, "token")]
-        sums = torch.stack([a.new_tensor(len(a)), a.sum(), (a**2).sum(), *counts])
+        sums = torch.stack([taken.new_tensor(len(taken)), taken.sum(), (taken**2).sum(), *counts])
         rows, total, squares, units, tokens = sum_over_ranks(sums.to(device)).tolist()
         mean, std = total / rows, max(squares / rows - (total / rows) ** 2, 0.0) ** 0.5
         agent.adv_std_peak.fill_(max(agent.adv_std_peak.item(), std))
@@ -580,8 +581,8 @@ def train(args: Args, at_exit) -> dict:
         # Before collecting more, so that a run which died here evaluates again when resumed; first the policy RL starts from.
         step, stop = progress.global_step, any_rank(bool(stop_signals))
         finished, done_before = step >= total_steps, bool(evaluations) and evaluations[-1]["step"] == step
-        due = args.eval_episodes > 0 and (finished or step == 0 or passed(args.eval_every))
-        if due and not done_before and not stop:
+        evaluation_due = args.eval_episodes > 0 and (finished or step == 0 or passed(args.eval_every))
+        if evaluation_due and not done_before and not stop:
             evaluation = evaluate(agent, args, interface, simulators, stop_signals)
             stop = any_rank(bool(stop_signals))
             if not stop:
@@ -621,8 +622,8 @@ def train(args: Args, at_exit) -> dict:
                     for key, value in simulators.wait(group).items():
                         rb[key][t - 1, columns] = torch.as_tensor(value)
                     seconds["env"] += time.perf_counter() - t0
-                    for i in [i for i in group if simulators.ended[i] and rb["valid"][t - 1, slot + i]]:
-                        if not simulators.lost[i]:
+                    for i in group:
+                        if rb["valid"][t - 1, slot + i] and simulators.ended[i] and not simulators.lost[i]:
                             progress.count(simulators.episodes[i])
                 t0 = time.perf_counter()
                 for key in ("images", "proprio", "tasks"):
@@ -694,7 +695,7 @@ def train(args: Args, at_exit) -> dict:
             shown = "   -" if success is None else f"{success:4.0%}"
             line = f"step {step:>9,}  success {shown}  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s"
             line += f"  left {left // 60}m{left % 60:02d}s"
-            say(f"\r{line} " if tty else line, end="" if tty else "\n")
+            say(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
         # ==================== CHECKPOINT ====================
@@ -988,7 +989,7 @@ class Simulators:
         self.tasks = torch.zeros(num_envs, dtype=torch.long)
         self.ended = torch.zeros(num_envs, dtype=torch.bool)
         self.lost = torch.zeros(num_envs, dtype=torch.bool)  # ended because the simulator died, not by the policy
-        self.losses = [0] * num_envs  # episodes in a row that ended so
+        self.lost_in_a_row = [0] * num_envs  # episodes in a row that ended so
         self.episodes = [{} for _ in range(num_envs)]  # task, init_state, repeat, actions so far, return, length, success
 
     def start(self, i: int, task: int, init_state: int, repeat: int = 1) -> None:
@@ -1014,14 +1015,14 @@ class Simulators:
                 outcome["rewards"][k], outcome["executed"][k] = rewards.sum(), executed
                 outcome["terminations"][k] = terminated or (truncated and not self.args.bootstrap_time_limit)
                 outcome["dones"][k] = self.ended[i] = terminated or truncated
-                self.losses[i] = 0 if self.ended[i] else self.losses[i]
+                self.lost_in_a_row[i] = 0 if self.ended[i] else self.lost_in_a_row[i]
                 self.episodes[i]["return"] += float(rewards.sum())
                 self.episodes[i]["length"] += executed
                 self.episodes[i]["success"] = float(terminated)  # whatever a fork's reward is
             else:  # replaced: its episode ends at the last observation, whose value counts, since that was no failure
                 outcome["dones"][k] = self.ended[i] = self.lost[i] = True
-                self.losses[i] += 1
-                if self.losses[i] == 3:
+                self.lost_in_a_row[i] += 1
+                if self.lost_in_a_row[i] == 3:
                     where = "task {task}, initial state {init_state}".format(**self.episodes[i])
                     how = "is --env-timeout too short?"
                     raise SimulatorError(f"simulator {i} died in three episodes in a row, the last one of {where}: {how}")
@@ -1390,10 +1391,9 @@ def prepare_training(agent: Agent, args) -> None:
     """
     llama = agent.language_model["model"]
     if args.train == "lora":  # on every linear layer; parameter names stay, `lora_a` and `lora_b` join them
+        adapted = functools.partial(LoRALinear, rank=args.lora_rank, alpha=args.lora_alpha)
         for trunk in (agent.vision_backbone, agent.projector, llama):
-            replace_layers(
-                trunk.requires_grad_(False), nn.Linear, lambda layer: LoRALinear(layer, args.lora_rank, args.lora_alpha)
-            )
+            replace_layers(trunk.requires_grad_(False), nn.Linear, adapted)
     else:
         for trunk in (agent.projector, llama):
             replace_layers(trunk, nn.Linear, MasterLinear)
@@ -1660,6 +1660,7 @@ def render_variables(render: str) -> dict[str, str]:
         for device in [chosen or "0"] if chosen or gl == "osmesa" else sorted("01234567", key=lambda number: number != own):
             variables = {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl, "MUJOCO_EGL_DEVICE_ID": device}
             variables["LP_NUM_THREADS"] = "1"  # or Mesa draws with a thread per core in every process
+            hung = False
             try:
                 command = [sys.executable, "-c", RENDER_PROBE]
                 probe = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120)
@@ -1667,13 +1668,13 @@ def render_variables(render: str) -> dict[str, str]:
                 if render == "auto" and gl == "egl" and has_gpu and "llvmpipe" in probe.stdout:
                     error = "EGL finds no GPU (in a container, NVIDIA_DRIVER_CAPABILITIES must contain graphics)"
             except subprocess.TimeoutExpired:
-                error = "no answer within 120 s"
+                error, hung = "no answer within 120 s", True
             if not error:
                 if failures and has_gpu:
                     print(f"warning: images are rendered with {gl}, device {device}: {'; '.join(failures)}", flush=True)
                 return variables
             failures.append(f"{gl}, device {device}: {error}")
-            if "must be an integer between" in error and device != own:  # no such device, so no further ones either
+            if hung or ("must be an integer between" in error and device != own):  # no such device, so no further ones either
                 break
     how = "unset MUJOCO_EGL_DEVICE_ID, or " * bool(chosen and render != "osmesa")
     how += "apt-get install libosmesa6 (or libegl1 libgl1 libopengl0)"
@@ -2230,24 +2231,20 @@ def find_start(folder: Path, args) -> tuple[Path, dict | None]:
     if not (folder / "lora.pt").exists():
         return folder, None
     lora = load_checkpoint(folder / "lora.pt")
-    if not {"base", "rank", "alpha", "trained"} <= set(lora):
+    if not {"base", "fingerprint", "hub_id", "revision", "rank", "alpha", "trained"} <= set(lora):
         raise ArgumentError(f"{folder / 'lora.pt'} is damaged: take the file saved with the policy, or remove it")
     if args.base:
         base = find_folder(args.base, f"--base {args.base}")
-        if "fingerprint" in lora and base_fingerprint(base) != lora["fingerprint"]:
+        if base_fingerprint(base) != lora["fingerprint"]:
             raise ArgumentError(f"--base {args.base} has other weights than those on which {folder} was trained")
         return base, lora
-    if os.path.isdir(lora["base"]):
-        if "fingerprint" not in lora or base_fingerprint(Path(lora["base"])) == lora["fingerprint"]:
-            return Path(lora["base"]), lora
-        how = "its adapters stay merged in bfloat16; --base says where its own base is now"
-        say(f"warning: {lora['base']}, on which {folder} was trained, has other weights now: {how}")
-        return folder, None
-    with contextlib.suppress(ArgumentError):
-        if lora.get("hub_id"):
-            return find_folder(lora["hub_id"], lora["hub_id"], revision=lora["revision"]), lora
-    how = "its adapters stay merged in bfloat16; --base says where it is now"
-    say(f"warning: {lora['base']}, on which {folder} was trained, is gone: {how}")
+    for place, revision in ((lora["base"], ""), (lora["hub_id"], lora["revision"])):
+        with contextlib.suppress(ArgumentError):  # no such folder, or one with some of the weights only
+            base = find_folder(place, place, revision=revision)
+            if base_fingerprint(base) == lora["fingerprint"]:
+                return base, lora
+    how = "its adapters stay merged in bfloat16; --base says where its base is now"
+    say(f"warning: {lora['base']}, on which {folder} was trained, is gone or has other weights now: {how}")
     return folder, None
 
 
@@ -2296,12 +2293,12 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 def read_statistics(folder: Path, base: Path) -> dict:
-    """norm_stats {data set: {action, proprio}} of the policy in a folder; if it is an adapter, with those of its base."""
-    norm_stats = read_json(base / "config.json").get("norm_stats") or {}
-    statistics = [place / "dataset_statistics.json" for place in (folder, base)]  # an adapter alone has none
-    if found := [file for file in statistics if file.exists()]:
-        norm_stats |= read_json(found[0])
-    return norm_stats
+    """norm_stats {data set: {action, proprio}} of the policy in a folder; of an adapter without statistics those of its base.
+
+    A dataset_statistics.json replaces what config.json has, as in OpenVLA-OFT: that may be of an earlier training.
+    """
+    found = [place / "dataset_statistics.json" for place in (folder, base) if (place / "dataset_statistics.json").exists()]
+    return read_json(found[0]) if found else read_json(base / "config.json").get("norm_stats") or {}
 
 
 def pick_statistics(norm_stats: dict, args) -> dict:
@@ -2502,7 +2499,10 @@ def find_micro_batch(agent, interface, args) -> int:
     """Largest power of two of chunks, up to 512, whose two passes fit the GPU beside gradients and Adam; 64 on a CPU."""
     if not args.cuda:
         return 64
-    limit = 0.9 * torch.cuda.get_device_properties(interface.device).total_memory
+    free, _ = torch.cuda.mem_get_info(interface.device)
+    limit = 0.95 * (free + torch.cuda.memory_reserved(interface.device))  # what other programs have left
+    if render_variables(args.render)["MUJOCO_GL"] == "egl":  # the simulators come later, and draw on this GPU
+        limit -= args.num_envs * 0.4 * 2**30  # an estimate
     if sharded_layers(agent):  # planned, not tried: ranks that fail at other sizes would wait for each other's gradients
         plans = {2**k: memory_plan(agent.config, args, 2**k, ranks()[1]) for k in range(10)}
         return max(size for size, plan in plans.items() if size == 1 or sum(plan.values()) * 2**30 < limit)
@@ -2880,7 +2880,8 @@ def restore_run(run_folder: Path, args, agent, optimizer, rb: dict, progress: Pr
     """Put back what `save_run` wrote, in place: exactly for as many processes as before; others share the replay out."""
     rank, world = ranks()
     last = load_checkpoint(run_folder / "checkpoint.pt")
-    if last.get("frozen", frozen := frozen_fingerprint(agent)) != frozen:  # they are not in the checkpoint
+    frozen = frozen_fingerprint(agent)
+    if last.get("frozen", frozen) != frozen:  # they are not in the checkpoint
         text = f"--resume: the run in {run_folder} began with other frozen weights than are there now"
         raise ArgumentError(f"{text}: bring its --model, or the cache beside the run, back")
     folder = run_folder / f"checkpoint-{last['iteration']}"
@@ -3207,10 +3208,8 @@ def clone(agent, demos: dict, interface, args, path: Path) -> None:
     known = torch.as_tensor(targets < demos["ends"][:, None])  # a chunk may reach beyond the end of its episode
     targets = np.minimum(targets, demos["ends"][:, None] - 1)
     tokens = value_to_token(normalize(torch.as_tensor(demos["actions"]), interface.stats))[targets]  # (M, chunk, 7)
-    parts = np.array_split(
-        demos["images"], math.ceil(len(demos["images"]) / 500)
-    )  # in parts, since resizing takes nine times their memory
-    images = torch.cat([resize_images(part, agent.config, args) for part in parts])
+    number = math.ceil(len(demos["images"]) / 500)  # of parts, since resizing takes nine times their memory
+    images = torch.cat([resize_images(part, agent.config, args) for part in np.array_split(demos["images"], number)])
     proprio, tasks = torch.as_tensor(demos["proprio"]).float(), torch.as_tensor(demos["tasks"]).long()
     parameters = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.clone_learning_rate, weight_decay=0.01)
@@ -3319,22 +3318,18 @@ if __name__ == "__main__":
         main(parse_args())
     except SystemExit as stop:  # after a signal
         code = stop.code or 0
-    except ArgumentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on, with --resume if it has begun to train", file=sys.stderr)
+        code = 130
+    except (ArgumentError, BadNumber, SimulatorError, torch.OutOfMemoryError) as error:
         how = (
             "--evaluate needs fewer --num-envs, or a GPU to itself; training a lower --micro-batch or --gradient-checkpointing"
         )
-        print("; ".join([f"error: the GPU is full: {how}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        sys.exit(1)
-    except (BadNumber, SimulatorError) as error:
-        print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on, with --resume if it has begun to train", file=sys.stderr)
-        sys.exit(130)
+        text = f"the GPU is full: {how}" if isinstance(error, torch.OutOfMemoryError) else error
+        print("; ".join([f"error: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        code = 2 if isinstance(error, ArgumentError) else 1
     if ranks()[1] > 1:  # all is written, and threads of PyTorch sometimes abort an orderly exit
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -329,7 +329,7 @@ def graph_diagnostics(sources, targets, distances, succeeded) -> dict[str, float
     if distances:
         before, after = (np.array([distances.get(state, math.inf) for state in states]) for states in (sources, targets))
         progress = after < before
-        found["graph/start_distance"] = distances.get(sources[0], math.nan)
+        found["graph/start_distance"] = distances[sources[0]]
         if not succeeded.all():
             found["credit/frac_progress_steps_in_failures"] = float(progress[~succeeded].mean())
         found["credit/frac_nonprogress_in_successes"] = float(1 - progress[succeeded].mean())
@@ -946,26 +946,26 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     at_exit.enter_context(lock_folder(run_folder))
     refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
-    checkpoint = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
-    if checkpoint and not fits(agent, checkpoint["model"]):
+    state = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
+    if state and not fits(agent, state["model"]):
         raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
     config = write_config(run_folder, args, at_exit)
-    eps = 1e-5 if not args.model else 1e-8
+    eps = 1e-8 if args.model else 1e-5  # PyTorch's default, and that of PPO's implementations
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=eps, fused=args.cuda)  # saves a GPU's memory
 
-    num_iterations, scalars = math.ceil(args.total_episodes / num_envs), checkpoint.get("scalars", {})  # of the last iteration
-    iteration, total_steps = checkpoint.get("iteration", 0), checkpoint.get("total_steps", 0)
-    recent_returns = collections.deque(checkpoint.get("recent_returns", []), maxlen=100)
-    recent_successes = collections.deque(checkpoint.get("recent_successes", []), maxlen=100)
+    num_iterations, scalars = math.ceil(args.total_episodes / num_envs), state.get("scalars", {})  # of the last iteration
+    iteration, total_steps = state.get("iteration", 0), state.get("total_steps", 0)
+    recent_returns = collections.deque(state.get("recent_returns", ()), maxlen=100)
+    recent_successes = collections.deque(state.get("recent_successes", ()), maxlen=100)
     seconds = dict.fromkeys(("env", "policy", "credit", "update", "training", "wall"), 0.0)  # training: without evaluation
-    if checkpoint:
-        agent.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        seconds = checkpoint["seconds"]
-        torch.set_rng_state(checkpoint["rng"])
-        if args.cuda and checkpoint["cuda_rng"] is not None:  # None: it ran on the CPU before
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
-        checkpoint = None  # weights and Adam's moments
+    if state:
+        agent.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        seconds = state["seconds"]
+        torch.set_rng_state(state["rng"])
+        if args.cuda and state["cuda_rng"] is not None:  # None: it ran on the CPU before
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+        state = None  # weights and Adam's moments
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
 
@@ -984,7 +984,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     def passed(every: int) -> bool:  # has a multiple of `every` episodes been passed in the last iteration?
         return every > 0 and episodes // every > (episodes - num_envs) // every
 
-    saved, last_saved = True, time.time()  # saved: is all that was done in the checkpoint?
+    all_saved, last_saved = True, time.time()  # all_saved: is all that was done in the checkpoint?
     while True:
         # ==================== EVAL ====================
         # Before collecting more, so that a run which died here evaluates again when resumed. A model can play before.
@@ -1002,7 +1002,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             line = f"eval at {episodes:,}: success {evaluation['success_rate']:.1%}"
             line += f" of {evaluation['episodes']} held-out levels"
             say(f"\n{line}" if tty else line)
-        if finished or (stop_signals and saved):
+        if finished or (stop_signals and all_saved):
             break
 
         iteration += 1
@@ -1113,14 +1113,14 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             left = round((num_iterations - iteration) * seconds["training"] / iteration)
             line = f"episode {episodes:>7,}  success {np.mean(recent_successes):4.0%}  length {lengths.mean():5.1f}"
             line += f"  {sps:6.1f} steps/s  left {left // 60}m{left % 60:02d}s"
-            say(f"\r{line} " if tty else line, end="" if tty else "\n")
+            say(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n")
             last_print = time.time()
 
         # ==================== CHECKPOINT ====================
         # Also before every evaluation, and when asked to stop.
         seconds["wall"] = time.time() - start_time
-        saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
-        if saved := saved or time.time() - last_saved > MOST_SECONDS_UNSAVED:
+        due = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
+        if all_saved := due or time.time() - last_saved > MOST_SECONDS_UNSAVED:
             state = {
                 "model": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -1146,9 +1146,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0, "spl": None}
     optional = [package for package in ("minigrid", "textworld", "transformers") if package in sys.modules]
     result = {
-        "env_id": args.env_id,
-        "exp_name": args.exp_name,
-        "seed": args.seed,
+        **{name: config[name] for name in ("env_id", "exp_name", "seed")},
         "total_timesteps": total_steps,
         "total_episodes": episodes,
         **{f"eval_{name}": value for name, value in evaluation.items()},
@@ -1204,7 +1202,8 @@ def evaluate(agent, args, envs, stop_signals=()) -> dict:
             alive = alive[~done]
             if time.time() - last_print > 10:
                 ended = f"{envs.num_envs - len(alive)} of {envs.num_envs} episodes have ended"
-                say(f"evaluation: {ended} after {int(lengths.max())} steps")
+                start = "\n" if sys.stdout and sys.stdout.isatty() else ""  # after the progress line
+                say(f"{start}evaluation: {ended} after {int(lengths.max())} steps")
                 last_print = time.time()
     spl = successes * envs.optimal / np.maximum(lengths, 1)
     return {
@@ -1360,7 +1359,6 @@ def check_args(args) -> None:
         ("wall_density step_gamma", 0, 1, "between 0 and 1"),
         ("omega clip_coef", 1e-12, 1 - 1e-12, "above 0 and below 1"),
         ("seed", 0, 2**32 - 1, "between 0 and 4,294,967,295"),
-        ("eval_temperature", 0, 10, "between 0 and 10"),
         ("group_size", 2, 1e6, "2 or more, to be compared"),
         ("min_solution", 1, args.max_solution, f"from 1 to --max-solution {args.max_solution}"),
         ("room_size", 5, 10, "from 5 to 10"),
@@ -1368,6 +1366,8 @@ def check_args(args) -> None:
     ):
         for name in names.split():
             require(name, getattr(args, name) is None or low <= getattr(args, name) <= high, f"must be {words}")
+    temperature = args.eval_temperature  # a smaller one overflows
+    require("eval_temperature", temperature == 0 or 0.01 <= temperature <= 10, "must be 0, or between 0.01 and 10")
     # Flags that act in some runs only are refused elsewhere, unless they have their default.
     sokoban, text = args.env_id == "Sokoban", args.env_id in TEXT_GAMES
     for names, matters, why in (
@@ -1485,7 +1485,9 @@ def evaluate_saved_model(args) -> dict:
     refuse_contradictions(args, dataclasses.replace(saved, **own), "the run of the model")
     check_args(args)
     if not args.eval_episodes:
-        raise ArgumentError("--eval-episodes 0 leaves nothing to evaluate: give 1 or more")
+        none = args.env_id == "Sokoban" and not saved.eval_episodes
+        how = "the run held out no levels" if none else "give 1 or more"
+        raise ArgumentError(f"--eval-episodes 0 leaves nothing to evaluate: {how}")
     torch.set_num_threads(args.torch_threads)
     envs = make_env(args, args.eval_episodes)
     if hasattr(envs, "exclude") and args.eval_episodes > saved.eval_episodes:

@@ -814,40 +814,40 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     torch.manual_seed(args.seed)
     device, progress = torch.device("cuda" if args.cuda else "cpu"), Progress()
     task, policy = make_task_and_policy(args)
-    check_disk(args, run_folder, policy.to(device))
+    policy.to(device)
+    check_disk(args, run_folder, policy)
     at_exit.enter_context(lock_folder(run_folder))
     refuse_existing(run_folder, args)  # again, now that no other start of this name can come between
     has_checkpoint = args.resume and (run_folder / "checkpoint.pt").exists()
-    saved = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else None
-    if saved and not fits(policy, saved["model"]):
+    state = load_checkpoint(run_folder / "checkpoint.pt") if has_checkpoint else {}
+    if state and not fits(policy, state["model"]):
         raise ArgumentError(f"{run_folder / 'checkpoint.pt'} does not fit the policy: has it, or --model's folder, changed?")
     config = write_config(run_folder, args, at_exit)
-    if args.model is None and saved is None:
+    if args.model is None and not state:
         warm_start(policy, task, args, device, progress)
     torch.manual_seed(1_000_000 + args.seed)  # again, so that it makes no difference who warmed up
     reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef > 0 else None  # the start policy
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
     buffer = GroupBuffer(args.buffer_groups, args.replay_age_min, args.max_age, args.max_reuse)
     batch_rollouts = args.num_prompts * args.group_size
-    num_iterations, iteration, global_step, updates = math.ceil(args.total_timesteps / batch_rollouts), 0, 0, 0
-    seconds = {"generate": 0.0, "logprob": 0.0, "update": 0.0, "training": 0.0, "wall": 0.0}  # training: without evaluation
-    recent_returns, recent_successes, curve = collections.deque(maxlen=100), collections.deque(maxlen=100), []
-    scalars, waiting = {}, collections.deque()  # of the last iteration; batches that --lag keeps waiting
-    if saved:
-        policy.load_state_dict(saved["model"])
-        if reference and saved["reference"]:  # a language model is loaded from where it was anyway
-            reference.load_state_dict(saved["reference"])
-        optimizer.load_state_dict(saved["optimizer"])
-        buffer.push(saved["buffer"])
-        waiting.extend(saved["waiting"])
-        iteration, global_step, updates = saved["iteration"], saved["global_step"], saved["updates"]
-        seconds, curve, scalars = saved["seconds"], saved["curve"], saved["scalars"]
-        recent_returns.extend(saved["recent_returns"])
-        recent_successes.extend(saved["recent_successes"])
-        torch.set_rng_state(saved["rng"])
-        if args.cuda and saved["cuda_rng"] is not None:  # None: it ran on the CPU before
-            torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
-        saved = None  # weights and Adam's moments
+    num_iterations = math.ceil(args.total_timesteps / batch_rollouts)
+    iteration, global_step, updates = (state.get(name, 0) for name in ("iteration", "global_step", "updates"))
+    seconds = dict.fromkeys(("generate", "logprob", "update", "training", "wall"), 0.0)  # training: without evaluation
+    recent_returns = collections.deque(state.get("recent_returns", ()), maxlen=100)
+    recent_successes = collections.deque(state.get("recent_successes", ()), maxlen=100)
+    curve, scalars = state.get("curve", []), state.get("scalars", {})  # of the evaluations; of the last iteration
+    waiting = collections.deque(state.get("waiting", ()))  # batches that --lag keeps waiting
+    if state:
+        policy.load_state_dict(state["model"])
+        if reference and state["reference"]:  # a language model is loaded from where it was anyway
+            reference.load_state_dict(state["reference"])
+        optimizer.load_state_dict(state["optimizer"])
+        buffer.push(state["buffer"])
+        seconds = state["seconds"]
+        torch.set_rng_state(state["rng"])
+        if args.cuda and state["cuda_rng"] is not None:  # None: it ran on the CPU before
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+        state = None  # weights and Adam's moments
 
     from torch.utils.tensorboard import SummaryWriter  # here, because its import takes a second that --help need not wait
 
@@ -861,12 +861,12 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     stop_signals = catch_stop_signals(at_exit)
     start_time, idle = time.time() - seconds["wall"], 0  # idle: iterations in a row without anything to learn from
     this_script = ["python", os.path.relpath(__file__)]
-    say(f"{run_folder}: {num_iterations:,} iterations of {args.env_id}, from step {global_step:,}")
+    progress.message(f"{run_folder}: {num_iterations:,} iterations of {args.env_id}, from step {global_step:,}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` been passed in the last iteration, at one batch in each?
         return every > 0 and iteration * batch_rollouts // every > (iteration - 1) * batch_rollouts // every
 
-    saved, last_saved = True, time.time()  # saved: is all that was done in the checkpoint?
+    all_saved, last_saved = True, time.time()  # all_saved: is all that was done in the checkpoint?
     while True:
         # ==================== EVAL ====================
         # Before generating more, so that a run which died here evaluates again when resumed. Also before the first update.
@@ -882,7 +882,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
             writer.add_scalar("eval/success_rate", evaluation["success_rate"], global_step)
             passed_share = f"{evaluation['success_rate']:.1%} of held-out answers"
             progress.message(f"eval at {global_step:,} rollouts, {updates:,} updates: {passed_share}")
-        if finished or (stop_signals and saved):
+        if finished or (stop_signals and all_saved):
             break
 
         iteration += 1
@@ -908,7 +908,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         effective = [group for group in arrived if is_effective(group["rewards"])]
         replayed = []
         if args.method == "popo":
-            wanted = args.num_prompts - len(effective)
+            wanted = args.num_prompts - len(effective) if arrived else 0  # with --lag none has arrived at first
             replayed = buffer.select(wanted, iteration, {group["key"] for group in arrived})
             buffer.push(arrived if args.replay == "ineff" else effective)
             scalars |= replay_statistics(buffer, replayed, wanted, iteration)
@@ -991,9 +991,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         line += f"  effective {scalars['batch/effective_frac_fresh']:4.0%}  {sps:5.1f} rollouts/s"
         line += f"  left {left // 60}m{left % 60:02d}s"
         progress(line, last=iteration == num_iterations)
-        useful = effective or any(
-            is_effective(group["rewards"]) for group in replayed
-        )  # those of --replay ineff teach nothing
+        useful = any(group["advantages"].any() for group in effective + replayed)  # not those of --replay ineff
         idle = 0 if useful or not arrived else idle + 1
         if idle in (1, 10, 100):
             progress.message(why_nothing_is_learned(torch.stack([group["rewards"] for group in arrived]), args))
@@ -1005,8 +1003,8 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         # ==================== CHECKPOINT ====================
         # Also before every evaluation, and when asked to stop.
         seconds["wall"] = time.time() - start_time
-        saved = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
-        if saved := saved or time.time() - last_saved > MOST_SECONDS_UNSAVED:
+        due = iteration == num_iterations or passed(args.checkpoint_every) or passed(args.eval_every) or bool(stop_signals)
+        if all_saved := due or time.time() - last_saved > MOST_SECONDS_UNSAVED:
             state = {
                 "model": policy.state_dict(),
                 "reference": reference.state_dict() if reference and args.model is None else None,
@@ -1030,7 +1028,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
 
     if stop_signals:
         how = shlex.join([*this_script, "--resume", str(run_folder)])
-        say(f"\nstopped at step {global_step:,}; continue with: {how}")
+        progress.message(f"stopped at step {global_step:,}; continue with: {how}")
         save_models(run_folder, policy, config, None, global_step)  # for --evaluate
         sys.exit(128 + stop_signals[0])
     seconds["wall"], sps = time.time() - start_time, global_step / seconds["training"]
@@ -1057,7 +1055,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     }
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("generate", "logprob", "update"))
-    say(f"finished in {seconds['wall']:.0f} s, {sps:.1f} rollouts/s ({shares})")
+    progress.message(f"finished in {seconds['wall']:.0f} s, {sps:.1f} rollouts/s ({shares})")
     say(f"files:  {run_folder}")
     say("curves: " + shlex.join(["tensorboard", "--logdir", str(run_folder.parent)]))
     if args.model and args.eval_episodes:
@@ -1094,7 +1092,8 @@ def replay_statistics(buffer: GroupBuffer, replayed: list[dict], wanted: int, it
         ages = [iteration - group["version"] for group in replayed]
         found |= {"replay/mean_age": sum(ages) / len(ages), "replay/max_age": max(ages)}
         found["replay/reuse_count"] = sum(group["reuse"] for group in replayed) / len(replayed)
-        found["replay/pass_rate_stored"] = torch.stack([group["rewards"] for group in replayed]).mean().item()
+        stored = torch.stack([group["rewards"] for group in replayed])
+        found["replay/pass_rate_stored"] = (stored >= 1).float().mean().item()
     return found
 
 
@@ -1104,13 +1103,15 @@ def importance_statistics(batch, args, iteration: int) -> dict[str, float]:
     if args.objective not in CLIPPED or not old.any():
         return {}
     w = importance_weight(batch["prox_logprobs"], batch["logprobs"], batch["mask"], args.is_level)[old]
-    return {
+    found = {
         "is/w_mean": w.mean().item(),
         "is/w_max": w.max().item(),
-        "is/frac_capped": (w > args.is_cap).float().mean().item(),
         "is/effective_sample_size": effective_sample_size(w),
         "is/kl_b_prox": (batch["logprobs"] - batch["prox_logprobs"])[old].mean().item(),
     }
+    if args.objective == "decoupled":  # the others have no w in their loss
+        found["is/frac_capped"] = (w > args.is_cap).float().mean().item()
+    return found
 
 
 def effective_sample_size(coefficients: torch.Tensor) -> float:
@@ -1136,8 +1137,9 @@ def update_statistics(passes: list[torch.Tensor], args) -> dict[str, float]:
         found[f"clip/frac_low_{name}"] = (too_low * tokens).mean().item()
         found[f"clip/frac_high_{name}"] = (too_high * tokens).mean().item()
     # In the first pass nothing has changed since the fresh responses were sampled: l is 0 up to rounding there.
-    first = passes[0][1][passes[0][0] == 0]
-    return found | ({"is/log_ratio_max_fresh": first.abs().max().item()} if len(first) else {})
+    first_ages, first_logratios, *_ = passes[0]
+    fresh = first_logratios[first_ages == 0]
+    return found | ({"is/log_ratio_max_fresh": fresh.abs().max().item()} if len(fresh) else {})
 
 
 def sample_answers(task, groups: list[dict], count: int) -> str:
@@ -1155,9 +1157,12 @@ def sample_answers(task, groups: list[dict], count: int) -> str:
 def why_nothing_is_learned(rewards: torch.Tensor, args) -> str:
     """What to do about a batch in which all answers to each prompt have equal rewards."""
     if (rewards <= 0).all():
-        how = "a longer --warmup-steps" if args.model is None else "--format-reward 0.1"
-        how = "--prompt few-shot or a larger --max-new-tokens" if args.model and args.prompt == "chat" else how
-        return f"all {rewards.numel()} answers scored 0: nothing to learn from; try {how}, or an easier task"
+        how = "" if args.format_reward else "--format-reward 0.1, or "
+        if args.model is None:
+            how = "a longer --warmup-steps, or "
+        elif args.prompt == "chat":
+            how = "--prompt few-shot or a larger --max-new-tokens, or "
+        return f"all {rewards.numel()} answers scored 0: nothing to learn from; try {how}an easier task"
     if (rewards >= 1).all():
         return f"all {rewards.numel()} answers were right: nothing to learn from; try a harder task"
     return f"the {args.group_size} answers to every prompt scored alike: nothing to learn from; try a larger --group-size"
@@ -1431,15 +1436,17 @@ class Progress:
 
     def __init__(self):
         self.last, self.tty = time.time(), sys.stdout and sys.stdout.isatty()
+        self.unfinished = False
 
     def __call__(self, line: str, last: bool = False) -> None:
         if self.tty or last or time.time() - self.last > self.interval:
-            say(f"\r{line} " if self.tty else line, end="" if self.tty else "\n")
-            self.last = time.time()
+            say(f"\r{line}\x1b[K" if self.tty else line, end="" if self.tty else "\n")
+            self.last, self.unfinished = time.time(), self.tty
 
     def message(self, text: str) -> None:
         """A line that stays."""
-        say(f"\n{text}" if self.tty else text)
+        say(f"\n{text}" if self.unfinished else text)
+        self.unfinished = False
 
 
 def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
@@ -1619,8 +1626,9 @@ def evaluate_saved_model(args) -> dict:
         say(f"exported to {args.export}")
     if not args.eval_episodes:
         return {"success_rate": None, "return_mean": None, "episodes": 0}
-    result = evaluate(policy.to("cuda" if args.cuda else "cpu"), args, task, args.eval_episodes, progress=Progress())
-    say(json.dumps(result, indent=2))
+    progress = Progress()
+    result = evaluate(policy.to("cuda" if args.cuda else "cpu"), args, task, args.eval_episodes, progress=progress)
+    progress.message(json.dumps(result, indent=2))
     return result
 
 

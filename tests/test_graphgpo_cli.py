@@ -139,7 +139,7 @@ def test_defaults_that_the_policy_decides_are_recorded(finished, tmp_path):
             main(parse_args(["--resume", str(tmp_path / folder.name), "--learning-rate", "0.01"]))
 
 
-def test_evaluate_gives_the_number_of_the_run(finished, capsys):
+def test_evaluate_gives_the_number_of_the_run(finished, capsys, tmp_path):
     folder, result = finished("default")
     capsys.readouterr()
     found = main(parse_args(["--evaluate", str(folder / "model.pt")]))
@@ -157,6 +157,11 @@ def test_evaluate_gives_the_number_of_the_run(finished, capsys):
         main(parse_args([*best, "--eval-episodes", "0"]))
     with pytest.raises(ArgumentError, match="is no model of this script"):
         parse_args(["--evaluate", str(folder / "checkpoint.pt")])
+    none = torch.load(folder / "model.pt", weights_only=True)
+    none["args"]["eval_episodes"] = 0
+    torch.save(none, tmp_path / "model.pt")
+    with pytest.raises(ArgumentError, match="nothing to evaluate: the run held out no levels"):
+        main(parse_args(["--evaluate", str(tmp_path / "model.pt")]))
 
 
 def test_evaluation_leaves_training_alone(tmp_path):
@@ -247,7 +252,8 @@ def test_minigrid_is_learned(tmp_path):
         ({"evaluate": "nothing.pt"}, "--evaluate 'nothing.pt' is no file"),
         ({"learning_rate": math.inf}, "--learning-rate inf must be positive and finite"),
         ({"seed": 2**64}, "--seed 18446744073709551616 must be between 0 and 4,294,967,295"),
-        ({"eval_temperature": 50.0}, "--eval-temperature 50.0 must be between 0 and 10"),
+        ({"eval_temperature": 50.0}, "--eval-temperature 50.0 must be 0, or between 0.01 and 10"),
+        ({"eval_temperature": 1e-45}, "--eval-temperature 1e-45 must be 0, or between 0.01 and 10"),
         ({"clip_coef": 1.5}, "--clip-coef 1.5 must be above 0 and below 1"),
         ({"exp_name": "a/b"}, "--exp-name a/b is part of a folder's name"),
         ({"advantage": "grpo", "omega": 0.5}, "--omega 0.5 needs --advantage graphgpo"),

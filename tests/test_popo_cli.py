@@ -141,6 +141,10 @@ def test_replay_is_logged(finished):
     assert scalars.keys() >= {"is/w_mean", "is/w_max", "is/kl_b_prox", "replay/pass_rate_stored", "batch/refill_shortfall"}
     assert all(0 < value <= 1.001 for _, value in scalars["is/effective_sample_size"])
     assert all(value == 0 for _, value in scalars["is/frac_capped"])  # --is-cap inf
+    behaviour = read_scalars(finished("behaviour")[1])
+    assert "is/w_mean" in behaviour and "is/frac_capped" not in behaviour  # its loss has no cap
+    delayed = read_scalars(finished("sapo")[1])
+    assert [value for _, value in delayed["batch/refill_shortfall"]][:2] == [0, 0]  # --lag 2: no group has arrived
 
 
 def test_rollout_budget(finished):
@@ -249,7 +253,10 @@ def test_track(tmp_path):
 def test_progress_updates_in_place_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     run_inline(tmp_path, f"{TWO} --total-timesteps 96")
-    assert capsys.readouterr().out.count("\rstep ") == 3
+    shown = capsys.readouterr().out
+    assert shown.count("\rstep ") == 3
+    for line in shown.split("\r")[1:]:  # a shorter one leaves nothing of the one before
+        assert line.split("\n")[0].endswith("\x1b[K")
 
 
 # -------------------- Replay inside a run --------------------

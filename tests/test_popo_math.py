@@ -522,6 +522,14 @@ def test_update_statistics_by_hand():
     }
 
 
+def test_the_stored_pass_rate_counts_right_answers():
+    """With --format-reward a form alone has a reward, too."""
+    stored = {"version": 2, "reuse": 1}
+    replayed = [stored | {"rewards": torch.tensor(rewards)} for rewards in ([0.1, 0.1, 0.1, 0.0], [1.0, 1.0, 0.1, 0.0])]
+    found = popo.replay_statistics(popo.GroupBuffer(4, 1, 10, 4), replayed, 3, iteration=5)
+    assert found["replay/pass_rate_stored"] == 0.25 and found["batch/refill_shortfall"] == 1
+
+
 # -------------------- Buffer --------------------
 def group(version, key=None, reuse=0):
     return {"version": version, "key": 1000 * version if key is None else key, "reuse": reuse}

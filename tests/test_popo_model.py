@@ -207,6 +207,8 @@ def test_share_cut_off_and_messages(model, tmp_path):
     )
     few_shot = popo.why_nothing_is_learned(zero, dataclasses.replace(args, prompt="few-shot"))
     assert few_shot.endswith("nothing to learn from; try --format-reward 0.1, or an easier task")
+    rewarded = dataclasses.replace(args, prompt="few-shot", format_reward=0.1)
+    assert popo.why_nothing_is_learned(zero, rewarded).endswith("nothing to learn from; try an easier task")
     assert "all 64 answers were right" in popo.why_nothing_is_learned(zero + 1, args)
     assert "larger --group-size" in popo.why_nothing_is_learned(zero + torch.tensor([0, 1, 0, 1])[:, None], args)
 

@@ -481,8 +481,7 @@ def test_statistics_of_an_adapters_base(public, folder, tmp_path):
     """Public policies have those of LIBERO in dataset_statistics.json, and an adapter alone has none."""
     saved_by_us(public, tmp_path / "saved")
     config = json.loads((folder / "config.json").read_text())
-    file = folder / "dataset_statistics.json"
-    vla.write_json(file, config.pop("norm_stats") | json.loads(file.read_text()))
+    del config["norm_stats"]
     vla.write_json(folder / "config.json", config)
     adapter = str(tmp_path / "saved" / "lora_adapter")
     own = vla.load_policy(adapter, make_args(base=str(folder)), "cpu")[2]
@@ -799,7 +798,7 @@ def test_adapters_stay_off_a_base_that_has_other_weights_now(public, folder, tmp
     tensors = load_file(shards[0])
     save_file({key: value + 1 for key, value in tensors.items()}, shards[0], {"format": "pt"})
     again, *_ = vla.load_policy(str(tmp_path / "saved"), make_args(), "cpu")
-    assert "has other weights now: its adapters stay merged" in capsys.readouterr().out
+    assert "is gone or has other weights now: its adapters stay merged" in capsys.readouterr().out
     layers = [dict(a.named_modules()) for a in (agent, again)]
     for name, layer in layers[0].items():
         if isinstance(layer, vla.LoRALinear):

@@ -456,6 +456,18 @@ def test_each_process_draws_on_its_own_gpu(monkeypatch):
     with pytest.raises(ValueError, match="--render egl"):
         vla.render_variables("egl")
     assert "".join(tried) == "10234567"
+
+    def hang(command, **kwargs):
+        tried.append(kwargs["env"]["MUJOCO_GL"])
+        if kwargs["env"]["MUJOCO_GL"] == "egl":
+            raise subprocess.TimeoutExpired(command, 120)
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    monkeypatch.setattr(vla.subprocess, "run", hang)
+    monkeypatch.setattr(vla.Path, "exists", lambda path: True)  # as on a machine with an NVIDIA GPU, where EGL goes first
+    vla.render_variables.cache_clear()
+    tried.clear()
+    assert vla.render_variables("auto")["MUJOCO_GL"] == "osmesa" and tried == ["egl", "osmesa"]  # not two minutes per device
     vla.render_variables.cache_clear()
 
 

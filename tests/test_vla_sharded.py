@@ -168,3 +168,19 @@ def test_plan_for_eight_gpus_of_80_gb(monkeypatch):
         vla.check_memory(vla.PolicyConfig(), args, "cuda")
     monkeypatch.setenv("WORLD_SIZE", "8")
     vla.check_memory(vla.PolicyConfig(), args, "cuda")
+
+
+def test_passes_leave_room_for_the_simulators(monkeypatch):
+    """Which draw on the same GPU with EGL, and for other programs there."""
+    args = vla.Args(model="x/y", train="full", gradient_checkpointing=True, cuda=True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * 2**30)
+    monkeypatch.setattr(vla, "sharded_layers", lambda agent: [agent])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    config, found = vla.PolicyConfig(), {}
+    agent, interface = SimpleNamespace(config=config), SimpleNamespace(device="cuda")
+    for gl, left in (("osmesa", 0.95 * 70), ("egl", 0.95 * 70 - 0.4 * args.num_envs)):
+        monkeypatch.setattr(vla, "render_variables", lambda render, gl=gl: {"MUJOCO_GL": gl})
+        found[gl] = vla.find_micro_batch(agent, interface, args)
+        sizes = [sum(vla.memory_plan(config, args, found[gl] * more, 8).values()) for more in (1, 2)]
+        assert sizes[0] < left <= sizes[1], (gl, sizes)
