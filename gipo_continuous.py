@@ -255,13 +255,16 @@ def make_env(args, idx: int, render_mode: str | None = None):
             if args.env_id == "MT10":
                 env = OneHotWrapper(env, idx % len(MT10), len(MT10))
             return EpisodeRecorder(RandomTaskSelectWrapper(env, goals))
-        limited = env.spec.max_episode_steps if env.spec else env.has_wrapper_attr("_max_episode_steps")
-        if not limited:  # an environment whose arguments cannot be copied has no spec
-            env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
-        check_spaces(args, env.observation_space, env.action_space)
-        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-            env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
-        env.reset(seed=1000 * args.seed + idx)
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(EpisodeRecorder(env).close)  # it may have started a simulator
+            limited = env.spec.max_episode_steps if env.spec else env.has_wrapper_attr("_max_episode_steps")
+            if not limited:  # an environment whose arguments cannot be copied has no spec
+                env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+            check_spaces(args, env.observation_space, env.action_space)
+            if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+                env = gym.wrappers.FlattenObservation(env)  # discrete ones become one-hot
+            env.reset(seed=1000 * args.seed + idx)
+            on_error.pop_all()
         return EpisodeRecorder(env)
 
     return thunk

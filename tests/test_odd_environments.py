@@ -1101,6 +1101,19 @@ def test_a_constructor_that_fails_closes_the_environments_before_it(script, regi
     assert Closed.open == 0
 
 
+@pytest.mark.parametrize("what", ["reset", "actions"])
+@SCRIPTS
+def test_an_environment_that_cannot_be_used_is_closed(script, what, register, tmp_path, monkeypatch):
+    """The constructor may have started a simulator."""
+    if what == "reset":
+        monkeypatch.setattr(Closed, "reset", lambda self, **_: (_ for _ in ()).throw(ValueError("no scene")))
+    else:
+        monkeypatch.setattr(Closed, "action_space", spaces.Discrete(2))
+    with pytest.raises(ValueError, match="no scene" if what == "reset" else "choose one with a Box"):
+        script.main(script.Args(env_id=register(Closed), run_dir=str(tmp_path), overlap=False, **SIZES))
+    assert Closed.open == 0
+
+
 class Drawn(Walk):
     """Its action space is drawn in the constructor."""
 
