@@ -5,7 +5,8 @@
 #   ./benchmark.sh main         eight Meta-World tasks, six methods, replay of 5,120 and 20,000 steps, three seeds (about 15 hours on 2 cores)
 #   ./benchmark.sh age          five of the tasks with replay of 100,000 and of 512 steps (about 10 hours)
 #   ./benchmark.sh authors      the ten tasks of the GIPO authors' own experiments, replay of 20,000 steps, one seed
-#   ./benchmark.sh tune         clip and step size of PPO, sigma and step size of GIPO, on two tasks and the seeds 1 and 2
+#   ./benchmark.sh tune         clip and learning rate of PPO, sigma and learning rate of GIPO, on two tasks and the seeds 1 and 2
+#   ./benchmark.sh setup        GIPO with one part of its setup taken away, on three tasks, three seeds (three hours)
 #   ./benchmark.sh gymnasium    five MuJoCo tasks of Gymnasium, 1,000,000 steps
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
@@ -40,6 +41,10 @@ core      gipo-sigma-0.5          gipo_continuous.py replay --sigma 0.5
 core      gipo-lr-6e-4            gipo_continuous.py replay --learning-rate 6e-4
 core      gipo-sigma-0.1-lr-6e-4  gipo_continuous.py replay --sigma 0.1 --learning-rate 6e-4
 core      gipo-sigma-0.5-lr-6e-4  gipo_continuous.py replay --sigma 0.5 --learning-rate 6e-4
+core      gipo-gaussian           gipo_continuous.py replay --policy-head gaussian
+core      gipo-joint              gipo_continuous.py replay --ratio joint --sigma 0.4 --ent-coef 0.004
+core      gipo-no-recompute       gipo_continuous.py replay --no-recompute-advantages
+core      gipo-ent-coef-0         gipo_continuous.py replay --ent-coef 0
 core      sapo                    gipo_continuous.py replay --trust-weight sapo
 core      none                    gipo_continuous.py replay --trust-weight none
 core      ppo                     ppo_baseline.py
@@ -130,6 +135,8 @@ case "$suite" in
     authors) tasks="$AUTHORS" seeds="4" methods="gipo ppo-clip-0.2 ppo-clip-0.5" regimes="20000" steps=300000 ;;
     tune) tasks="button-press-topdown-v3 door-open-v3" seeds="1 2" regimes="5120" steps=300000
         methods=$(awk '$1 == "core" && $2 ~ /^(gipo(-sigma-0.[15])?|ppo-clip-0.[1235])(-lr-6e-4)?$/ { print $2 }' <<<"$METHODS" | tr '\n' ' ') ;;
+    setup) tasks="door-open-v3 drawer-open-v3 button-press-topdown-v3" seeds="4 5 6" regimes="5120" steps=300000
+        methods="gipo gipo-gaussian gipo-joint gipo-no-recompute gipo-ent-coef-0" ;;
     gymnasium) tasks="$MUJOCO" seeds="4 5 6" methods="gipo ppo-clip-0.2 ppo" regimes="5120" steps=1000000 ;;
     graphgpo) tasks="Sokoban" seeds="1 2 3 4 5 6 7 8 9 10" methods="grpo gigpo graphgpo" regimes="-" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;
@@ -138,7 +145,7 @@ case "$suite" in
     smollm2) tasks="countdown-2" seeds="4 5 6" methods="popo grpo grpo-filter dapo" regimes="-" steps=768 ;;
     vla) tasks="libero_spatial" seeds="1 2 3" methods="ppo gipo" regimes="recent stale" steps=102400 ;;
     throughput) ;;
-    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${0##*/}"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, gymnasium, graphgpo, popo, lag, smollm2, vla or throughput"; exit 0 ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${0##*/}"; [[ "$suite" = "" || "$suite" = -h || "$suite" = --help ]] || die "unknown suite '$suite': quick, main, age, authors, tune, setup, gymnasium, graphgpo, popo, lag, smollm2, vla or throughput"; exit 0 ;;
 esac
 shift
 workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) dry_run="" slurm="" at_once=""

@@ -1629,6 +1629,7 @@ def test_dry_run_prints_exact_commands(checkout):
         ("age", 5 * 3 * (1 + 5 * 2), {4, 5, 6}),
         ("authors", 10 * 3, {4}),
         ("tune", 2 * 2 * (6 + 8), {1, 2}),
+        ("setup", 3 * 3 * 5, {4, 5, 6}),
         ("gymnasium", 5 * 3 * 3, {4, 5, 6}),
     ],
 )
@@ -1642,8 +1643,9 @@ def test_runs_of_the_other_suites(checkout, suite, runs, seeds):
         assert cells == {(f"{task}-v3", f"{row}_20000") for task in report.PAPER_TASKS for row in report.README_ROWS}
     if suite == "tune":
         names = {line[line.index("--exp-name") + 1] for line in lines}
-        rows = {name for of, name, _ in table_of_methods() if of == "core" and name[:4] in ("gipo", "ppo-")}
-        assert names == {f"{name}_5120" for name in rows - {"ppo-clip-0.8"}}  # which is for very old data
+        tuned = r"gipo|ppo-clip-0\.[1235]|gipo-sigma-0\.[15]"
+        rows = {name for of, name, _ in table_of_methods() if of == "core" and re.fullmatch(f"({tuned})(-lr-6e-4)?", name)}
+        assert names == {f"{name}_5120" for name in rows}
 
 
 def test_methods_without_replay_run_once(checkout):
@@ -1699,7 +1701,7 @@ def test_seeds_of_unequal_length_share_an_axis():
     [
         (
             ["all"],
-            "unknown suite 'all': quick, main, age, authors, tune, gymnasium, graphgpo, popo, lag, smollm2, vla or throughput",
+            "unknown suite 'all': quick, main, age, authors, tune, setup, gymnasium, graphgpo, popo, lag, smollm2, vla or throughput",
         ),
         (["sweep"], "unknown suite 'sweep'"),
         (["quick", "--method", "gipo"], "--method"),
@@ -1765,7 +1767,7 @@ def test_usage_names_every_suite():
     process = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True)
     assert process.returncode == 0 and not process.stderr
     listed = re.findall(r"^  ./benchmark.sh (\S+)   ", process.stdout, re.MULTILINE)
-    assert listed == "quick main age authors tune gymnasium graphgpo popo lag smollm2 vla throughput".split()
+    assert listed == "quick main age authors tune setup gymnasium graphgpo popo lag smollm2 vla throughput".split()
 
 
 def test_python_in_a_folder_with_a_space(tmp_path):
