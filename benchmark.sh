@@ -6,7 +6,7 @@
 #   ./benchmark.sh age          five of the tasks with replay of 100,000 and of 512 steps (about 10 hours)
 #   ./benchmark.sh authors      the ten tasks of the GIPO authors' own experiments, replay of 20,000 steps, one seed
 #   ./benchmark.sh tune         clip and learning rate of PPO, sigma and learning rate of GIPO, on two tasks and the seeds 1 and 2
-#   ./benchmark.sh setup        GIPO with one part of its setup taken away, on three tasks, three seeds (three hours)
+#   ./benchmark.sh setup        GIPO without one part of its setup, textbook PPO with the bins: three tasks, three seeds (three hours)
 #   ./benchmark.sh gymnasium    five MuJoCo tasks of Gymnasium, 1,000,000 steps
 #   ./benchmark.sh graphgpo     GraphGPO, GiGPO and GRPO on Sokoban, ten seeds (--steps counts episodes)
 #   ./benchmark.sh popo         POPO, its baselines and its ablations on Countdown, five seeds (about an hour on one core)
@@ -48,6 +48,7 @@ core      gipo-ent-coef-0         gipo_continuous.py replay --ent-coef 0
 core      sapo                    gipo_continuous.py replay --trust-weight sapo
 core      none                    gipo_continuous.py replay --trust-weight none
 core      ppo                     ppo_baseline.py
+core      ppo-categorical         ppo_baseline.py --policy-head categorical
 core      ppo-clip-0.1            $PPO --clip-coef 0.1
 core      ppo-clip-0.2            $PPO --clip-coef 0.2
 core      ppo-clip-0.3            $PPO --clip-coef 0.3
@@ -136,7 +137,7 @@ case "$suite" in
     tune) tasks="button-press-topdown-v3 door-open-v3" seeds="1 2" regimes="5120" steps=300000
         methods=$(awk '$1 == "core" && $2 ~ /^(gipo(-sigma-0.[15])?|ppo-clip-0.[1235])(-lr-6e-4)?$/ { print $2 }' <<<"$METHODS" | tr '\n' ' ') ;;
     setup) tasks="door-open-v3 drawer-open-v3 button-press-topdown-v3" seeds="4 5 6" regimes="5120" steps=300000
-        methods="gipo gipo-gaussian gipo-joint gipo-no-recompute gipo-ent-coef-0" ;;
+        methods="gipo gipo-gaussian gipo-joint gipo-no-recompute gipo-ent-coef-0 ppo ppo-categorical" ;;
     gymnasium) tasks="$MUJOCO" seeds="4 5 6" methods="gipo ppo-clip-0.2 ppo" regimes="5120" steps=1000000 ;;
     graphgpo) tasks="Sokoban" seeds="1 2 3 4 5 6 7 8 9 10" methods="grpo gigpo graphgpo" regimes="-" steps=32000 ;;
     popo) tasks="countdown-3" seeds="1 2 3 4 5" methods="grpo grpo-filter dapo popo popo-stale popo-pi_old popo-behaviour" regimes="-" steps=51200 ;;

@@ -1629,7 +1629,7 @@ def test_dry_run_prints_exact_commands(checkout):
         ("age", 5 * 3 * (1 + 5 * 2), {4, 5, 6}),
         ("authors", 10 * 3, {4}),
         ("tune", 2 * 2 * (6 + 8), {1, 2}),
-        ("setup", 3 * 3 * 5, {4, 5, 6}),
+        ("setup", 3 * 3 * 7, {4, 5, 6}),
         ("gymnasium", 5 * 3 * 3, {4, 5, 6}),
     ],
 )
