@@ -443,9 +443,10 @@ def test_the_memory_check_comes_before_the_weights(folder, monkeypatch):
 
 def test_no_chunk_fits(monkeypatch):
     """The measured size of a pass, not one as a last resort."""
-    gpu_of(monkeypatch, 1)
     args = dataclasses.replace(tiny_args(), cuda=True)
     agent, interface = tiny_agent(tiny_args())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     for name in ("reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**31)
