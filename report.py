@@ -618,9 +618,9 @@ EXPLANATION = (
 TUNING = "Seeds 1 to 3, on which settings were chosen, which no other table has (means over tasks and seeds)."
 README_TABLE = (
     "{tasks} Meta-World tasks{names}, {seeds}, {steps:,} steps. *Area*: mean success over all of training, from 0 to 1. "
-    "*Success*: share of the 50 training goals that the final policy reaches. A *lead* is a gap in unrounded area whose 95 % "
-    "interval leaves out zero. All rows but `ppo` (textbook PPO) share one setup with replay: `ppo-clip-0.2` with PPO's "
-    "clip, `sapo` with another published weight, `none` with no weight."
+    "*Success*: share of the 50 training goals that the final policy reaches. A *lead* is a gap in area (before rounding) "
+    "whose 95 % interval leaves out zero. All rows but `ppo` (textbook PPO) share one setup with replay: `ppo-clip-0.2` with "
+    "PPO's clip, `sapo` with another published weight, `none` with no weight."
 )
 DIAGNOSTICS = "Diagnostics, mean of the first / last fifth of a run (docs/gipo_continuous.md explains them)."
 BY_TASK = (
