@@ -2224,29 +2224,27 @@ def test_the_page_on_tuning():
 
 def test_the_page_on_the_setups_parts():
     """docs/fair_to_ppo.md: areas of `setup` on door-open and drawer-open, and the gap to GIPO's."""
-    page, tasks = (ROOT / "docs" / "fair_to_ppo.md").read_text(), ("door-open", "drawer-open")
-    section = page.split("## What the parts of the setup are worth")[1].split("\n## ")[0]
+    page, readme = ((ROOT / name).read_text() for name in ("docs/fair_to_ppo.md", "README.md"))
+    section, tasks = page.split("## What the parts of the setup are worth")[1].split("\n## ")[0], ("door-open", "drawer-open")
     whole = np.array(areas_of("gipo", 5_120, tasks))
     assert "| `gipo` | {:.2f} | {:.2f} | |\n".format(*whole.mean(1)) in section
     lines = [line.split(" | ") for line in section.splitlines() if line.startswith("| ") and "[" in line]
-    rows = [("gipo-gaussian", 5_120), ("gipo-no-recompute", 5_120), ("gipo", 512), ("ppo", "on-policy")]
-    gaps = []
-    for line, row in zip(lines, rows, strict=True):
-        areas = np.array(areas_of(*row, tasks))
-        gaps.append(areas - whole)
-        assert areas.shape == (2, 3)
-        assert line[1:] == [f"{areas[0].mean():.2f}", f"{areas[1].mean():.2f}", f"{span_of(gaps[-1])} |"], row
-    parts = [np.mean(gap) for gap in (gaps[0], gaps[1], gaps[3])]
-    assert np.ptp(parts) < 0.05 and all(
-        report.gap_and_interval([*gap])[1][1] < 0 for gap in gaps
-    )  # "no gain over textbook PPO is shown"
-    gaussian, stored = (np.concatenate(areas_of(*row, tasks, score="success")) for row in rows[:2])
-    assert (gaussian == 1).sum() == 2 and (stored >= 0.98).sum() == 3
-    assert (np.array(areas_of("gipo-gaussian", 5_120, ["door-open"], score="success")) == 1).sum() == 1
-    assert (
-        "`gaussian` makes more steps per second, but learned door-open with one seed of three"
-        in (ROOT / "README.md").read_text()
-    )
+    rows = [("gipo-gaussian", 5_120), ("gipo-no-recompute", 5_120), ("gipo", 512)]
+    rows += [("ppo-categorical", "on-policy"), ("ppo", "on-policy")]
+    areas = [np.array(areas_of(*row, tasks)) for row in rows]
+    for line, found in zip(lines, areas, strict=True):
+        assert found.shape == (2, 3)
+        assert line[1:] == [f"{found[0].mean():.2f}", f"{found[1].mean():.2f}", f"{span_of(found - whole)} |"]
+    gaussian, stored, _, bins, textbook = areas
+    assert max(gaussian.mean(), stored.mean()) - textbook.mean() < 0.05  # "no gain over textbook PPO is shown"
+    assert bins.mean() - textbook.mean() > (whole.mean() - textbook.mean()) / 2  # "more than half of the way"
+    gaussian, stored, _, ends, _ = (np.concatenate(areas_of(*row, tasks, score="success")) for row in rows)
+    assert (gaussian == 1).sum() == 2 and (gaussian[:3] == 1).sum() == 1 and (stored >= 0.98).sum() == 3
+    words = f"from a mean area of {textbook.mean():.2f} to {bins.mean():.2f}. The gap is {span_of(bins - textbook)}."
+    assert words in section and "All six runs" in section and (ends >= 1).all()
+    words = f"with the bins has an area of {bins.mean():.2f} there, without them {textbook.mean():.2f}."
+    assert words in readme
+    assert "`gaussian` makes more steps per second, but learned door-open with one seed of three" in readme
 
 
 def test_the_page_on_very_old_data():
