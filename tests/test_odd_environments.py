@@ -29,7 +29,8 @@ import gipo_continuous as gipo
 import ppo_baseline as ppo
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's, about what is odd here on purpose
-SCRIPTS = pytest.mark.parametrize("script", [gipo, ppo], ids=["gipo", "ppo"])
+# test_diff.py finds that ppo_baseline.py has the same functions for environments: one script is enough here.
+SCRIPTS = pytest.mark.parametrize("script", [gipo], ids=["gipo"])
 OVERLAP = pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "inline"])
 SIZES = {"num_envs": 2, "num_steps": 8, "buffer_size": 64, "minibatch_size": 16, "updates_per_iteration": 1, "hidden_size": 8}
 SIZES |= {"total_timesteps": 96, "checkpoint_every": 16, "eval_episodes": 0}

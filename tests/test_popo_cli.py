@@ -434,16 +434,15 @@ def long_run(tmp_path_factory):
     return run_inline(tmp_path_factory.mktemp("long"), LONG)[1]
 
 
-@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_a_signal(signum, expected, tmp_path, long_run):
+def test_stopped_by_a_signal(tmp_path, long_run):
     process = start_script("popo_countdown", tmp_path / "stopped", *LONG.split())
     wait_for_line(process, "eval at")
     (folder,) = (path for path in (tmp_path / "stopped").iterdir() if path.name != "warmup")
     while not (folder / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
-    os.kill(process.pid, signum)
+    os.kill(process.pid, signal.SIGTERM)
     output = process.communicate()[0]
-    assert process.returncode == expected and f"popo_countdown.py --resume {folder}" in output and "Traceback" not in output
+    assert process.returncode == 143 and f"popo_countdown.py --resume {folder}" in output and "Traceback" not in output
     assert "stopping soon; Ctrl-C now stops at once, without a new checkpoint" in output
     assert read_pt(folder / "model.pt")["global_step"] == read_pt(folder / "checkpoint.pt")["global_step"]  # to be evaluated
     time.sleep(1.0)

@@ -21,6 +21,8 @@ SHARES = {1: [8], 2: [1, 7], 4: [1, 4, 1, 2]}  # segments of each process: they 
 def worker(rank, world, port, args, out, save="", load="", steps=2):
     """Some updates from the start or from a checkpoint; leaves the weights, scalars and, if asked, a checkpoint."""
     torch.set_num_threads(1)
+    if args.torch_compile:  # the graphs are what sharding could break; to translate them into C++ takes half a minute
+        vla.torch.compile = functools.partial(torch.compile, backend="aot_eager")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     if world > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -117,10 +119,10 @@ def own_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
 
 
-CASES = [(2, {}), (4, {}), (4, {"gradient_checkpointing": True}), (2, {"torch_compile": True})]
+CASES = [(2, {}), (4, {"gradient_checkpointing": True}), (2, {"torch_compile": True})]
 
 
-@pytest.mark.parametrize(("world", "flags"), CASES, ids=["two", "four", "checkpointing", "compiled"])
+@pytest.mark.parametrize(("world", "flags"), CASES, ids=["two", "four-checkpointing", "compiled"])
 def test_sharded_processes_make_the_steps_of_one(tmp_path, world, flags):
     """The critic's warm-up and two steps of the policy, with unequal shares; the exported policies agree; memory is shared."""
     args = tiny_args(train="full", max_grad_norm=0.05)
@@ -135,7 +137,7 @@ def test_sharded_processes_make_the_steps_of_one(tmp_path, world, flags):
     assert a.keys() == b.keys() and all((a[key] - b[key]).abs().max() < 1e-3 for key in a)
 
 
-CASES = [("full", 2, 2), ("full", 2, 4), ("full", 4, 1), ("full", 1, 2), ("lora", 2, 1)]
+CASES = [("full", 2, 4), ("full", 4, 1), ("full", 1, 2), ("lora", 2, 1)]
 
 
 @pytest.mark.parametrize(("train", "before", "after"), CASES)
