@@ -89,7 +89,7 @@ MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) a
 CHUNK = 8  # environment steps per decision of the policy
 LONGEST_WAIT = 6 * 3600  # seconds for another process that collects, clones or loads; nothing waits longer
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Arguments that concern the machine or the files, not the results: a resumed run may change them.
+# Arguments that concern the machine or the files: a resumed run may change them, and results differ by rounding at most.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every capture_video track wandb_project render base".split()
 MACHINE_ARGS += "env_timeout env_start_timeout cuda micro_batch gradient_checkpointing torch_compile".split()
 MACHINE_ARGS += ["torch_threads"]
@@ -2655,7 +2655,7 @@ def check_args(args) -> None:
     if args.capture_video and not args.eval_episodes:
         raise ArgumentError("--capture-video records evaluations: drop it, or give 1 or more --eval-episodes")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+        if getattr(args, flag) and not getattr(importlib.util.find_spec(package), "origin", None):  # a folder has none
             raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
     if args.capture_video and importlib.metadata.version("moviepy").startswith(("0.", "1.")):
         raise ArgumentError("--capture-video needs moviepy 2 or newer: pip install -U moviepy")

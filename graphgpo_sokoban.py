@@ -68,6 +68,7 @@ from torch.utils.checkpoint import checkpoint
 
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 SUCCESS = "success"  # the virtual node that the last step of every successful rollout points to
+MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_SECONDS_UNSAVED = 1800  # a large model's few iterations take hours
 # Arguments that concern the machine or the files: a resumed run may change them. Results differ by rounding at most, and by
@@ -301,14 +302,14 @@ def episode_advantage(returns, trajectories, norm="trajectories", divide_by_std=
 def compute_loss(newlogprob, entropy, logprobs, ref_logprobs, advantages, args):
     """PPO's clipped loss of every token (n, L), and {name: (n, L)} of what is logged. `advantages` (n, 1): one per step."""
     logratio = newlogprob - logprobs
-    ratio = logratio.exp()
+    ratio = logratio.clamp(max=MAX_LOG_COEF).exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = -torch.minimum(ratio * advantages, clipped * advantages)
     loss = pg_loss - args.ent_coef * entropy
     logged = {"losses/policy_loss": pg_loss, "losses/entropy": entropy, "losses/approx_kl": (ratio - 1) - logratio}
     logged["losses/clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float()
     if ref_logprobs is not None:  # k3, the estimator of KL(pi || reference) that is never negative
-        ref_logratio = ref_logprobs - newlogprob
+        ref_logratio = (ref_logprobs - newlogprob).clamp(max=MAX_LOG_COEF)
         logged["losses/reference_kl"] = ref_logratio.exp() - 1 - ref_logratio
         loss = loss + args.kl_coef * logged["losses/reference_kl"]
     return loss, {name: value.detach() for name, value in logged.items()}
@@ -1403,7 +1404,7 @@ def check_args(args) -> None:
         ("env_id", "minigrid", minigrid),
         ("env_id", "textworld", text),
     ):
-        found = not used or importlib.util.find_spec(package)
+        found = not used or getattr(importlib.util.find_spec(package), "origin", None)  # a folder has none
         require(name, found, f"needs the package {package}: pip install {package}")
     require("env_id", not text or args.model, "is text: name a language model with --model")
     require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: use --no-cuda or install a CUDA build of torch")

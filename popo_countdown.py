@@ -695,7 +695,8 @@ def policy_objective(logprobs, prox_logprobs, behaviour_logprobs, advantages, ma
 
 def k3(logratio) -> torch.Tensor:
     """GRPO's KL penalty (arXiv 2402.03300) from log q - log pi, never negative. On samples of pi its mean is KL(pi || q), but
-    the mean of its gradient is that of KL(q || pi)."""
+    the mean of its gradient is that of KL(q || pi). Finite also where exp() would overflow."""
+    logratio = logratio.clamp(max=MAX_LOG_COEF)
     return logratio.exp() - 1 - logratio
 
 
@@ -948,8 +949,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
                     entropy_loss = entropy.sum() / num_tokens
                     loss = pg_loss - args.ent_coef * entropy_loss
                     if reference:
-                        ref_logratio = (mb["reference_logprobs"] - newlogprob).clamp(max=MAX_LOG_COEF)
-                        reference_kl = (k3(ref_logratio) * mask).sum() / num_tokens
+                        reference_kl = (k3(mb["reference_logprobs"] - newlogprob) * mask).sum() / num_tokens
                         loss = loss + args.kl_coef * reference_kl
                         stats["losses/reference_kl"].append(reference_kl.detach())
                     loss.backward()
@@ -1404,7 +1404,7 @@ def write_config(run_folder: Path, args, at_exit: contextlib.ExitStack) -> dict:
 
 def warm_start(policy, task, args, device, progress) -> None:
     """Warm the policy up, or load the weights of the run that did: cached for all runs that would do the same."""
-    same = {name: getattr(args, name) for name in ["env_id", "seed", "cuda", *GPT_ONLY]}
+    same = {name: getattr(args, name) for name in ["env_id", "seed", "cuda", "torch_threads", *GPT_ONLY]}
     parts = Countdown, rpn_value, problem_keys, held_out, Block, GPT, response_logprobs, warm_up  # which a fork may edit
     same["code"] = [VOCABULARY, SIZES, *map(inspect.getsource, parts)]
     digest = hashlib.sha256(json.dumps([same, ALGORITHM_VERSION, torch.__version__]).encode()).hexdigest()[:12]
@@ -1534,7 +1534,7 @@ def check_args(args) -> None:
     require("export", not args.export or args.evaluate, "needs --evaluate with the model.pt or best_model.pt of a run")
     require("cuda", not args.cuda or torch.cuda.is_available(), "finds no GPU: use --no-cuda or install a CUDA build of torch")
     for name, package in (("track", "wandb"), ("model", "transformers")):
-        found = not getattr(args, name) or importlib.util.find_spec(package)
+        found = not getattr(args, name) or getattr(importlib.util.find_spec(package), "origin", None)  # a folder has none
         require(name, found, f"needs the package {package}: pip install {package}")
 
 

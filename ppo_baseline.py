@@ -82,7 +82,7 @@ MAX_EVAL_ENVS = 10  # episodes that an evaluation runs side by side
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88; above 20 no gradient
 MAX_MAGNITUDE = 1e15  # of rewards and observations: a float32 holds the sum of their squares
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Arguments that concern the machine or the files, not the results: a resumed run may change them.
+# Arguments that concern the machine or the files: a resumed run may change them, and results differ by rounding at most.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every capture_video track wandb_project".split()
 MACHINE_ARGS += "async_envs overlap cuda torch_compile torch_threads".split()
 
@@ -328,8 +328,8 @@ def success_rate(successes) -> float | None:
 
 def to_env_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
     """Map policy actions to the Box: clip to [-1, 1], then affinely onto [low, high], which rounding must not overstep."""
-    kind = np.promote_types(space.dtype, np.float32)  # the width of a Box of float16 may be more than float16 holds
-    low, high = space.low.astype(kind), space.high.astype(kind)
+    dtype = np.promote_types(space.dtype, np.float32)  # the width of a Box of float16 may be more than float16 holds
+    low, high = space.low.astype(dtype), space.high.astype(dtype)
     action = low + (np.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
     return np.clip(action, low, high).astype(space.dtype)
 
@@ -494,7 +494,7 @@ def compute_advantages(values, mb, args, joint_logratio=None):
 
 
 def sample_segments(num_filled: int, args, generator=None) -> torch.Tensor:
-    """Indices of each update's segments, (updates, S): passes over all of them, shuffled anew in every iteration."""
+    """Indices of each update's segments, (updates, S): in shuffled order, and none a second time before all had their turn."""
     segments = args.minibatch_size // args.num_steps
     draws = args.updates_per_iteration * segments
     passes = [torch.randperm(num_filled, generator=generator) for _ in range(math.ceil(draws / num_filled))]
@@ -569,10 +569,10 @@ def lr_share(schedule: str, progress: float, warmup: float) -> float:
 
 # -------------------- Rollouts --------------------
 class Collector:
-    """The environments and the policy that acts in them: a rollout depends on the weights given and on its own state alone."""
+    """The environments and the policy that acts in them. Rollouts depend on the weights given and on snapshot() alone."""
 
     def __init__(self, args):
-        torch.set_num_threads(1)  # before anything computes: a forked process has no threads of OpenMP's
+        torch.set_num_threads(1)  # before anything computes: a fork would wait for OpenMP threads, which it has not
         seed_everything(args.seed)  # for environments that draw from the global generators
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
         self.envs = []
@@ -605,9 +605,8 @@ class Collector:
         self.next_obs = self.stack([env.result()[0] for env in self.envs])
         self.check_numbers("observation", self.next_obs)
         if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
-            text = f"{self.args.env_id} has numbers, random ones or from earlier episodes, that no checkpoint holds"
-            text = f"this machine or its libraries are others than before, or {text}"
-            print(f"warning: {text}: the running episodes go on otherwise", file=sys.stderr, flush=True)
+            why = f"this machine or its libraries are others than before, or {self.args.env_id} has random numbers of its own"
+            print(f"warning: the running episodes could not be rebuilt exactly: {why}", file=sys.stderr, flush=True)
 
     def snapshot(self) -> dict:
         """What reset() needs, as tensors and plain types."""
@@ -685,8 +684,8 @@ def main(args: Args) -> dict:
     """
     if args.evaluate is not None:
         return evaluate_saved_model(args)
-    started, shown = time.time(), run_folder_of(args)
-    folder = shown.absolute()
+    started, given_folder = time.time(), run_folder_of(args)
+    folder = given_folder.absolute()
     with contextlib.ExitStack() as at_exit:  # whatever happens: processes end, handlers and locks are given back
         try:
             return train(args, at_exit)
@@ -694,12 +693,12 @@ def main(args: Args) -> dict:
             raise
         except Exception as error:
             checkpoint = folder / "checkpoint.pt"
-            ours = checkpoint.exists() and (args.resume or checkpoint.stat().st_mtime >= started)  # not one to overwrite
-            last_good = f"last good checkpoint: {shown / checkpoint.name if ours else 'none yet'}"
+            ours = checkpoint.exists() and (args.resume or checkpoint.stat().st_mtime >= started)  # not the old run's
+            last_good = f"last good checkpoint: {given_folder / checkpoint.name if ours else 'none yet'}"
             if isinstance(error, BadNumber):
                 raise BadNumber(f"{error}; {last_good}") from error
             if ours:
-                error.add_note(f"{last_good}; --resume {shown} continues from it")
+                error.add_note(f"{last_good}; --resume {given_folder} continues from it")
             raise
 
 
@@ -710,12 +709,12 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     on_policy = args.buffer_size < 2 * args.num_envs * args.num_steps  # GIPO: the textbook form is PPO's alone
     if on_policy:
         args = dataclasses.replace(args, recompute_advantages=False, overlap=False)
-    shown, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
-    run_folder = shown.absolute()  # for an environment may change the working directory
+    given_folder, commit = run_folder_of(args), git_commit()  # now, since the file may change while it runs
+    run_folder = given_folder.absolute()  # for an environment may change the working directory
     check_args(args)
-    refuse_existing(shown, args)
+    refuse_existing(given_folder, args)
     if args.resume and (run_folder / "result.json").exists():
-        say(f"{shown} is finished already: nothing to resume")
+        say(f"{given_folder} is finished already: nothing to resume")
         return json.loads((run_folder / "result.json").read_text())
     this_script = ["python", os.path.relpath(__file__)]  # before an environment changes the folder
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -798,7 +797,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     at_exit.push(lambda kind, *_: say("") if tty and kind and issubclass(kind, Exception) else None)  # ends the progress line
     uses = args.update_epochs if on_policy else args.updates_per_iteration * args.minibatch_size / rollout_size  # GIPO: replay
     what = f"{num_iterations * rollout_size:,} steps of {args.env_id}, each used {float(f'{uses:.3g}'):,g} times"
-    say(f"{shown}: {what}, from step {global_step:,}")
+    say(f"{given_folder}: {what}, from step {global_step:,}")
 
     def passed(every: int) -> bool:  # has a multiple of `every` steps been passed in the last iteration?
         return every > 0 and global_step // every > (global_step - rollout_size) // every
@@ -952,7 +951,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         evaluation = evaluation_phase()
 
     if stop_signals:
-        how = shlex.join([*this_script, "--resume", str(shown)])
+        how = shlex.join([*this_script, "--resume", str(given_folder)])
         say(f"\nstopped at step {global_step:,}; continue with: {how}")
         save_models(run_folder, agent, config, None, global_step)  # for --evaluate
         collector.close(timeout=60.0)  # simulators may take their time
@@ -962,9 +961,9 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     collector.close(timeout=60.0)
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
-    # Of children the largest one, and only where they are ours: git's counts what this process had when it was started.
-    users = [resource.RUSAGE_SELF, *[resource.RUSAGE_CHILDREN] * (own_process or args.async_envs)]
-    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in users)
+    # Of the children the largest, if environments have processes: git is a child, too, and counts as large as this process.
+    processes = [resource.RUSAGE_SELF, *[resource.RUSAGE_CHILDREN] * (own_process or args.async_envs)]
+    peak_memory = sum(resource.getrusage(which).ru_maxrss for which in processes)  # in KB; on macOS in bytes
     result = {"env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "total_timesteps": global_step}
     result |= {f"eval_{key}": value for key, value in evaluation.items() if key != "returns"}
     result |= {
@@ -972,7 +971,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "train_success_rate": success_rate(recent_successes),
         "sps": global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
-        "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_memory_mb": peak_memory / (2**20 if sys.platform == "darwin" else 2**10),
         "git_commit": commit,
         "versions": {"python": sys.version.split()[0], "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gymnasium", "metaworld", "mujoco")},
@@ -981,10 +980,10 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     write_json(run_folder / "result.json", result)
     shares = ", ".join(f"{part} {seconds[part] / seconds['training']:.0%}" for part in ("env", "policy", "update"))
     shares += " of the time" + (", in two processes" if own_process else "")
-    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})\nfiles:  {shown}")
-    say("curves: " + shlex.join(["tensorboard", "--logdir", str(shown.parent)]))
+    say(f"finished in {seconds['wall']:.0f} s, {result['sps']:.0f} steps/s ({shares})\nfiles:  {given_folder}")
+    say("curves: " + shlex.join(["tensorboard", "--logdir", str(given_folder.parent)]))
     if args.eval_episodes:
-        model = str(shown / "best_model.pt")
+        model = str(given_folder / "best_model.pt")
         say("watch:  " + shlex.join([*this_script, "--evaluate", model, "--eval-episodes", "1", "--capture-video"]))
     return result
 
@@ -1117,11 +1116,11 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         self.pipes.add(self.pipe)
         self.process = context.Process(target=serve, args=(theirs, factory, args))
-        if context.get_start_method() == "spawn":  # the first start would unblock the signals below
+        if context.get_start_method() == "spawn":  # or the first start starts it, which unblocks the signals below
             resource_tracker.ensure_running()
         with contextlib.ExitStack() as on_error:  # Ctrl-C, too: then nobody has this object to close it
             on_error.callback(self.pipe.close)
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # that come before follow_parent() has handlers
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait for the handlers of follow_parent()
             try:
                 self.process.start()
             finally:
@@ -1179,8 +1178,8 @@ class Worker:
 
 
 def serve(pipe, factory, args) -> None:
-    """Main function of a Worker's process: build the object, then answer calls; an exception, also of building it, is
-    the next call's answer, and ends it."""
+    """Main function of a Worker's process: build the object, then answer calls. An exception, also one of building it, is
+    sent in place of the next answer, and the process ends."""
     for parents_end in [*Worker.pipes]:  # which a fork inherits: a process ends when nobody else holds the other end
         parents_end.close()
     follow_parent()
@@ -1212,7 +1211,7 @@ def follow_parent() -> None:
 
 
 def build_env(args, idx: int) -> gym.Env:
-    """make_env()'s; in a process of its own with random numbers of its own, or all would draw the same."""
+    """What make_env() builds. In a process of its own it has a seed of its own, or all environments would draw the same."""
     if args.async_envs:
         seed_everything(1000 * args.seed + idx)
     return make_env(args, idx)()
@@ -1439,9 +1438,9 @@ def saved_run(args) -> tuple:
     """Of the run that --evaluate or --resume names: its arguments, with that flag set; and of --evaluate the weights."""
     if args.evaluate is not None:
         path, how = args.evaluate, "give the model.pt or best_model.pt of a run of this file"
-        idle = [flag for flag in ("resume", "overwrite", "track", "cuda") if getattr(args, flag)]
-        if idle:
-            raise ArgumentError(f"--{idle[0]} means nothing with --evaluate: drop it")
+        unused = [flag for flag in ("resume", "overwrite", "track", "cuda") if getattr(args, flag)]
+        if unused:
+            raise ArgumentError(f"--{unused[0]} means nothing with --evaluate: drop it")
         if not os.path.isfile(path):
             raise ArgumentError(f"--evaluate {path!r} is no file: {how}")
         model = load_checkpoint(Path(path))
@@ -1522,7 +1521,7 @@ def check_args(args) -> None:
         raise ArgumentError(f"--env-id {args.env_id}: give the name of a task, as in --env-id reach-v3, or --env-id MT10")
     try:
         found = not module or importlib.util.find_spec(module)
-    except ImportError as error:  # of another module that it lacks: then it is there; or of a path, which is no name
+    except ImportError as error:  # the module is there if it lacks another one; a path is no module
         found = isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}.")
     if not found:
         raise ArgumentError(f"--env-id {args.env_id}: there is no module {module}; install it or set PYTHONPATH to its folder")
@@ -1554,7 +1553,7 @@ def check_args(args) -> None:
     if args.capture_video and not args.eval_episodes:
         raise ArgumentError("--capture-video records evaluations: drop it, or give 1 or more --eval-episodes")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+        if getattr(args, flag) and not getattr(importlib.util.find_spec(package), "origin", None):  # a folder has none
             raise ArgumentError(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
 
 
@@ -1575,6 +1574,7 @@ def check_spaces(args, obs_space, action_space) -> None:
     raise ArgumentError(f"--env-id {args.env_id} has {what}")
 
 
+@seeded(0)  # the environments of the run may draw from the same global generators
 def check_video(args) -> None:
     """ArgumentError unless --capture-video can render."""
     try:

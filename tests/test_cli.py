@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -59,7 +60,7 @@ RUNS = {  # name -> script, flags; each runs once, and every field of Args appea
         f"--env-id Reacher-v5 {SHORT} --buffer-size 128 --no-recompute-advantages --ratio per-dim --no-overlap",
     ),
 }
-SPECIAL = {  # what the tests further down do with either script
+SPECIAL = {  # what the tests further down do
     "no evaluation": f"--env-id Pendulum-v1 {SHORT} --eval-episodes 0",
     "evaluate": "--evaluate",
     "overwrite": "--overwrite",
@@ -83,6 +84,8 @@ PER_ITERATION = {
     *(f"time/{part}" for part in ("env", "policy", "update")),
 }
 ALL_SCRIPTS = pytest.mark.parametrize("script", SCRIPTS)
+# Where a process of its own is started, and nothing that the two scripts do differently takes part (test_diff.py).
+ONE_SCRIPT = pytest.mark.parametrize("script", SCRIPTS[:1])
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +234,7 @@ def test_replay_ages_and_a_single_rollout_does_not(finished):
         assert lag[name][:2] == [0.0, 1.0] and np.mean(lag[name][8:]) == pytest.approx(last, abs=0.5)
 
 
-@pytest.mark.parametrize("name", ["gipo-reach", "gipo-none", "ppo-reach", "ppo-replay", "gipo-mt10"])
+@pytest.mark.parametrize("name", ["gipo-reach", "gipo-none", "ppo-reach", "ppo-replay"])
 def test_saved_model_evaluates_to_the_runs_own_result(finished, inline, name):
     _, folder = finished(name)
     before, result = sorted(folder.iterdir()), read_json(folder / "result.json")
@@ -272,7 +275,7 @@ def test_without_evaluation_and_overwrite(script, tmp_path, inline):
     assert differences(read_pt(folder / "checkpoint.pt")["model"], model) == []  # the same seed, so the same model
 
 
-@ALL_SCRIPTS
+@ONE_SCRIPT
 def test_environment_of_the_users_own_package(script, tmp_path):
     """`module:Name-v0` is imported and registered by gym.make, in training and for --evaluate."""
     entry_point = "gymnasium.envs.classic_control:PendulumEnv"
@@ -290,7 +293,7 @@ def test_environment_of_the_users_own_package(script, tmp_path):
     )
 
 
-@ALL_SCRIPTS
+@ONE_SCRIPT
 def test_compiled_run_equals_the_eager_one(script, inline, tmp_path):
     """--torch-compile makes one graph of the loss; after 110 updates the weights agree but for rounding."""
     flags, models, counters = SPECIAL["compiled"].split(), [], torch._dynamo.utils.counters
@@ -306,7 +309,7 @@ def test_compiled_run_equals_the_eager_one(script, inline, tmp_path):
         torch.testing.assert_close(models[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@ALL_SCRIPTS
+@ONE_SCRIPT
 def test_two_threads(script, tmp_path, monkeypatch):
     process, folder = run_script(script, tmp_path, *SPECIAL["threads"].split())
     assert process.returncode == 0 and read_json(folder / "result.json")["args"]["torch_threads"] == 2, process.stderr
@@ -320,7 +323,7 @@ def test_two_threads(script, tmp_path, monkeypatch):
     assert threads == {2}
 
 
-@ALL_SCRIPTS
+@ONE_SCRIPT
 def test_track(script, tmp_path):
     """The real package, offline: a run of the right name, with the configuration and the event file."""
     environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
@@ -336,14 +339,18 @@ def test_track(script, tmp_path):
 
 
 @ALL_SCRIPTS
-def test_track_without_the_package(script, tmp_path, inline, monkeypatch):
+@pytest.mark.parametrize(
+    "spec", [None, importlib.machinery.ModuleSpec("wandb", None, is_package=True)], ids=["none", "folder"]
+)
+def test_track_without_the_package(script, spec, tmp_path, inline, monkeypatch):
+    """Nor is it there where only the folder wandb/ lies, in which the package keeps its logs: Python would import that."""
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "wandb" else find_spec(name))
     code, _, error = inline(script, [*SPECIAL["track"].split(), "--run-dir", str(tmp_path)])
     assert code == 2 and error == "error: --track needs the package wandb: pip install wandb\n" and not any(tmp_path.iterdir())
 
 
-@ALL_SCRIPTS
+@ONE_SCRIPT
 def test_capture_video(script, tmp_path):
     for backend in [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]:
         process, folder = run_script(script, tmp_path, *SPECIAL["video"].split(), MUJOCO_GL=backend)
@@ -374,6 +381,33 @@ def test_the_best_model_is_that_of_equal_evaluations(script, tmp_path):
 
 
 @ALL_SCRIPTS
+def test_capture_video_changes_nothing(script, tmp_path, monkeypatch, inline):
+    """Of an environment that draws from NumPy's global generator, in the process that tries whether it can be rendered."""
+    (tmp_path / "noisy.py").write_text(
+        """import gymnasium as gym
+import numpy as np
+from gymnasium.envs.classic_control import PendulumEnv
+class Noisy(PendulumEnv):
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0] + np.random.random(3).astype(np.float32), {}
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+gym.register("Noisy-v0", Noisy, max_episode_steps=20)
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "noisy", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    flags = ["--env-id", "noisy:Noisy-v0", *TINY, "--total-timesteps", "192", "--eval-episodes", "1", "--no-overlap"]
+    models = []
+    for video in ("--no-capture-video", "--capture-video"):
+        code, _, error = inline(script, [*flags, video, "--run-dir", str(tmp_path / video)])
+        assert code == 0, error
+        models.append(read_pt(next((tmp_path / video).glob("*/model.pt")))["model"])
+    assert differences(*models) == []
+
+
+@ONE_SCRIPT
 def test_the_peak_of_memory_is_what_the_system_counts(script, tmp_path):
     """In one process: git, which a run starts, has no memory of its own worth counting."""
     flags = ["--env-id", "Pendulum-v1", *TINY, "--total-timesteps", "200", "--eval-episodes", "0", "--no-overlap"]
@@ -862,7 +896,7 @@ def test_resume_needs_one_folder(script, flags, tmp_path, inline, monkeypatch):
     assert [*tmp_path.iterdir()] == [tmp_path / "mine.txt"]
 
 
-@ALL_SCRIPTS
+@ONE_SCRIPT
 def test_bad_command_line_in_a_process_of_its_own(script, tmp_path):
     process, folder = run_script(script, tmp_path / "runs", "--env-id", "reech-v3")
     assert process.returncode == 2 and folder is None and process.stdout == ""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from graphgpo_sokoban import (
     SUCCESS,
     Args,
+    compute_loss,
     discounted_returns,
     episode_advantage,
     graph_diagnostics,
@@ -387,3 +388,15 @@ def test_corridor():
         needed[method] = np.mean([np.argmax(curve > 0.5) if (curve > 0.5).any() else len(curve) for curve in curves])
     assert needed["graphgpo"] < needed["grpo"]
     assert needed["graphgpo"] < 30
+
+
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_the_loss_is_finite_for_any_ratio(advantage):
+    """Of tokens that one policy finds likely and the other impossible: exp(88) is more than float32 holds."""
+    old = torch.tensor([[-1e4, -200.0, -1.0, -200.0]])
+    new = torch.tensor([[-1.0, -200.0, -1e4, -1.0]], requires_grad=True)
+    args = Args(kl_coef=0.1, ent_coef=0.01)
+    loss, logged = compute_loss(new, torch.zeros(1, 4), old, old, torch.tensor([[advantage]]), args)
+    loss.sum().backward()
+    assert loss.isfinite().all() and new.grad.isfinite().all()
+    assert all(value.isfinite().all() for value in logged.values()) and "losses/reference_kl" in logged

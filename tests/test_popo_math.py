@@ -609,3 +609,11 @@ def test_buffer_invariants(history, capacity, max_reuse):
         assert len({g["key"] for g in chosen}) == len(chosen)
         buffer.push([group(iteration, key=(key := key + 1) % 7) for _ in range(pushed)])
         assert len(buffer.groups) <= capacity and versions(buffer.groups) == sorted(versions(buffer.groups))
+
+
+def test_k3_is_finite_for_any_ratio():
+    """Also as the statistic of an update, whose ratio no clip bounds: exp(88) is more than float32 holds."""
+    logratio = torch.tensor([-1e4, -1.0, 0.0, 1.0, 200.0, 1e4], requires_grad=True)
+    divergence = popo.k3(logratio)
+    divergence.sum().backward()
+    assert divergence.isfinite().all() and logratio.grad.isfinite().all() and (divergence >= 0).all()
