@@ -26,10 +26,8 @@ TIMING = {"sps", "wall_seconds", "peak_memory_mb", "git_commit"}  # of result.js
 TINY = "--num-envs 2 --num-steps 32 --buffer-size 256 --minibatch-size 64 --hidden-size 32".split()
 
 # Files whose tests start scripts or the LIBERO simulator: `pytest -m "not slow"` leaves them out.
-SLOW = "cli cuda graphgpo_cli graphgpo_model graphgpo_smollm2 learning odd_environments ownership popo_cli popo_model"
-SLOW += (
-    " popo_smollm2 report resume vla_environment vla_faults vla_learning vla_policy vla_script vla_sharded vla_wiring wiring"
-)
+SLOW = "cli cuda graphgpo_cli graphgpo_model learning odd_environments ownership popo_cli popo_model"
+SLOW += " report resume smollm2 vla_environment vla_faults vla_learning vla_policy vla_script vla_sharded vla_wiring wiring"
 SLOW = [f"test_{name}" for name in SLOW.split()]
 
 # What the source of a test holds that reads the text, tables or pictures of the repository: `pytest -m pages`.

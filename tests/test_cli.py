@@ -32,7 +32,8 @@ RUNS = {  # name -> script, flags; each runs once, and every field of Args appea
     "gipo-turns": ("gipo_continuous", f"{REACH} --no-overlap --sigma 0.5 --sigma-neg-ratio 0.5"),
     "gipo-mt10": (
         "gipo_continuous",
-        "--env-id MT10 --num-envs 10 --num-steps 64 --total-timesteps 5120 --minibatch-size 64 --eval-episodes 1",
+        "--env-id MT10 --num-envs 10 --num-steps 64 --total-timesteps 5120 --minibatch-size 64 --eval-episodes 1"
+        " --hidden-size 32 --updates-per-iteration 8",
     ),
     "gipo-bins": ("gipo_continuous", f"--env-id Reacher-v5 {SHORT} {HEAD} {LOSS} --kernel laplacian --async-envs"),
     "gipo-per-dim": (

@@ -1,4 +1,4 @@
-"""popo_countdown.py --model smollm2: a real pretrained language model, from the package index."""
+"""--model smollm2 of both scripts for language models: a real pretrained one, from the package index."""
 
 import importlib.util
 import subprocess
@@ -27,6 +27,15 @@ def package(tmp_path_factory):
         importlib.invalidate_caches()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of models that is empty at first: what converts the weights, half a minute, does so once for all tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.mark.parametrize("script", [popo, graphgpo])
 def test_the_first_run_on_a_machine_draws_as_the_next(script, tmp_path, monkeypatch):
     """It converts the weights, which builds a model; stand-ins of the conversion's functions, since it takes a minute."""
@@ -45,7 +54,7 @@ def test_the_first_run_on_a_machine_draws_as_the_next(script, tmp_path, monkeypa
     assert drawn[0] == drawn[1]
 
 
-def test_two_updates_of_the_real_model(tmp_path, capsys, monkeypatch):
+def test_two_updates_of_the_real_model(cache, tmp_path, capsys, monkeypatch):
     """It answers in expressions from the start, and an update changes it; sampler and teacher forcing agree."""
     monkeypatch.setattr(popo.Progress, "interval", -1.0)  # else a fast machine prints nothing of the evaluation
     result = popo.main(popo.with_defaults(popo.Args(run_dir=str(tmp_path), method="grpo", **SHORT)))
@@ -62,11 +71,10 @@ def test_two_updates_of_the_real_model(tmp_path, capsys, monkeypatch):
     assert "eval at 24 rollouts" in out and " to make " in out and "evaluation: 2 of 2 problems" in out
 
 
-def test_conversion_is_exact_and_made_once(tmp_path, monkeypatch):
+def test_conversion_is_exact_and_made_once(cache, monkeypatch):
     """The folder holds the dequantised weights in float32; a second call finds it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = popo.smollm2_folder()
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert folder.parent == cache
     model, tokenizer, ends = popo.load_language_model("smollm2")
     assert ends == {tokenizer.convert_tokens_to_ids("<|im_end|>")} and tokenizer.chat_template
     with torch.no_grad():
@@ -74,6 +82,25 @@ def test_conversion_is_exact_and_made_once(tmp_path, monkeypatch):
     assert tokenizer.decode([logits.argmax()]) == " Paris"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert popo.smollm2_folder() == folder
+
+
+def test_the_real_model_plays_a_text_game(cache, tmp_path):
+    """Two updates on the easiest game; most of its answers name a possible action from the start."""
+    flags = {
+        "env_id": "tw-coin_collector",
+        "game_level": 1,
+        "max_steps": 2,
+        "num_groups": 1,
+        "group_size": 2,
+        "eval_episodes": 0,
+        "max_new_tokens": 8,
+    }
+    result = graphgpo.main(graphgpo.Args(model="smollm2", total_episodes=4, kl_coef=0.0, run_dir=str(tmp_path), **flags))
+    (folder,) = tmp_path.iterdir()
+    scalars = read_scalars(folder)
+    assert result["total_episodes"] == 4 and len(scalars["losses/policy_loss"]) == 2
+    assert max(value for _, value in scalars["charts/invalid_actions"]) < 0.9
+    assert scalars["losses/approx_kl"][0][1] < 1e-4  # rollout and update agree
 
 
 def test_missing_packages_are_named_in_one_sentence(tmp_path, monkeypatch):
