@@ -850,7 +850,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         say(line)
         return evaluation
 
-    evaluation, saved = evaluation_phase(), True  # saved: is all that was done in the checkpoint?
+    evaluation, saved = evaluation_phase(), True  # saved: does the checkpoint hold all that was done?
     while iteration < num_iterations and not (stop_signals and saved):
         # ==================== ROLLOUT ====================
         # GIPO: always one rollout ahead: rollout k + 1 is collected during update k, with the weights after update k - 1;

@@ -71,8 +71,8 @@ SUCCESS = "success"  # the virtual node that the last step of every successful r
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_SECONDS_UNSAVED = 1800  # a large model's few iterations take hours
-# Arguments that concern the machine or the files: a resumed run may change them. Results differ by rounding at most, and by
-# the order of random numbers (micro_batch, generation_batch).
+# Arguments that concern the machine or the files: a resumed run may change them. With another micro_batch or
+# generation_batch random numbers come in another order; otherwise results differ by rounding at most.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every track wandb_project".split()
 MACHINE_ARGS += "cuda torch_threads micro_batch generation_batch".split()
 TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")
@@ -201,7 +201,7 @@ class Args:
     divide_by_std: bool = True
     """divide credits by their standard deviation; --no-divide-by-std only subtracts the mean"""
     invalid_penalty: float = 0.1
-    """--model: an answer that names no possible action loses so much, itself and after discounting; a success is worth 10"""
+    """--model: taken off the return of a step whose answer names no possible action, not of earlier ones; a success is 10"""
 
     # ---- language model
     model: str | None = None
@@ -954,7 +954,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     eps = 1e-8 if args.model else 1e-5  # PyTorch's default, and that of PPO's implementations
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=eps, fused=args.cuda)  # saves a GPU's memory
 
-    num_iterations, scalars = math.ceil(args.total_episodes / num_envs), state.get("scalars", {})  # of the last iteration
+    num_iterations, scalars = math.ceil(args.total_episodes / num_envs), state.get("scalars", {})  # of the last log
     iteration, total_steps = state.get("iteration", 0), state.get("total_steps", 0)
     recent_returns = collections.deque(state.get("recent_returns", ()), maxlen=100)
     recent_successes = collections.deque(state.get("recent_successes", ()), maxlen=100)
@@ -985,7 +985,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     def passed(every: int) -> bool:  # has a multiple of `every` episodes been passed in the last iteration?
         return every > 0 and episodes // every > (episodes - num_envs) // every
 
-    all_saved, last_saved = True, time.time()  # all_saved: is all that was done in the checkpoint?
+    all_saved, last_saved = True, time.time()  # all_saved: does the checkpoint hold all that was done?
     while True:
         # ==================== EVAL ====================
         # Before collecting more, so that a run which died here evaluates again when resumed. A model can play before.

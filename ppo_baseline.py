@@ -828,7 +828,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         say(line)
         return evaluation
 
-    evaluation, saved = evaluation_phase(), True  # saved: is all that was done in the checkpoint?
+    evaluation, saved = evaluation_phase(), True  # saved: does the checkpoint hold all that was done?
     while iteration < num_iterations and not (stop_signals and saved):
         # ==================== ROLLOUT ====================
         # With replay, as in GIPO; on-policy, with the weights after the last update.
