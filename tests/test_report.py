@@ -2232,20 +2232,22 @@ def test_the_page_on_the_setups_parts():
     whole = np.array(areas_of("gipo", 5_120, tasks))
     assert "| `gipo` | {:.2f} | {:.2f} | |\n".format(*whole.mean(1)) in section
     lines = [line.split(" | ") for line in section.splitlines() if line.startswith("| ") and "[" in line]
-    rows = [("gipo-gaussian", 5_120), ("gipo-no-recompute", 5_120), ("gipo", 512)]
-    rows += [("ppo-categorical", "on-policy"), ("ppo", "on-policy")]
+    rows = [(f"gipo-{part}", 5_120) for part in ("gaussian", "no-recompute", "joint", "ent-coef-0")]
+    rows += [("gipo", 512), ("ppo-categorical", "on-policy"), ("ppo", "on-policy")]
     areas = [np.array(areas_of(*row, tasks)) for row in rows]
     for line, found in zip(lines, areas, strict=True):
         assert found.shape == (2, 3)
         assert line[1:] == [f"{found[0].mean():.2f}", f"{found[1].mean():.2f}", f"{span_of(found - whole)} |"]
-    gaussian, stored, _, bins, textbook = areas
+    gaussian, stored, joint, no_bonus, _, bins, textbook = areas
+    assert max(abs(part.mean() - whole.mean()) for part in (joint, no_bonus)) < 0.02  # "change little"
     assert max(gaussian.mean(), stored.mean()) - textbook.mean() < 0.05  # "no gain over textbook PPO is shown"
     assert bins.mean() - textbook.mean() > (whole.mean() - textbook.mean()) / 2  # "more than half of the way"
-    gaussian, stored, _, ends, _ = (np.concatenate(areas_of(*row, tasks, score="success")) for row in rows)
+    gaussian, stored, joint, no_bonus, _, ends, _ = (np.concatenate(areas_of(*row, tasks, score="success")) for row in rows)
     assert (gaussian == 1).sum() == 2 and (gaussian[:3] == 1).sum() == 1 and (stored >= 0.98).sum() == 3
     words = f"from a mean area of {textbook.mean():.2f} to {bins.mean():.2f}. The gap is {span_of(bins - textbook)}."
     assert words in section and "All six runs" in section and (ends >= 1).all()
-    words = f"with the bins has an area of {bins.mean():.2f} there, without them {textbook.mean():.2f}."
+    assert "Without either, all six runs end with all goals." in section and (np.stack([joint, no_bonus]) >= 1).all()
+    words = f"with the bins has an area of {bins.mean():.2f}, without them {textbook.mean():.2f}."
     assert words in readme
     assert "`gaussian` makes more steps per second, but learned door-open with one seed of three" in readme
 
