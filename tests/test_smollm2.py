@@ -42,8 +42,10 @@ def test_the_first_run_on_a_machine_draws_as_the_next(script, tmp_path, monkeypa
     import transformers
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, intermediate_size=8, vocab_size=8))
-    model.config.quantization_config = {}
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    asked = []
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **kwargs: asked.append(kwargs) or model
+    )
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: SimpleNamespace(save_pretrained=str))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     drawn = []
@@ -51,7 +53,7 @@ def test_the_first_run_on_a_machine_draws_as_the_next(script, tmp_path, monkeypa
         torch.manual_seed(1)
         assert script.smollm2_folder().is_relative_to(tmp_path)
         drawn.append(torch.rand(1))
-    assert drawn[0] == drawn[1]
+    assert drawn[0] == drawn[1] and [kwargs["quantization_config"].dequantize for kwargs in asked] == [True]
 
 
 def test_two_updates_of_the_real_model(cache, tmp_path, capsys, monkeypatch):
