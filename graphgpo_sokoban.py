@@ -1189,7 +1189,7 @@ def evaluate(agent, args, envs, stop_signals=()) -> dict:
         envs.reset(held_out_levels(args))
         alive, returns = np.arange(envs.num_envs), np.zeros(envs.num_envs)
         successes, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
-        last_print = time.time()
+        last_print, start = time.time(), "\n" if sys.stdout and sys.stdout.isatty() else ""  # ends the progress line
         while len(alive) and not stop_signals:
             obs = observations(envs, alive, args)
             actions, *_ = agent.act(obs, envs.choices(alive), args.eval_temperature, want_logprobs=False)
@@ -1200,9 +1200,8 @@ def evaluate(agent, args, envs, stop_signals=()) -> dict:
             alive = alive[~done]
             if time.time() - last_print > 10:
                 ended = f"{envs.num_envs - len(alive)} of {envs.num_envs} episodes have ended"
-                start = "\n" if sys.stdout and sys.stdout.isatty() else ""  # after the progress line
                 say(f"{start}evaluation: {ended} after {int(lengths.max())} steps")
-                last_print = time.time()
+                last_print, start = time.time(), ""
     spl = successes * envs.optimal / np.maximum(lengths, 1)
     return {
         "success_rate": float(successes.mean()),

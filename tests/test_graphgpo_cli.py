@@ -456,14 +456,17 @@ def test_evaluation_needs_no_log_probs(monkeypatch, tmp_path):
     assert set(calls) == {False}
 
 
-def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
-    """A language model takes minutes for one step of all episodes."""
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_long_evaluation_says_how_far_it_is(terminal, monkeypatch, capsys):
+    """A language model takes minutes for one step of all episodes. On a terminal it first ends the line of the progress."""
     args = graphgpo_sokoban.with_defaults(Args(eval_episodes=4))
     envs = graphgpo_sokoban.make_env(args, 4)
     clock = itertools.count(step=6.0)
     monkeypatch.setattr(graphgpo_sokoban.time, "time", lambda: next(clock))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     graphgpo_sokoban.evaluate(graphgpo_sokoban.make_agent(args, envs), args, envs)
     lines = capsys.readouterr().out.splitlines()
+    assert lines.count("") == terminal and (lines.pop(0) == "" if terminal else True)
     assert re.fullmatch(r"evaluation: \d of 4 episodes have ended after 2 steps", lines[0]) and len(lines) <= 7
 
 
