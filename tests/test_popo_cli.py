@@ -196,8 +196,9 @@ def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):
     assert len([*(tmp_path / "warmup").iterdir()]) == 3
 
 
-def test_a_fork_does_not_start_from_the_warm_up_of_other_code(tmp_path, monkeypatch, capsys):
-    """Weights are cached for equal arguments; whoever edits the network, the task or the warm-up gets new ones."""
+def test_a_run_does_not_start_from_the_warm_up_of_other_code(tmp_path, monkeypatch, capsys):
+    """Weights are cached for equal arguments; whoever edits the network, the task or the warm-up gets new ones. So does who has
+    another number of threads, which rounds otherwise: a run must not depend on what ran before in the same folder."""
     flags = f"{TWO} --total-timesteps 64"
     run_inline(tmp_path, f"{flags} --exp-name first")
     run_inline(tmp_path, f"{flags} --exp-name second")
@@ -209,7 +210,9 @@ def test_a_fork_does_not_start_from_the_warm_up_of_other_code(tmp_path, monkeypa
 
     monkeypatch.setattr(popo, "warm_up", edited)
     run_inline(tmp_path, f"{flags} --exp-name edited")
-    assert "warm-up: done before" not in capsys.readouterr().out and len([*(tmp_path / "warmup").iterdir()]) == 2
+    run_inline(tmp_path, f"{flags} --exp-name threads --torch-threads 2")
+    torch.set_num_threads(1)
+    assert "warm-up: done before" not in capsys.readouterr().out and len([*(tmp_path / "warmup").iterdir()]) == 3
 
 
 def test_the_buffer_holds_two_batches():
