@@ -197,7 +197,7 @@ def test_methods_of_a_seed_start_from_the_same_weights(tmp_path):
 
 
 def test_a_run_does_not_start_from_the_warm_up_of_other_code(tmp_path, monkeypatch, capsys):
-    """Weights are cached for equal arguments; whoever edits the network, the task or the warm-up gets new ones. So does who has
+    """Weights are cached for equal arguments; whoever edits the network, the task or the warm-up gets new ones. So does
     another number of threads, which rounds otherwise: a run must not depend on what ran before in the same folder."""
     flags = f"{TWO} --total-timesteps 64"
     run_inline(tmp_path, f"{flags} --exp-name first")
