@@ -89,7 +89,8 @@ MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) a
 CHUNK = 8  # environment steps per decision of the policy
 LONGEST_WAIT = 6 * 3600  # seconds for another process that collects, clones or loads; nothing waits longer
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Arguments that concern the machine or the files: a resumed run may change them, and results differ by rounding at most.
+# Arguments that concern the machine or the files: a resumed run may change them. Results then differ by rounding; on another
+# device also by its random numbers, and with other timeouts by the episodes that are lost.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every capture_video track wandb_project render base".split()
 MACHINE_ARGS += "env_timeout env_start_timeout cuda micro_batch gradient_checkpointing torch_compile".split()
 MACHINE_ARGS += ["torch_threads"]

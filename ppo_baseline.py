@@ -82,7 +82,8 @@ MAX_EVAL_ENVS = 10  # episodes that an evaluation runs side by side
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88; above 20 no gradient
 MAX_MAGNITUDE = 1e15  # of rewards and observations: a float32 holds the sum of their squares
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Arguments that concern the machine or the files: a resumed run may change them, and results differ by rounding at most.
+# Arguments that concern the machine or the files: a resumed run may change them. Results then differ by rounding (cuda,
+# torch_compile) or not at all, unless an environment draws from the global generators (async_envs).
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every capture_video track wandb_project".split()
 MACHINE_ARGS += "async_envs overlap cuda torch_compile torch_threads".split()
 
@@ -572,7 +573,7 @@ class Collector:
     """The environments and the policy that acts in them. Rollouts depend on the weights given and on snapshot() alone."""
 
     def __init__(self, args):
-        torch.set_num_threads(1)  # before anything computes: a fork would wait for OpenMP threads, which it has not
+        torch.set_num_threads(1)  # before it computes: a forked process would wait for OpenMP threads of its parent
         seed_everything(args.seed)  # for environments that draw from the global generators
         self.args, self.steps, self.generator = args, 0, torch.Generator().manual_seed(2 * args.seed + 1)
         self.envs = []
@@ -693,7 +694,8 @@ def main(args: Args) -> dict:
             raise
         except Exception as error:
             checkpoint = folder / "checkpoint.pt"
-            ours = checkpoint.exists() and (args.resume or checkpoint.stat().st_mtime >= started)  # not the old run's
+            # An older one is that of a run which --overwrite was to replace.
+            ours = checkpoint.exists() and (args.resume or checkpoint.stat().st_mtime >= started)
             last_good = f"last good checkpoint: {given_folder / checkpoint.name if ours else 'none yet'}"
             if isinstance(error, BadNumber):
                 raise BadNumber(f"{error}; {last_good}") from error
@@ -961,7 +963,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     collector.close(timeout=60.0)
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
-    # Of the children the largest, if environments have processes: git is a child, too, and counts as large as this process.
+    # Of the children the largest, if environments have processes; git is a child, too, and is counted as large as this one.
     processes = [resource.RUSAGE_SELF, *[resource.RUSAGE_CHILDREN] * (own_process or args.async_envs)]
     peak_memory = sum(resource.getrusage(which).ru_maxrss for which in processes)  # in KB; on macOS in bytes
     result = {"env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "total_timesteps": global_step}
@@ -1116,7 +1118,7 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         self.pipes.add(self.pipe)
         self.process = context.Process(target=serve, args=(theirs, factory, args))
-        if context.get_start_method() == "spawn":  # or the first start starts it, which unblocks the signals below
+        if context.get_start_method() == "spawn":  # now: start() would start it, and that unblocks the signals
             resource_tracker.ensure_running()
         with contextlib.ExitStack() as on_error:  # Ctrl-C, too: then nobody has this object to close it
             on_error.callback(self.pipe.close)

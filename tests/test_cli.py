@@ -85,7 +85,7 @@ PER_ITERATION = {
     *(f"time/{part}" for part in ("env", "policy", "update")),
 }
 ALL_SCRIPTS = pytest.mark.parametrize("script", SCRIPTS)
-# Where a process of its own is started, and nothing that the two scripts do differently takes part (test_diff.py).
+# Where a run takes seconds, and nothing that the two scripts do differently (test_diff.py) takes part.
 ONE_SCRIPT = pytest.mark.parametrize("script", SCRIPTS[:1])
 
 
@@ -294,7 +294,7 @@ def test_environment_of_the_users_own_package(script, tmp_path):
     )
 
 
-@ONE_SCRIPT
+@ALL_SCRIPTS
 def test_compiled_run_equals_the_eager_one(script, inline, tmp_path):
     """--torch-compile makes one graph of the loss; after 110 updates the weights agree but for rounding."""
     flags, models, counters = SPECIAL["compiled"].split(), [], torch._dynamo.utils.counters

@@ -23,7 +23,7 @@ METHODS = {  # name -> script, fields
     "ppo-replay": ("ppo_baseline", REPLAY),
 }
 ALL_METHODS = pytest.mark.parametrize("method", METHODS)
-# The future value is cut where it must be, by the lines that these use.
+# Between them these run every line that cuts the future value.
 MASKS = pytest.mark.parametrize("method", ["gipo", "gipo-vtrace", "gipo-bins-per-dim", "ppo-on-policy"])
 
 

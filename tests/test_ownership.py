@@ -51,7 +51,7 @@ FLAGS = [
 GATE = ["--env-id", "their_tasks:Gate-v0", *FLAGS[2:]]
 MODES = {"process": [], "turns": ["--no-overlap"], "async": ["--async-envs"], "async-turns": ["--async-envs", "--no-overlap"]}
 ALL_SCRIPTS = pytest.mark.parametrize("script", SCRIPTS)
-# Where a process of its own is started, and nothing that the two scripts do differently takes part (test_diff.py).
+# Where a run takes seconds, and nothing that the two scripts do differently (test_diff.py) takes part.
 ONE_SCRIPT = pytest.mark.parametrize("script", SCRIPTS[:1])
 TASKS = '''"""Tasks of a user."""
 import os

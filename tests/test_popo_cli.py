@@ -210,8 +210,10 @@ def test_a_run_does_not_start_from_the_warm_up_of_other_code(tmp_path, monkeypat
 
     monkeypatch.setattr(popo, "warm_up", edited)
     run_inline(tmp_path, f"{flags} --exp-name edited")
-    run_inline(tmp_path, f"{flags} --exp-name threads --torch-threads 2")
-    torch.set_num_threads(1)
+    try:
+        run_inline(tmp_path, f"{flags} --exp-name threads --torch-threads 2")
+    finally:
+        torch.set_num_threads(1)
     assert "warm-up: done before" not in capsys.readouterr().out and len([*(tmp_path / "warmup").iterdir()]) == 3
 
 

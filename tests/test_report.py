@@ -1845,7 +1845,7 @@ def test_runs_skips_resumes_and_reports(finished, finished_checkout):
     shutil.rmtree(checkout / "runs")
     assert benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == ""
     ppo_path = path.with_name(f"{folders[1].name}.json")
-    for run_path, run, bins, finished in [
+    for run_path, run, bins, counts in [
         (ppo_path, stored[1], 64, True),  # bins are a flag of the categorical head only
         (path, stored[0], 64, False),
         (path, stored[0], None, True),  # runs from before the flag had 256
@@ -1854,7 +1854,7 @@ def test_runs_skips_resumes_and_reports(finished, finished_checkout):
         if bins is None:
             older = {k: v for k, v in run["args"].items() if k != "num_bins"}
             run_path.write_text(json.dumps(run | {"args": older}))
-        assert (benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == "") == finished
+        assert (benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == "") == counts
     run = stored[0] | {"args": stored[0]["args"] | {"overlap": not stored[0]["args"]["overlap"]}}  # equal bit for bit
     path.write_text(json.dumps(run))
     assert benchmark("quick", *SMALL, "--dry-run", cwd=checkout).stdout.strip() == ""
@@ -2247,7 +2247,9 @@ def test_the_page_on_the_setups_parts():
     words = f"from a mean area of {textbook.mean():.2f} to {bins.mean():.2f}. The gap is {span_of(bins - textbook)}."
     assert words in section and "All six runs" in section and (ends >= 1).all()
     assert "Without either, all six runs end with all goals." in section and (np.stack([joint, no_bonus]) >= 1).all()
-    words = f"with the bins has an area of {bins.mean():.2f}, without them {textbook.mean():.2f}."
+    words = (
+        f"On these two tasks textbook PPO has an area of {bins.mean():.2f} with the bins and {textbook.mean():.2f} without."
+    )
     assert words in readme
     assert "`gaussian` makes more steps per second, but learned door-open with one seed of three" in readme
 

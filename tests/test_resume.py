@@ -110,7 +110,7 @@ def assert_equal_runs(folder, reference):
             True,
         ),
         ("gipo_continuous", REACH, ("", "--no-overlap", ""), (signal.SIGTERM, signal.SIGINT), False),  # goals drawn at random
-        ("ppo_baseline", [*PENDULUM, *ON_POLICY], ("", "--no-overlap", ""), (signal.SIGINT, signal.SIGHUP), True),
+        ("ppo_baseline", [*PENDULUM, *ON_POLICY], ("", "", ""), (signal.SIGINT, signal.SIGHUP), True),
     ],
     ids=["gipo", "gipo-turns", "gipo-async", "gipo-async-turns", "gipo-reach", "ppo"],
 )

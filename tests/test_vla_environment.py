@@ -1,6 +1,7 @@
 """gipo_vla_libero.py, the environment: real LIBERO simulators, in this process and in workers."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -363,6 +364,7 @@ def test_expert_measured_alone(monkeypatch):
     monkeypatch.setattr(vla, "collect_demonstrations", lambda *args: asked.append(args[2:]) or frames)
     result = vla_expert.measure(vla_expert.Args(tasks=(0, 4), states=(10, 12)))
     assert asked == [((0, 4), range(10, 12), 1)]
+    assert json.loads(json.dumps(result))["states"] == [10, 12]
     assert result["rates"] == {0: 1.0, 4: 0.5} and result["solved"] == {0: {10: 70, 11: 74}, 4: {11: 76}}
 
 
@@ -446,18 +448,11 @@ if __name__ == "__main__":
     envs.answer(0)
     print(pid, envs.processes[0].pid, flush=True)
     envs.send(0, t.vla.LiberoEnv.step, t.chunk(t.UP))
+    if KILL:
+        os.kill(os.getpid(), signal.SIGKILL)
 """
-    killed = """
-import os, signal
-import tests.test_vla_environment as t
-if __name__ == "__main__":
-    envs = t.vla.VectorEnv(t.make_args(num_envs=1))
-    envs.send(0, t.slow_demonstration, 0, 0, 0.0, None)
-    print(envs.processes[0].pid, envs.processes[0].pid, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    for lines, expected in ((code, 0), (killed, -signal.SIGKILL)):
-        process = run_python(lines)
+    for kill, expected in ((False, 0), (True, -signal.SIGKILL)):
+        process = run_python(code.replace("KILL", str(kill), 1))
         assert process.returncode == expected, process.stderr
         first, last = map(int, process.stdout.split()[-2:])
         assert first == last

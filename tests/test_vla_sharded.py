@@ -137,7 +137,7 @@ def test_sharded_processes_make_the_steps_of_one(tmp_path, world, flags):
     assert a.keys() == b.keys() and all((a[key] - b[key]).abs().max() < 1e-3 for key in a)
 
 
-CASES = [("full", 2, 4), ("full", 4, 1), ("full", 1, 2), ("lora", 2, 1)]
+CASES = [("full", 2, 2), ("full", 2, 4), ("full", 4, 1), ("full", 1, 2), ("lora", 2, 1)]
 
 
 @pytest.mark.parametrize(("train", "before", "after"), CASES)
