@@ -606,7 +606,7 @@ class Collector:
         self.next_obs = self.stack([env.result()[0] for env in self.envs])
         self.check_numbers("observation", self.next_obs)
         if snapshot and not torch.equal(self.next_obs, snapshot["next_obs"]):
-            why = f"this machine or its libraries are others than before, or {self.args.env_id} has random numbers of its own"
+            why = f"{self.args.env_id} has a state that no checkpoint holds, or this machine or its libraries are others"
             print(f"warning: the running episodes could not be rebuilt exactly: {why}", file=sys.stderr, flush=True)
 
     def snapshot(self) -> dict:

@@ -190,7 +190,7 @@ def test_an_unknown_generator_is_resumed_with_a_warning(script, overlap, cls, re
     assert_equal_runs(run(script, env_id, overlap=overlap), reference)
     assert "warning" not in capfd.readouterr().err
     folder = run(script, env_id, stop_at=4, overlap=overlap)
-    assert capfd.readouterr().err.count(f"or {env_id} has numbers, random ones or from earlier episodes, ") == 1
+    assert capfd.readouterr().err.count(f": {env_id} has a state that no checkpoint holds, ") == 1
     assert state_of(folder)["iteration"] == 6 and differences(state_of(folder), state_of(reference))
 
 

@@ -338,14 +338,14 @@ def test_tuning_seeds_have_a_table_of_their_own(tmp_path):
     (folder / "sigma.json").write_text(json.dumps(sample("gipo-sigma-0.5_20000", seed=2, eval_success_rate=0.75)))
     report.write_report(args)
     text = (tmp_path / "benchmark-300000-v1.md").read_text()
-    assert "4 runs of 300,000 steps each: 1 tasks, up to 3 seeds" in text and report.TUNING not in text
+    assert "4 runs of 300,000 steps each: 1 task, up to 3 seeds" in text and report.TUNING not in text
     assert "| 20000 | gipo | 3 | 0.25 [0.25, 0.25] |" in text and re.search(r"\n\| 20000 \| gipo \| 0.\d\d · 25% \(", text)
 
     for seed in (0, 4):
         (folder / f"{seed}.json").write_text(json.dumps(sample(seed=seed, eval_success_rate=1.0)))
     report.write_report(args)
     head, tail = (tmp_path / "benchmark-300000-v1.md").read_text().split(report.TUNING)
-    assert "2 runs of 300,000 steps each: 1 tasks, up to 2 seeds" in head
+    assert "2 runs of 300,000 steps each: 1 task, up to 2 seeds" in head
     assert "| 20000 | gipo | 2 | 1.00 [1.00, 1.00] |" in head and re.search(r"\n\| 20000 \| gipo \| 0.\d\d · 100% \(", head)
     table, diagnostics = tail.split(report.DIAGNOSTICS)
     rows = [line.split(" | ")[:4] for line in table.splitlines() if line.startswith("| 20000 |")]

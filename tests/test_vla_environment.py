@@ -384,8 +384,7 @@ def slow_demonstration(env, task, init_state, noise, rng):
     time.sleep(4)
 
 
-def freeze_amid_the_answer(env):
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+def answer_at_length(env):
     return np.zeros(100_000_000, np.uint8)
 
 
@@ -487,14 +486,14 @@ def test_a_chunk_has_a_shorter_deadline_than_a_reset_or_a_demonstration(tmp_path
 
 @NOTHING_WITHOUT_ASSETS
 def test_a_worker_that_freezes_amid_its_answer_is_replaced(capfd):
-    envs = vla.VectorEnv(make_args(num_envs=1, camera_size=32, env_timeout=8.0))
+    envs = vla.VectorEnv(make_args(num_envs=1, camera_size=32, env_timeout=5.0))
     with ThreadPoolExecutor(1) as pool:
-        envs.send(0, freeze_amid_the_answer)
-        wake = threading.Timer(120, os.kill, (envs.processes[0].pid, signal.SIGCONT))  # fail, do not hang
-        wake.start()
+        envs.send(0, answer_at_length)
         while not envs.connections[0].poll(1):
             pass
-        time.sleep(3)  # the pipe is full, and the worker stopped
+        os.kill(envs.processes[0].pid, signal.SIGSTOP)  # the pipe is full: most of the answer has yet to come
+        wake = threading.Timer(120, os.kill, (envs.processes[0].pid, signal.SIGCONT))  # fail, do not hang
+        wake.start()
         result = pool.submit(envs.receive, 0).result(timeout=100)
         wake.cancel()
     assert result == "its process died or froze"
