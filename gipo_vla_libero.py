@@ -166,7 +166,7 @@ class Args:
     num_envs: int = 16
     """N: simulators of this process (each is a process of its own with 2 GB of memory)"""
     train_init_states: int = 50
-    """RL starts episodes from the first k of the 50 initial states of a task; 50, as others do: all that evaluation uses"""
+    """RL uses the first k of a task's 50 initial states; 50, as in other projects: it trains on those it is evaluated on"""
     episodes_per_task: int = 4
     """episodes in a row of a simulator on one task: another scene takes 3 to 6 s to compile, while others wait"""
     render: Literal["auto", "egl", "osmesa"] = "auto"
@@ -188,8 +188,8 @@ class Args:
     env_timeout: float = 120.0
     """seconds for a chunk, after which a simulator that does not answer is killed and started anew"""
     env_start_timeout: float = 1_200.0
-    """the same for a reset, before which its process may start and a scene be compiled (minutes where many start at once),
-    and for a demonstration of the scripted expert"""
+    """the same for a reset, which includes starting the process and compiling a scene (minutes where many start at once), and
+    for a demonstration of the scripted expert"""
 
     # ---- policy
     model: str = ""
@@ -231,8 +231,8 @@ class Args:
     num_steps: int = 16
     """T: action chunks per simulator and rollout; also the length of a replayed segment"""
     buffer_size: int = 20_480
-    """replay buffer of each process in environment steps, rounded down to whole rollouts; 0: one. Ten rollouts, as in the tiny
-    preset, where a buffer of the whole run learned less; never tuned at full size"""
+    """replay buffer of each process in environment steps, rounded down to whole rollouts (0: one rollout). The default is ten,
+    as in the tiny preset, where a buffer of the whole run learned less; never tuned at full size"""
     minibatch_size: int = 2_048
     """environment steps per update and process, a multiple of num_steps times the chunk length"""
     updates_per_iteration: int = 2
@@ -263,14 +263,14 @@ class Args:
     ent_coef: float = 0.0
     """weight of the entropy bonus per token"""
     vf_coef: float = 0.5
-    """weight of the value loss; it reads detached features and has its own step size: matters only through clipping"""
+    """weight of the value loss; AdamW is nearly indifferent to it, so it matters only through --max-grad-norm"""
     reward_scale: float = 1.0
     """constant factor on the reward, which is 1 at success"""
     max_grad_norm: float = 1.0
     """gradient norm limit, for policy and critic apart"""
     adv_std_floor: float = 1.0
-    """advantages are divided by their standard deviation, but by no less than this share of its largest value so far: without
-    a success in a minibatch they are noise of the critic, not to be scaled up (1: as in the tiny preset)"""
+    """advantages are divided by their standard deviation, but by no less than this share of its largest value so far: else a
+    minibatch without a success would have the critic's noise scaled up (1: as in the tiny preset)"""
 
     # ---- GIPO
     trust_weight: Literal["gipo", "ppo", "sapo", "none"] = "gipo"
@@ -559,7 +559,12 @@ def train(args: Args, at_exit) -> dict:
         for i in range(args.num_envs):
             simulators.start(i, *next_episode({}, progress.failures, args, rng))
         simulators.wait(range(args.num_envs))
-    seconds, evaluations = progress.seconds, progress.evaluations
+    if args.resume and not args.eval_temperature and (run_folder / "evaluation.json").exists():
+        # Also what was evaluated after the last checkpoint. If evaluations sample they are made again: training goes on with
+        # the random numbers after theirs.
+        found = read_json(run_folder / "evaluation.json")["evaluations"]
+        progress.evaluations = [evaluation for evaluation in found if evaluation["step"] <= progress.global_step]
+    seconds, evaluations, evaluation_seconds = progress.seconds, progress.evaluations, 0.0
     with torch.random.fork_rng([device] if args.cuda else []):  # so that a resumed run draws what an uninterrupted one does
         few = slice(min(4, micro_batch))  # no more than an update has at once
         few_inputs = interface.inputs(simulators.images[few], simulators.proprio[few], simulators.tasks[few])
@@ -584,18 +589,20 @@ def train(args: Args, at_exit) -> dict:
         finished, done_before = step >= total_steps, bool(evaluations) and evaluations[-1]["step"] == step
         evaluation_due = args.eval_episodes > 0 and (finished or step == 0 or passed(args.eval_every))
         if evaluation_due and not done_before and not stop:
+            evaluation_start = time.time()
             evaluation = evaluate(agent, args, interface, simulators, stop_signals)
-            stop = any_rank(bool(stop_signals))
+            evaluation_seconds, stop = time.time() - evaluation_start, any_rank(bool(stop_signals))
             if not stop:
                 best = max([e["success_rate"] for e in evaluations], default=-1.0)
                 evaluations.append({"step": step} | evaluation)
                 if rank == 0:
                     for name in ["model", *["best_model"] * (evaluation["success_rate"] > best)]:
                         save_policy(run_folder / name, agent, tokenizer, norm_stats, args)
-                    record = {"settings": settings_of(args, norm_stats), "versions": versions()}
-                    write_json(run_folder / "evaluation.json", record | {"evaluations": evaluations})
                     for name in ("success_rate", "return_mean"):
                         writer.add_scalar(f"eval/{name}", evaluation[name], step)
+                    writer.flush()  # what evaluation.json has is not evaluated again
+                    record = {"settings": settings_of(args, norm_stats), "versions": versions()}
+                    write_json(run_folder / "evaluation.json", record | {"evaluations": evaluations})
                     say(("\n" if tty else "") + f"eval at {step:,}: {describe(evaluation, args, args.tasks, step == 0)}")
                 if args.capture_video:
                     with torch.random.fork_rng([device] if args.cuda else []):  # a run with films equals one without
@@ -692,7 +699,9 @@ def train(args: Args, at_exit) -> dict:
         for name, value in scalars.items() if writer else ():
             writer.add_scalar(name, value, step)
         if tty or time.time() - last_print > 10 or step >= total_steps:
-            left = round((total_steps - step) / sps)
+            every = args.eval_every or total_steps
+            evaluations_left = (total_steps - 1) // every - (step - 1) // every + 1  # if each takes as long as the last one
+            left = round((total_steps - step) / sps + evaluations_left * evaluation_seconds)
             shown = "   -" if success is None else f"{success:4.0%}"
             line = f"step {step:>9,}  success {shown}  {sps / chunk:5.1f} chunks/s  {updates:5.2f} updates/s"
             line += f"  left {left // 60}m{left % 60:02d}s"
@@ -2504,9 +2513,16 @@ def find_micro_batch(agent, interface, args) -> int:
     limit = 0.95 * (free + torch.cuda.memory_reserved(interface.device))  # what other programs have left
     if render_variables(args.render)["MUJOCO_GL"] == "egl":  # the simulators come later, and draw on this GPU
         limit -= args.num_envs * 0.4 * 2**30  # an estimate
+
+    def most(sizes: list[int]) -> int:
+        if not sizes:
+            how = "--gradient-checkpointing, --train lora, GPUs with more memory, or --micro-batch 1 to try it all the same"
+            raise ArgumentError(f"--train {args.train}: not even one chunk per pass fits the GPU beside the optimizer: {how}")
+        return max(sizes)
+
     if sharded_layers(agent):  # planned, not tried: ranks that fail at other sizes would wait for each other's gradients
         plans = {2**k: memory_plan(agent.config, args, 2**k, ranks()[1]) for k in range(10)}
-        return max(size for size, plan in plans.items() if size == 1 or sum(plan.values()) * 2**30 < limit)
+        return most([size for size, plan in plans.items() if sum(plan.values()) * 2**30 < limit])
     trained = [p for p in agent.parameters() if p.requires_grad]
     limit -= 8 * sum(p.numel() for p in trained)
     for p in trained:  # they are there during every pass of an update but the first
@@ -2528,10 +2544,7 @@ def find_micro_batch(agent, interface, args) -> int:
     agent.zero_grad()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # the last size did not fit
-    if not sizes:
-        how = "--gradient-checkpointing, --train lora, or a GPU with more memory"
-        raise ArgumentError(f"--train {args.train}: not even one chunk per pass fits the GPU beside the optimizer: {how}")
-    return sizes[-1]
+    return most(sizes)
 
 
 # -------------------- Arguments --------------------
@@ -3024,7 +3037,7 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
     processes.
 
     -> success_rate, return_mean, episodes, success_by_task {task: rate}, successes [[task, init_state, 0 or 1], ...]. The
-    training episodes in flight are played again afterwards.
+    training episodes in flight are played again afterwards, unless a signal has ended it all.
     """
     sampled = {"deterministic": not args.eval_temperature, "temperature": args.eval_temperature or 1.0}
     before = simulators.snapshot() if simulators.episodes[0] else None
@@ -3059,7 +3072,7 @@ def evaluate(agent, args, interface, simulators, stop_signals=()) -> dict:
                     simulators.act(i, actions)
     if running:  # stopped by a signal: the simulators still owe an answer
         simulators.wait(sorted(running))
-    if before is not None:
+    if before is not None and not stop_signals:
         simulators.restore(before)
     if dist.is_initialized():
         shares = [None] * world

@@ -30,6 +30,11 @@ SLOW = "cli cuda graphgpo_cli graphgpo_model learning odd_environments ownership
 SLOW += " report resume smollm2 vla_environment vla_faults vla_learning vla_policy vla_script vla_sharded vla_wiring wiring"
 SLOW = [f"test_{name}" for name in SLOW.split()]
 
+# The files that take minutes go first, the longest before all: else one of the two processes would wait for the other's last.
+LONGEST = [
+    f"test_{name}" for name in "vla_script report vla_environment resume cli ownership vla_sharded popo_cli smollm2".split()
+]
+
 # What the source of a test holds that reads the text, tables or pictures of the repository: `pytest -m pages`.
 READS_PAGES = r"\bROOT\b.*(README|docs|\.md\b)|\bPAGES\b|def test_committed|\bfigures\b"
 
@@ -42,6 +47,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads per process would o
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -578,3 +579,18 @@ def test_the_gpu_measurement_runs_anywhere(train, tmp_path):
     # LoRA: a forward pass and a backward pass for activations only. Full: gradients of weights, too, but not in the towers.
     forward, update = result["tflop_per_chunk"], result["update"]["tflop_per_sample"]
     assert update == pytest.approx(2 * forward) if train == "lora" else 2 * forward < update < 3 * forward
+
+
+def test_an_evaluation_that_a_signal_ends_plays_no_training_episode_again():
+    """With a checkpoint written before it, that would be minutes for nothing."""
+    said = []
+
+    class Simulators:
+        episodes, groups = [{"task": 0, "init_state": 3}], [[0]]
+
+        def __getattr__(self, name):
+            return lambda *args: said.append(name)
+
+    args = tiny_args(eval_episodes=1, tasks=(0,))
+    result = vla.evaluate(None, args, None, Simulators(), stop_signals=[signal.SIGTERM])
+    assert result["success_rate"] is None and said == ["snapshot", "start", "wait"]

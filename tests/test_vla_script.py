@@ -4,6 +4,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,6 +67,8 @@ def test_run_folder_and_result(finished):
     assert result["evaluations"][-1]["success_by_task"].keys() == {"0"}
     for word in ("demonstrations:", "cloning:", "memory:", "eval at 0:", "eval at 192:", "chunks/s"):
         assert word in output
+    minutes, seconds = re.search(r"step +192 .* left (\d+)m(\d\d)s", output).groups()
+    assert int(minutes) + int(seconds) > 0  # the last evaluation
 
 
 def test_scalars(finished):
@@ -130,11 +133,13 @@ def test_interrupted_run_continues_exactly(finished):
 
 
 def test_a_run_that_dies_before_its_result_is_written(finished):
+    """After its last evaluation, which is not made again."""
     _, folder, _ = finished
     before = (folder / "result.json").read_text()
     (folder / "result.json").unlink()
     again, _ = run_script(NAME, folder.parent, "--resume", folder)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert "eval at" not in again.stdout
     one, two = (json.loads(text) for text in (before, (folder / "result.json").read_text()))
     assert all(one[key] == two[key] for key in one if key not in {"sps", "wall_seconds", "peak_memory_mb", "git_commit"})
 

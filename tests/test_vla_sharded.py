@@ -186,3 +186,6 @@ def test_passes_leave_room_for_the_simulators(monkeypatch):
         found[gl] = vla.find_micro_batch(agent, interface, args)
         sizes = [sum(vla.memory_plan(config, args, found[gl] * more, 8).values()) for more in (1, 2)]
         assert sizes[0] < left <= sizes[1], (gl, sizes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2**30, 80 * 2**30))
+    with pytest.raises(vla.ArgumentError, match=r"^--train full: not even one chunk per pass fits .*--micro-batch 1 to try"):
+        vla.find_micro_batch(agent, interface, args)
