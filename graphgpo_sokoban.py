@@ -71,8 +71,8 @@ SUCCESS = "success"  # the virtual node that the last step of every successful r
 MAX_LOG_COEF = 20.0  # exp(20) is finite in float32 with room to spare; exp(l) alone overflows at l = 88; above 20 no gradient
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_SECONDS_UNSAVED = 1800  # a large model's few iterations take hours
-# Arguments that concern the machine or the files: a resumed run may change them. With another cuda, micro_batch
-# or generation_batch random numbers are others; otherwise results differ by rounding at most.
+# Arguments that concern the machine or the files: a resumed run may change them. With another device, micro_batch
+# or generation_batch other random numbers are drawn; otherwise results differ by rounding at most.
 MACHINE_ARGS = "run_dir resume overwrite evaluate checkpoint_every track wandb_project".split()
 MACHINE_ARGS += "cuda torch_threads micro_batch generation_batch".split()
 TEXT_GAMES = ("tw-coin_collector", "tw-treasure_hunter", "tw-simple")

