@@ -981,9 +981,6 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
     collector.close(timeout=60.0)
     seconds["wall"] = time.time() - start_time
     evaluation = evaluation or {"success_rate": None, "return_mean": None, "episodes": 0}
-    # Of the children the largest, if environments have processes; git is a child, too, and is counted as large as this one.
-    processes = [resource.RUSAGE_SELF, *[resource.RUSAGE_CHILDREN] * (own_process or args.async_envs)]
-    peak_memory = sum(resource.getrusage(which).ru_maxrss for which in processes)  # in KB; on macOS in bytes
     result = {"env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "total_timesteps": global_step}
     result |= {f"eval_{key}": value for key, value in evaluation.items() if key != "returns"}
     result |= {
@@ -991,7 +988,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "train_success_rate": success_rate(recent_successes),
         "sps": global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
-        "peak_memory_mb": peak_memory / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_memory_mb": peak_memory_mb(children=int(own_process or args.async_envs)),
         "git_commit": commit,
         "versions": {"python": sys.version.split()[0], "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", "gymnasium", "metaworld", "mujoco")},
@@ -1377,6 +1374,8 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
+        if len(stop_signals) > 1:  # a copy that came before the next lines were through
+            return
         # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
         # what is ignored, but no handler: terminate() can end them.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1425,6 +1424,15 @@ def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically."""
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def peak_memory_mb(children: int = 0) -> float:
+    """Most resident memory in MB: of this process, plus `children` times that of the largest process it has started."""
+    own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    if sys.platform == "linux":  # where ru_maxrss counts the program that has started this one, too
+        status = Path("/proc/self/status").read_text().splitlines()
+        own = next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), own)
+    return (own + children * largest_child) / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
 
 
 def git_commit() -> str | None:

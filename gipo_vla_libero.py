@@ -730,8 +730,6 @@ def train(args: Args, at_exit) -> dict:
     seconds["wall"] = time.time() - start_time
     last = evaluations[-1] if evaluations else {"success_rate": None, "return_mean": None, "episodes": 0}
     success, episode_return, _ = progress.recent_means(device)
-    own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    kilobytes = own + args.num_envs * largest_child  # a simulator each
     result = {
         "env_id": args.suite,
         "exp_name": args.exp_name,
@@ -745,7 +743,7 @@ def train(args: Args, at_exit) -> dict:
         "train_success_rate": success,
         "sps": progress.global_step / seconds["training"],
         "wall_seconds": seconds["wall"],
-        "peak_memory_mb": kilobytes / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_memory_mb": peak_memory_mb(children=args.num_envs),  # a simulator each
         "git_commit": commit,
         "versions": versions(),
         "args": config_json,
@@ -805,6 +803,8 @@ def catch_signals(at_exit) -> list:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
+        if len(stop_signals) > 1:  # a copy that came before the next lines were through
+            return
         # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
         # what is ignored, but no handler: terminate() can end them.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -2738,6 +2738,15 @@ def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically."""
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def peak_memory_mb(children: int = 0) -> float:
+    """Most resident memory in MB: of this process, plus `children` times that of the largest process it has started."""
+    own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    if sys.platform == "linux":  # where ru_maxrss counts the program that has started this one, too
+        status = Path("/proc/self/status").read_text().splitlines()
+        own = next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), own)
+    return (own + children * largest_child) / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

@@ -895,6 +895,8 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
+        if len(stop_signals) > 1:  # a copy that came before the next lines were through
+            return
         # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
         # what is ignored, but no handler: terminate() can end them.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1155,7 +1157,7 @@ def train(args: Args, at_exit: contextlib.ExitStack) -> dict:
         "sps": total_steps / seconds["training"],
         "wall_seconds": seconds["wall"],
         "credit_seconds": seconds["credit"],
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_memory_mb": peak_memory_mb(),
         "git_commit": commit,
         "versions": {"python": platform.python_version(), "algorithm": ALGORITHM_VERSION}
         | {package: importlib.metadata.version(package) for package in ("torch", "numpy", *optional)},
@@ -1241,6 +1243,15 @@ def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically."""
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def peak_memory_mb(children: int = 0) -> float:
+    """Most resident memory in MB: of this process, plus `children` times that of the largest process it has started."""
+    own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    if sys.platform == "linux":  # where ru_maxrss counts the program that has started this one, too
+        status = Path("/proc/self/status").read_text().splitlines()
+        own = next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), own)
+    return (own + children * largest_child) / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
 
 
 def git_commit() -> str | None:

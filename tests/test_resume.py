@@ -1,5 +1,6 @@
 """Interrupted and killed runs: resumed, they equal the run that was left alone, bit for bit on the CPU."""
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -163,6 +164,18 @@ def test_a_second_signal_ends_at_once(tmp_path):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == -signal.SIGINT and "Traceback" not in output
     assert left_running(process.pid) == [] and not (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(("script", "name"), [("gipo_continuous", "catch_stop_signals"), ("gipo_vla_libero", "catch_signals")])
+def test_a_copy_that_interrupts_the_handler_says_nothing(script, name, capfd):
+    """The other scripts have the first one's function (test_diff.py)."""
+    with contextlib.ExitStack() as at_exit:
+        caught = getattr(importlib.import_module(script), name)(at_exit)
+        handler = signal.getsignal(signal.SIGTERM)
+        handler(signal.SIGTERM, None)
+        handler(signal.SIGTERM, None)
+    assert caught == [signal.SIGTERM] * 2
+    assert capfd.readouterr().err.count("stopping soon") == 1
 
 
 @pytest.mark.parametrize(("script", "signum"), [(SCRIPTS[0], signal.SIGHUP), (SCRIPTS[1], signal.SIGTERM)])
