@@ -19,6 +19,7 @@ except ImportError:
 import numpy as np
 import pytest
 import torch
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("gipo_continuous", "ppo_baseline")
@@ -79,17 +80,28 @@ def command_line(script: str, run_dir: Path, flags) -> list[str]:
 
 def run_script(script: str, run_dir: Path, *flags, **environment) -> tuple[subprocess.CompletedProcess, Path | None]:
     """Run a script to its end: -> the finished process, and the run folder it has left if there is exactly one."""
-    command = command_line(script, run_dir, flags)
-    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600)
+    command, pipe = command_line(script, run_dir, flags), subprocess.PIPE
+    with new_process(command, environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            output = process.communicate(timeout=600)
+        finally:
+            process.kill()
+    process = subprocess.CompletedProcess(command, process.returncode, *output)
     folders = [path for path in run_dir.iterdir() if path.is_dir()] if run_dir.exists() else []
     return process, folders[0] if len(folders) == 1 else None
+
+
+def new_process(command: list[str], environment: dict, **how) -> subprocess.Popen:
+    """A script is forked to save its imports (warm.py)."""
+    forked = sys.platform == "linux" and command[0] == sys.executable and command[1].endswith(".py")
+    return (warm.Popen if forked else subprocess.Popen)(command, env={**os.environ, **environment}, **how)
 
 
 def start_command(command: list[str], **environment) -> subprocess.Popen:
     """Start a command in a session of its own, with its output as one stream of lines."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a process inherits it ignored from `nohup pytest`
-    STARTED.append(subprocess.Popen(command, env={**os.environ, **environment}, **pipes))
+    STARTED.append(new_process(command, environment, **pipes))
     signal.signal(signal.SIGHUP, hangup)
     return STARTED[-1]
 
