@@ -80,21 +80,26 @@ def command_line(script: str, run_dir: Path, flags) -> list[str]:
 
 def run_script(script: str, run_dir: Path, *flags, **environment) -> tuple[subprocess.CompletedProcess, Path | None]:
     """Run a script to its end: -> the finished process, and the run folder it has left if there is exactly one."""
-    command, pipe = command_line(script, run_dir, flags), subprocess.PIPE
-    with new_process(command, environment, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            output = process.communicate(timeout=600)
-        finally:
-            process.kill()
-    process = subprocess.CompletedProcess(command, process.returncode, *output)
+    process = run_command(command_line(script, run_dir, flags), **environment)
     folders = [path for path in run_dir.iterdir() if path.is_dir()] if run_dir.exists() else []
     return process, folders[0] if len(folders) == 1 else None
 
 
-def new_process(command: list[str], environment: dict, **how) -> subprocess.Popen:
+def new_process(command: list, environment: dict, **how) -> subprocess.Popen:
     """A script is forked to save its imports (warm.py)."""
-    forked = sys.platform == "linux" and command[0] == sys.executable and command[1].endswith(".py")
+    forked = sys.platform == "linux" and command[0] == sys.executable and str(command[1]).endswith(".py")
     return (warm.Popen if forked else subprocess.Popen)(command, env={**os.environ, **environment}, **how)
+
+
+def run_command(command: list, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
+    pipe = subprocess.PIPE
+    with new_process(command, environment, stdout=pipe, stderr=pipe, text=True, cwd=cwd) as process:
+        try:
+            output = process.communicate(timeout=600)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
 def start_command(command: list[str], **environment) -> subprocess.Popen:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import (
     ROOT,
     SCRIPTS,
@@ -448,8 +449,8 @@ def test_printed_commands_can_be_pasted(tmp_path):
         command = f"{tools[words[0]]} {words[1]}"
         return subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True, timeout=120)
 
-    python = shlex.quote(sys.executable)
-    flags = [*FLAGS, "--total-timesteps", "6400", "--eval-episodes", "1"]
+    python = shlex.quote(warm.stand_in())
+    flags = [*FLAGS, "--total-timesteps", "3200", "--eval-episodes", "1"]
     command = ["bash", "-c", f'cd "{home}" && exec {python} "my gipo.py" --run-dir "my runs" {shlex.join(flags)}']
     process = start_command(command)
     wait_for_line(process, "from step")
@@ -665,13 +666,13 @@ def test_help_that_nobody_reads_to_its_end(script):
 
 def test_nohup(tmp_path):
     """The terminal is closed: SIGHUP to all of it, which nohup has them ignore."""
-    command = ["nohup", *command_line("gipo_continuous", tmp_path, [*FLAGS, "--total-timesteps", "6400"])]
+    command = ["nohup", *command_line("gipo_continuous", tmp_path, [*FLAGS, "--total-timesteps", "3200"])]
     process = start_command(command)
     wait_for_line(process, "from step")
     os.killpg(process.pid, signal.SIGHUP)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "finished in" in output, output
-    assert_finished(only_folder(tmp_path), 6400)
+    assert_finished(only_folder(tmp_path), 3200)
 
 
 @ONE_SCRIPT

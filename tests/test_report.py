@@ -1395,11 +1395,9 @@ def test_diagnostics_table_by_hand():
 # -------------------- benchmark.sh --------------------
 def benchmark(*flags, cwd=ROOT, **environment):
     """A finished call; its Python processes are forked (warm.py) unless the test has a Python of its own."""
-    warm.start_server()
-    environment = {**os.environ, "PYTHON": warm.__file__} | environment
-    return subprocess.run(
-        ["./benchmark.sh", *map(str, flags)], cwd=cwd, capture_output=True, text=True, env=environment, timeout=600
-    )
+    environment = {"PYTHON": warm.stand_in()} | environment
+    command = ["./benchmark.sh", *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600)
 
 
 def copy_benchmark(folder):
@@ -1624,7 +1622,7 @@ def test_dry_run_prints_exact_commands(checkout):
     expected = "ppo_baseline.py --buffer-size 20000 --num-steps 16 --minibatch-size 128 --policy-head categorical"
     expected += " --ratio per-dim --ent-coef 0.001 --clip-coef 0.2 --env-id reach-v3 --seed 5 --exp-name ppo-clip-0.2_20000"
     end = "--total-timesteps 300000 --run-dir runs/benchmark-300000 --eval-every 0 --no-overlap"
-    assert clip == f"{shlex.quote(warm.__file__)} {expected} {end}"
+    assert clip == f"{shlex.quote(warm.stand_in())} {expected} {end}"
     assert all(line.endswith(f" {end}") for line in lines)
     assert not (checkout / "runs").exists()
 

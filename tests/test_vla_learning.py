@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT
+from conftest import ROOT, run_command
 from vla_throughput import flops_per_chunk, log_ratios
 
 import gipo_continuous as gipo
@@ -169,11 +169,17 @@ def rank_worker(rank, world, port, args, out, **kwargs):
         torch.distributed.destroy_process_group()
 
 
+def start_ranks(function, args, number):
+    """torch.multiprocessing.spawn() with forks of a process that has imported the script."""
+    mp.get_context("forkserver").set_forkserver_preload(["gipo_vla_libero", "torch._dynamo", "pytest"])
+    mp.start_processes(function, args, number, start_method="forkserver")
+
+
 def two_processes(args, out, **kwargs):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(functools.partial(rank_worker, **kwargs), (2, port, args, out), nprocs=2)
+    start_ranks(functools.partial(rank_worker, **kwargs), (2, port, args, out), 2)
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -534,7 +540,7 @@ def test_measured_log_ratios_by_hand():
 def test_the_gpu_measurement_saves_a_policy_to_start_from(tmp_path):
     """--save writes a folder that the script loads, with statistics for libero_spatial and a prompt per task."""
     command = [sys.executable, "tests/vla_throughput.py", "--size", "tiny", "--device", "cpu", "--save", str(tmp_path / "ck")]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    process = run_command(command, cwd=ROOT)
     assert process.returncode == 0 and process.stdout == "", process.stderr
     script = vla.Args(cuda=False, dtype="float32", jpeg=False)
     agent, tokenizer, norm_stats = vla.load_policy(str(tmp_path / "ck"), script, torch.device("cpu"))
@@ -569,7 +575,7 @@ def test_the_gpu_measurement_runs_anywhere(train, tmp_path):
     command = [sys.executable, "tests/vla_throughput.py", "--size", "tiny", "--device", "cpu", "--train", train]
     command += ["--repeats", "1", "--batches", "2", "5", "--micro-batch", "3", "--output", str(tmp_path / "out.json")]
     (tmp_path / "out.json").write_text(json.dumps([{"another": "measurement"}]))
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    process = run_command(command, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     other, result = json.loads((tmp_path / "out.json").read_text())
     assert other == {"another": "measurement"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_script, start_script
+from conftest import ROOT, differences, read_json, read_pt, read_scalars, run_command, run_script, start_script
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import gipo_vla_libero as vla
@@ -119,7 +119,7 @@ def test_interrupted_run_continues_exactly(finished):
     assert not (stopped / "result.json").exists()
     (last,) = [path.name for path in stopped.glob("checkpoint-*")]
     (run_dir / "dies.py").write_text(DIES)
-    assert subprocess.run([sys.executable, run_dir / "dies.py", "--resume", stopped], timeout=600).returncode == 9
+    assert run_command([sys.executable, run_dir / "dies.py", "--resume", stopped]).returncode == 9
     left = sorted(path.name for path in stopped.glob("checkpoint*"))
     assert len(left) == 3 and {last, "checkpoint.pt"} < {*left}
     (stopped / "checkpoint-5").mkdir(exist_ok=True)
@@ -148,7 +148,8 @@ def test_clone_and_demonstrations_are_made_once(finished):
     run_dir, _, _ = finished
     cached = lambda: {p.name: p.stat().st_mtime_ns for p in (run_dir / "cache").iterdir() if p.name != "lock"}  # noqa: E731
     before = cached()
-    flags = [*SMALL, "--exp-name", "second", "--total-timesteps", 32, "--critic-warmup", 0, "--eval-episodes", 0]
+    flags = [*SMALL, "--exp-name", "second", "--num-envs", 1, "--minibatch-size", 16, "--total-timesteps", 16]
+    flags += ["--critic-warmup", 0, "--eval-episodes", 0]
     process, _ = run_script(NAME, run_dir, *flags)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "cloning:" not in process.stdout

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from test_vla_learning import random_minibatch, tiny_agent, tiny_args
+from test_vla_learning import random_minibatch, start_ranks, tiny_agent, tiny_args
 
 import gipo_vla_libero as vla
 
@@ -99,7 +98,7 @@ def run(world, args, out, **kwargs):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        mp.spawn(functools.partial(worker, **kwargs), (world, port, args, out), nprocs=world)
+        start_ranks(functools.partial(worker, **kwargs), (world, port, args, out), world)
     return [torch.load(out / f"{world}-{r}{kwargs.get('load', '')}.pt", weights_only=True) for r in range(world)]
 
 
