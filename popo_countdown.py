@@ -1307,13 +1307,14 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def peak_memory_mb(children: int = 0) -> float:
-    """Most resident memory in MB: of this process, plus `children` times that of the largest process it has started."""
-    own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    if sys.platform == "linux":  # where ru_maxrss counts the program that has started this one, too
-        status = Path("/proc/self/status").read_text().splitlines()
-        own = next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), own)
-    return (own + children * largest_child) / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
+def peak_memory_mb(children=()) -> float:
+    """Most resident memory in MB of this process and its running `children` together; outside Linux of this process alone."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "darwin" else 1)
+    if sys.platform == "linux":  # where that counts the program which has started this one, too
+        files = [Path(f"/proc/{pid}/status") for pid in ("self", *(child.pid for child in children))]
+        with contextlib.suppress(OSError, IndexError):  # of a child that has ended
+            kilobytes = sum(int(file.read_text(errors="replace").split("VmHWM:")[1].split()[0]) for file in files)
+    return kilobytes / 2**10
 
 
 def git_commit() -> str | None:
@@ -1463,11 +1464,10 @@ def catch_stop_signals(at_exit: contextlib.ExitStack) -> list[int]:
 
     def ask_to_stop(signum, frame):
         stop_signals.append(signum)
-        if len(stop_signals) > 1:  # a copy that came before the next lines were through
-            return
         # A launcher or a closing terminal may send copies: only Ctrl-C stops at once now. Programs that start later inherit
         # what is ignored, but no handler: terminate() can end them.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.signal(signal.SIGINT, signal.SIG_DFL) is not ask_to_stop:  # a copy came here first
+            return
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # of a closed terminal

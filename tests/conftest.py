@@ -87,12 +87,12 @@ def run_script(script: str, run_dir: Path, *flags, **environment) -> tuple[subpr
 
 def new_process(command: list, environment: dict, **how) -> subprocess.Popen:
     """A script is forked to save its imports (warm.py)."""
-    forked = sys.platform == "linux" and command[0] == sys.executable and str(command[1]).endswith(".py")
+    forked = command[0] == sys.executable and str(command[1]).endswith(".py")
     return (warm.Popen if forked else subprocess.Popen)(command, env={**os.environ, **environment}, **how)
 
 
 def run_command(command: list, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
-    """Run a command to its end."""
+    """Run a command to its end, 10 minutes at most; keywords are variables of its environment."""
     pipe = subprocess.PIPE
     with new_process(command, environment, stdout=pipe, stderr=pipe, text=True, cwd=cwd) as process:
         try:

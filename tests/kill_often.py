@@ -44,7 +44,7 @@ def kill_once(script: str, run_dir: Path, flags: list, chance: random.Random) ->
                 break
         time.sleep(chance.expovariate(2.0))
     else:
-        time.sleep(chance.uniform(0.0, 5.0))
+        time.sleep(chance.uniform(0.0, 2.0))
     whole_group = chance.random() < 0.5
     (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
     output = process.communicate()[0]

@@ -1928,10 +1928,12 @@ def test_two_invocations_do_not_share_a_run(checkout):
 def test_a_file_system_without_locks_runs_all_the_same(checkout):
     """As the scripts do there: NFS without its lock daemon and Lustre without flock know no lock."""
     (checkout / "lockless").mkdir()
-    flock = "def flock(*_):\n    open('asked', 'w').close()\n    raise OSError(37, 'No locks available')\n"
-    (checkout / "lockless" / "sitecustomize.py").write_text(f"import fcntl\n{flock}fcntl.flock = flock\n")
-    process = benchmark("quick", *SMALL, "--methods", "gipo", cwd=checkout, PYTHONPATH=str(checkout / "lockless"))
-    assert process.returncode == 0 and (checkout / "asked").exists(), process.stderr + process.stdout
+    flock = "def flock(*_):\n    open(f'asked by {sys.argv[0]}', 'w').close()\n    raise OSError(37, 'No locks available')\n"
+    (checkout / "lockless" / "sitecustomize.py").write_text(f"import fcntl, sys\n{flock}fcntl.flock = flock\n")
+    environment = {"PYTHON": sys.executable, "PYTHONPATH": str(checkout / "lockless")}  # a fork would not see this module
+    process = benchmark("quick", *SMALL, "--methods", "gipo", cwd=checkout, **environment)
+    assert process.returncode == 0, process.stderr + process.stdout
+    assert {path.name for path in checkout.glob("asked by *")} == {"asked by -c", "asked by gipo_continuous.py"}
     assert (checkout / "runs" / "benchmark-512" / "reach-v3__gipo_512__1" / "result.json").exists()
 
 

@@ -43,6 +43,16 @@ def make_args(**changes):
     return SimpleNamespace(**fields | {"demo_noise": 0.3} | changes)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_environment():
+    """Simulators set variables, which the processes of later tests must not inherit."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before - {"WARM_SERVER"}:
+        del os.environ[name]
+    os.environ |= before
+
+
 @pytest.fixture(scope="module")
 def env():
     """One simulator for all tests; those that change its args put them back."""
