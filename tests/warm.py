@@ -29,7 +29,7 @@ from pathlib import Path
 # What the scripts import, and what PyTorch and TensorBoard import when they are first used.
 PRELOADED = "gipo_continuous graphgpo_sokoban popo_countdown gipo_vla_libero report".split()
 PRELOADED += "torch._dynamo torch.utils.tensorboard matplotlib.pyplot".split()
-# Set by bash, readline, pytest and tests. run() does what Python does with PYTHONPATH; benchmark.sh's exports are in lower case.
+# Set by bash, readline, pytest and tests. PYTHONPATH is run()'s own business; benchmark.sh's exports are in lower case.
 NOT_READ_AT_IMPORT = "_ OLDPWD PWD SHLVL COLUMNS LINES BASH_FUNC_run%% PYTHON PYTHONPATH PYTEST_CURRENT_TEST".split()
 NOT_READ_AT_IMPORT += "WARM_SERVER FAULT GATE WANDB_MODE WANDB_DIR".split()
 PR_SET_CHILD_SUBREAPER = 36  # of Linux
