@@ -61,26 +61,30 @@ def serve(listener: socket.socket) -> None:
     gc.freeze()
     while select.select([listener, sys.stdin], [], [])[0] == [listener]:
         connection, _ = listener.accept()
-        with contextlib.suppress(OSError, ValueError):  # of a process that is gone
+        try:
             request, streams, _, _ = socket.recv_fds(connection, 2**20, 3)
             request = json.loads(request)
-            if read_at_import(request["environment"]) != ours:
+        except (OSError, ValueError):  # of a process that is gone
+            connection.close()
+            continue
+        if read_at_import(request["environment"]) != ours:
+            with contextlib.suppress(OSError):
                 connection.send(b"0")
-            elif intermediate := os.fork():
-                if request["adopt"]:
-                    os.waitpid(intermediate, 0)
-            else:
-                # Forked twice. When the process between has ended, the kernel gives the script to pytest, a subreaper, which
-                # then waits for it like for a child of its own. Or the process between waits, and sends the exit code.
-                intermediate = os.getpid()
-                os.close(listener.detach())
-                if not (pid := os.fork()):
-                    while request["adopt"] and os.getppid() == intermediate:
-                        time.sleep(0.001)
-                    return run(request, streams, connection.detach())
-                if not request["adopt"]:
-                    wait(pid, connection)
-                os._exit(0)
+        elif intermediate := os.fork():
+            if request["adopt"]:
+                os.waitpid(intermediate, 0)
+        else:
+            # Forked twice. When the process between has ended, the kernel gives the script to pytest, a subreaper, which then
+            # waits for it like for a child of its own. Or the process between waits, and sends the exit code.
+            intermediate = os.getpid()
+            os.close(listener.detach())
+            if not (pid := os.fork()):
+                while request["adopt"] and os.getppid() == intermediate:
+                    time.sleep(0.001)
+                return run(request, streams, connection.detach())
+            if not request["adopt"]:
+                wait(pid, connection)
+            os._exit(0)
         for stream in (*streams, connection.detach()):
             os.close(stream)
 
@@ -89,7 +93,9 @@ def wait(pid: int, connection: socket.socket) -> None:
     """Send the exit code; end the script if nobody waits for it any more."""
     if connection in select.select([connection, os.pidfd_open(pid)], [], [])[0]:
         os.kill(pid, signal.SIGKILL)
-    connection.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(OSError):
+        connection.send(str(code).encode())
 
 
 def run(request: dict, streams: list[int], connection: int) -> None:
@@ -116,8 +122,8 @@ def run(request: dict, streams: list[int], connection: int) -> None:
 
 # -------------------- In the tests --------------------
 @functools.cache
-def start_server() -> None:
-    """For this process and those that it starts, until it ends."""
+def start_server() -> dict[str, str]:
+    """Its environment; it serves this process and those that it starts, until it ends."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     os.environ["WARM_SERVER"] = f"{folder.name}/socket"
@@ -129,6 +135,7 @@ def start_server() -> None:
     pipes = {"pass_fds": [listener.fileno()], "stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     atexit.register(process.communicate)
+    return environment
 
 
 class Popen(subprocess.Popen):
