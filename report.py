@@ -1753,6 +1753,9 @@ def write_report(args: Args, new: dict[Path, dict] | None = None) -> list[str]:
         tasks = {run["env_id"] for run in alike}
         of_others = [run for run in on_main if run["method"] not in METHODS and run["env_id"] in tasks]
         alike += [run for run in of_others if run not in alike]
+        fewer = ", ".join(f"{method} {regime}" for (regime, method), found in cells(alike).items() if found.keys() < tasks)
+        if fewer and "every row" in alike_scope:
+            alike_scope = f"{alike_scope.replace('every row has', 'the standard rows have')[:-1]}; fewer of them in {fewer}:"
         parts += [f"{DIAGNOSTICS} {alike_scope}", diagnostics_table(alike)]
         write(results / f"benchmark-{name}.md", "\n\n".join(parts) + "\n")
         replayed = [run for run in common if run["regime"] != "on-policy"]

@@ -27,8 +27,8 @@ TIMING = {"sps", "wall_seconds", "peak_memory_mb", "git_commit"}  # of result.js
 TINY = "--num-envs 2 --num-steps 32 --buffer-size 256 --minibatch-size 64 --hidden-size 32".split()
 
 # Files whose tests start scripts or the LIBERO simulator: `pytest -m "not slow"` leaves them out.
-SLOW = "cli cuda graphgpo_cli graphgpo_model learning odd_environments ownership popo_cli popo_model"
-SLOW += " report resume smollm2 vla_environment vla_faults vla_learning vla_policy vla_script vla_sharded vla_wiring wiring"
+SLOW = "cli cuda graphgpo_cli graphgpo_model learning odd_environments ownership popo_cli popo_model warm wiring"
+SLOW += " report resume smollm2 vla_environment vla_faults vla_learning vla_policy vla_script vla_sharded vla_wiring"
 SLOW = [f"test_{name}" for name in SLOW.split()]
 
 # The files that take minutes go first, the longest before all: else one of the two processes would wait for the other's last.

@@ -301,6 +301,18 @@ def test_tuning_table_by_hand():
     ]
 
 
+def test_rows_with_fewer_tasks_are_named_above_the_diagnostics(tmp_path):
+    folder = tmp_path / "runs" / "300000"
+    folder.mkdir(parents=True)
+    for name in ("gipo_20000", "sapo_20000", "gipo-joint_20000"):
+        for task in ("reach-v3", "push-v3")[: 1 if "joint" in name else 2]:
+            (folder / f"{name}{task}.json").write_text(json.dumps(sample(name, seed=4) | {"env_id": task}))
+    report.write_report(report.Args(results=str(tmp_path), readme="none"))
+    part = (tmp_path / "benchmark-300000-v1.md").read_text().split(report.DIAGNOSTICS)[1]
+    assert part.startswith(" Over the 2 tasks that the standard rows have (push, reach); fewer of them in gipo-joint 20000:")
+    assert "| 20000 | gipo-joint |" in part
+
+
 def test_rows_of_tuning_and_diagnostics_are_averaged_over_equal_tasks(tmp_path):
     """A row with more tasks than the others counts on those that all have; without such a task the text says so."""
     folder = tmp_path / "runs" / "300000"
@@ -2127,6 +2139,9 @@ def test_the_benchmark_page_says_what_version_2_says():
     goals = np.concatenate(gaps(("gipo", 512), fresh, score="success"))
     words = f"has reached {percent('gipo', 512)} % of the goals and the clip of 0.2 {percent(*fresh)} %. GIPO has "
     assert f"{words}reached fewer in {(goals < 0).sum()} of {len(goals)} pairs, and more in {(goals > 0).sum()}." in text
+    tables = (ROOT / "results" / "benchmark-300000-v2.md").read_text()
+    number = int(re.search(r"^Over the (\d) tasks that every row has", tables, re.MULTILINE)[1])  # under the figure's table
+    assert f"The figure has the {['four', 'five', 'six'][number - 4]} tasks that every row has:" in text
     # Push, with every seed.
     ends = []
     for names in (("gipo",), ("ppo-clip-0.2", "ppo-clip-0.5")):
